@@ -1,0 +1,1 @@
+"""What computation runs on: for now, this machine, measured."""

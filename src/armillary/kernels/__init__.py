@@ -1,0 +1,1 @@
+"""Hot operations: one file each, the reference beside the fast path."""

@@ -1,0 +1,1 @@
+"""Architectures and their weights (safetensors, GGUF, HF folders), tokenizers, chat templates."""

@@ -1,0 +1,1 @@
+"""Published systems: the headline experiment of each, ours beside the published figure."""

@@ -1,0 +1,1 @@
+"""Requests, scheduler policies, the paged KV cache, sampling, the engine loop, HTTP."""

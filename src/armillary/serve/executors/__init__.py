@@ -1,0 +1,1 @@
+"""Executors carry a schedule out; they never decide."""

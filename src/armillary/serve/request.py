@@ -1,0 +1,106 @@
+"""A request: what was asked, and one counter (`computed`) that chases another (`known`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from armillary.serve.text import TextStream
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the next token. Names and meanings follow the OpenAI API and vLLM.
+
+    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` switch those filters off.
+    `logprobs` is how many alternatives to report beside the chosen token (None: no logprobs at all).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability (None when not asked for), and `top` alternatives as (token, logprob), best first."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of a request's output, handed to `Request.on_event` on the engine's thread.
+
+    `token` is None when only the end is announced (cancel, error). `text` is the newly certain text:
+    never half a UTF-8 character, never part of a stop string.
+    """
+
+    request_id: str
+    token: int | None
+    text: str
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    at: int
+    error: Exception | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to continue. The engine owns the mutable fields; policies only read.
+
+    `arrival` is in ns of the engine's clock; the engine stamps it at submit if it is None.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    arrival: int | None = None
+    priority: int = 0
+    text: TextStream | None = None
+    on_event: Callable[[Event], None] | None = None
+    # State, written by the engine alone.
+    output: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list)  # block table
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    preemptions: int = 0
+    first_scheduled: int | None = None  # ns
+    first_token: int | None = None  # ns
+    last_token: int | None = None  # ns
+    finished: int | None = None  # ns
+
+    @property
+    def known(self) -> int:
+        """Tokens known so far: prompt and output. The request wants `known - computed` more computed."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens this sequence can ever have."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def token(self, position: int) -> int:
+        """The token at `position` of prompt + output."""
+        prompt = len(self.prompt)
+        return self.prompt[position] if position < prompt else self.output[position - prompt]

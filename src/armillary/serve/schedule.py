@@ -1,0 +1,136 @@
+"""The schedule of one iteration, as plain data: who runs how many tokens, who is preempted, who waits, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from armillary.serve.request import Request, TokenLogprob
+
+
+class Reason(StrEnum):
+    """Why a schedule says what it says. The values are shown to users."""
+
+    DECODE = "decode"  # one new token for a sequence whose cache is complete but for it
+    PROMPT = "prompt"  # all that remains of the prompt, in one piece
+    CHUNK = "chunk"  # part of the prompt: the token budget ends here
+    RECOMPUTE = "recompute"  # rebuilding the cache of a preempted sequence
+    NO_BLOCKS = "no free KV blocks"
+    NO_BUDGET = "token budget spent"
+    NO_SEAT = "max running sequences reached"
+    BATCH_CLOSED = "batch runs to its end before another starts"  # request-level batching
+    QUEUE_ORDER = "behind an earlier request"
+    MAKE_ROOM = "preempted: an earlier sequence needed its KV blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sequence's share of an iteration: compute `count` tokens from position `start`.
+
+    `sample`: the last of them is the last known token, so the next one is drawn.
+    `blocks`: how many KV blocks the sequence must own before the iteration runs.
+    """
+
+    request_id: str
+    start: int
+    count: int
+    sample: bool
+    blocks: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """A running sequence that loses its blocks and goes back to the front of the queue."""
+
+    request_id: str
+    reason: Reason
+    blocks: int  # given back
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A sequence that could not run in this iteration, and why."""
+
+    request_id: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One iteration. Entries of running sequences come first, then those admitted, in queue order.
+
+    Applied in the order: preemptions, then block growth, then the entries as one flat batch.
+    `held` names at most the head of the queue and running sequences left out, not the whole queue.
+    """
+
+    index: int
+    entries: tuple[Entry, ...] = ()
+    preempted: tuple[Preemption, ...] = ()
+    held: tuple[Hold, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.count for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a schedule must respect."""
+
+    block_size: int  # tokens a KV block
+    total_blocks: int
+    max_batch_tokens: int  # tokens an iteration
+    max_running: int  # sequences in flight
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a policy sees. `waiting` is in queue order (preempted sequences at the front), `running` in admission order.
+
+    Policies read `Request` and never write it.
+    """
+
+    index: int
+    waiting: Sequence[Request]
+    running: Sequence[Request]
+    free_blocks: int
+    limits: Limits
+
+
+class SchedulerPolicy(Protocol):
+    """`core.contract.Policy` for serving: the same state gives the same schedule."""
+
+    name: str
+
+    def step(self, state: State) -> Schedule: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A schedule with the block tables that carry it out: what an executor gets.
+
+    `requests[i]` and `block_tables[i]` belong to `schedule.entries[i]`; position p of a sequence lives in
+    slot `block_table[p // block_size] * block_size + p % block_size`.
+    """
+
+    schedule: Schedule
+    requests: tuple[Request, ...]
+    block_tables: tuple[Sequence[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an iteration produced, by entry index.
+
+    `sampled[i]` is the next token of entry i (None when it did not sample), with its logprobs when asked for;
+    `prompt_logprobs[i]` scores the prompt tokens at positions start+1 .. start+count when asked for.
+    `start` and `end` are ns of the executor's clock.
+    """
+
+    sampled: tuple[TokenLogprob | None, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...]
+    start: int
+    end: int

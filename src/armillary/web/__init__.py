@@ -1,0 +1,1 @@
+"""The page served at `/` and the HTML report of a run."""
