@@ -62,7 +62,9 @@ class Hold:
 class Schedule:
     """One iteration. Entries of running sequences come first, then those admitted, in queue order.
 
-    Applied in the order: preemptions, then block growth, then the entries as one flat batch.
+    Applied in the order: preemptions, then block growth, then the entries as one flat batch. Each preemption goes to the
+    very front of the queue, so the last admitted is named first. `max_batch_tokens` bounds the entries together; only a
+    sequence that runs alone and whole may exceed it (policies without chunked prefill).
     `held` names at most the head of the queue and running sequences left out, not the whole queue.
     """
 
@@ -85,6 +87,10 @@ class Limits:
     max_batch_tokens: int  # tokens an iteration
     max_running: int  # sequences in flight
 
+    def blocks_for(self, tokens: int) -> int:
+        """KV blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -101,9 +107,14 @@ class State:
 
 
 class SchedulerPolicy(Protocol):
-    """`core.contract.Policy` for serving: the same state gives the same schedule."""
+    """`core.contract.Policy` for serving: the same state gives the same schedule.
+
+    `returns_together`: a sequence that ends keeps its blocks and its last event until nothing else is running,
+    as systems that batch whole requests do.
+    """
 
     name: str
+    returns_together: bool
 
     def step(self, state: State) -> Schedule: ...
 

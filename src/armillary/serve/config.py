@@ -1,0 +1,63 @@
+"""What an engine may be told: policy, memory, batch bounds."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from armillary.core.errors import InputError
+from armillary.serve import policies
+
+
+class EngineConfig(BaseModel):
+    """How an engine schedules and how much memory it may use.
+
+    The KV pool is `kv_blocks` blocks, or as many as fit `kv_memory` (bytes), or, with neither, enough for
+    `DEFAULT_KV_MEMORY`. `context` is the most tokens of one sequence; None leaves it to the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str = Field(policies.DEFAULT, description="who runs when: sarathi, vllm, orca, request-level")
+    block_size: int = Field(16, ge=1, le=4096, description="tokens a KV block")
+    kv_blocks: int | None = Field(None, ge=1, le=1 << 28, description="KV blocks in the pool")
+    kv_memory: int | str | None = Field(None, description="memory of the KV pool, such as '1 GB'")
+    max_batch_tokens: int = Field(512, ge=1, le=1 << 20, description="tokens an iteration (the chunked-prefill budget)")
+    max_running: int = Field(64, ge=1, le=1 << 16, description="sequences in flight")
+    max_queue: int = Field(16384, ge=1, description="requests that may wait; more are refused")
+    context: int | None = Field(None, ge=1, description="most tokens of one sequence")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of the executor; None: one a core")
+    seed: int = Field(0, description="seed of requests that bring none")
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        policies.get(name)
+        return name
+
+    @model_validator(mode="after")
+    def _one_pool_size(self) -> EngineConfig:
+        if self.kv_blocks is not None and self.kv_memory is not None:
+            raise InputError("kv_blocks and kv_memory both set the size of the KV pool", "give one of them", field="kv_blocks")
+        return self
+
+    def with_pool(self, bytes_per_token: int) -> EngineConfig:
+        """The same configuration with `kv_blocks` settled, for a model whose cache takes `bytes_per_token` bytes a token.
+
+        Raises InputError when the memory does not hold one block.
+        """
+        from armillary.core.units import parse_bytes
+
+        if self.kv_blocks is not None:
+            return self
+        memory = parse_bytes(self.kv_memory) if self.kv_memory is not None else DEFAULT_KV_MEMORY
+        block = bytes_per_token * self.block_size
+        if memory < block:
+            raise InputError(
+                f"kv_memory of {memory:,} bytes does not hold one KV block of {self.block_size} tokens ({block:,} bytes)",
+                "give more memory or a smaller block_size",
+                field="kv_memory",
+            )
+        return self.model_copy(update={"kv_blocks": memory // block, "kv_memory": None})
+
+
+DEFAULT_KV_MEMORY = 1_000_000_000

@@ -1,0 +1,503 @@
+"""The engine: state -> policy -> schedule -> executor -> outcome -> events and trace, once an iteration."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Collection
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from armillary.core.clock import Clock, RealClock
+from armillary.core.contract import Executor
+from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.serve import policies
+from armillary.serve.block_pool import BlockPool
+from armillary.serve.config import EngineConfig
+from armillary.serve.history import EngineStats, History
+from armillary.serve.policies.entries import is_decode
+from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
+from armillary.serve.schedule import Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.verify import verify
+
+if TYPE_CHECKING:
+    from armillary.core.trace import Trace
+
+log = logging.getLogger(__name__)
+
+WAITING_ROWS = 64  # of the queue that a snapshot shows
+
+
+class Engine:
+    """Runs requests to their end, one iteration after another.
+
+    Use it synchronously (`submit`, then `step` or `run_until_idle`) or let `start` run a thread that sleeps while there is
+    nothing to do. `submit`, `cancel`, `snapshot` and `explain` may be called from any thread. Events are delivered on the
+    thread that runs the engine, outside its lock, so a listener may submit and cancel; it may not step.
+
+    `eos_ids` end a sequence unless its request ignores them. `policy` overrides the one that `config` names.
+    """
+
+    def __init__(
+        self,
+        executor: Executor[Plan, Outcome],
+        config: EngineConfig,
+        *,
+        clock: Clock | None = None,
+        trace: Trace | None = None,
+        eos_ids: Collection[int] = (),
+        policy: SchedulerPolicy | None = None,
+    ) -> None:
+        if config.kv_blocks is None:
+            raise InputError("the size of the KV pool is not settled", "set kv_blocks, or use EngineConfig.with_pool", field="kv_blocks")
+        self.executor = executor
+        self.config = config
+        self.clock = clock if clock is not None else RealClock()
+        self.policy = policy if policy is not None else policies.get(config.policy)
+        self.eos_ids = frozenset(eos_ids)
+        self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
+        self._pool = BlockPool(config.kv_blocks, config.block_size)
+        self._history = History(trace)
+        self._index = 0
+        self._requests: dict[str, Request] = {}  # every one that has not ended
+        self._waiting: deque[Request] = deque()  # queue order
+        self._running: list[Request] = []  # admission order
+        self._parked: list[tuple[Request, FinishReason, Event]] = []  # ended, returned when the batch ends
+        self._in_flight: frozenset[str] = frozenset()  # ids of the iteration that the executor is carrying out
+        self._cancelled: set[str] = set()  # of those, the ones to drop when it returns
+        self._outbox: deque[tuple[Request, Event]] = deque()
+        self._delivering = False
+        self._broken_listeners: set[str] = set()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._stepping = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    # -- what users call ---------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> EngineStats:
+        """Cumulative counters; read them, never write."""
+        return self._history.stats
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InputError when it could never run here, CapacityError when the queue is full."""
+        self._validate(request)
+        with self._changed:
+            if request.id in self._requests:
+                raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
+            if len(self._waiting) >= self.config.max_queue:
+                raise CapacityError(
+                    f"the queue holds its bound of {self.config.max_queue:,} requests", "retry later or serve with a larger --max-queue"
+                )
+            if request.arrival is None:
+                request.arrival = self.clock.now()
+            self._requests[request.id] = request
+            self._history.arrived(request, request.arrival, len(self._waiting))
+            self._waiting.append(request)
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request wherever it is; False when it is unknown or has ended.
+
+        Its blocks are free at once, or, when the executor is working on it just now, as soon as that iteration returns.
+        """
+        with self._changed:
+            request = self._requests.get(request_id)
+            if request is None:
+                return False
+            if request_id in self._in_flight:
+                self._cancelled.add(request_id)
+                return True
+            self._drop(request)
+            self._finish(request, "cancelled", self.clock.now())
+            self._return_batch()
+            self._changed.notify_all()
+            threaded = self._thread is not None
+        if not threaded:
+            self._deliver()
+        return True
+
+    def step(self) -> bool:
+        """Run one iteration and deliver its events; False when there was nothing to do.
+
+        Raises ScheduleError when the policy is defective. An executor's exception ends the requests of its iteration with
+        an error event and is not raised.
+        """
+        if self._thread is not None:
+            raise ArmillaryError("the engine runs on its own thread", "call stop() before step()")
+        busy = self._step()
+        self._deliver()
+        return busy
+
+    def run_until_idle(self) -> None:
+        """Step until every request has ended; with a thread running, wait for that."""
+        while self._thread is not None and threading.current_thread() is not self._thread:
+            with self._changed:
+                if not self._requests and not self._outbox and not self._delivering:
+                    return
+                self._changed.wait(timeout=1.0)
+        while self.step():
+            pass
+        self.check()
+
+    def start(self) -> None:
+        """Run iterations on a background thread as requests come."""
+        with self._changed:
+            if self._thread is not None:
+                raise ArmillaryError("the engine already runs", "call start() once")
+            self._stopping = False
+            self._thread = threading.Thread(target=self._loop, name="armillary-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the background thread after its iteration and cancel what has not ended."""
+        with self._changed:
+            thread = self._thread
+            self._stopping = True
+            self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._changed:
+            self._thread = None
+            self._end_all("cancelled", None)
+        self._deliver()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The live state as plain values: counts, one row a request (the head of the queue only), blocks, recent iterations."""
+        with self._lock:
+            rows = [
+                self._row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt")
+                for request in self._running
+            ]
+            rows += [self._row(request, "returning") for request, _, _ in self._parked]
+            rows += [
+                self._row(request, "preempted" if request.preemptions else "queued") for request in islice(self._waiting, WAITING_ROWS)
+            ]
+            return {
+                "policy": self.policy.name,
+                "now": self.clock.now(),
+                "iteration": self._index,
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+                "limits": asdict(self.limits),
+                "blocks": {"used": self._pool.used_count, "total": self._pool.total, "block_size": self._pool.block_size},
+                "requests": rows,
+                "iterations": self._history.iterations(),
+                "stats": asdict(self.stats),
+            }
+
+    def explain(self, request_id: str) -> list[str] | None:
+        """What happened to a request and why, in words; None when it is unknown or ended long ago."""
+        with self._lock:
+            return self._history.explain(request_id)
+
+    def check(self) -> None:
+        """Assert the invariants of memory: each block is free or in exactly one block table."""
+        with self._lock:
+            self._check()
+
+    # -- one iteration -----------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        if not self._stepping.acquire(blocking=False):
+            raise ArmillaryError("an iteration is already being run", "step from one thread, and never from a listener")
+        try:
+            return self._iterate()
+        finally:
+            self._stepping.release()
+
+    def _iterate(self) -> bool:
+        with self._lock:
+            if not self._running and not self._waiting:
+                return False
+            state = State(self._index, self._waiting, tuple(self._running), self._pool.free_count, self.limits)
+            schedule = self.policy.step(state)
+            plan = self._apply(schedule, verify(schedule, state))
+            self._in_flight = frozenset(entry.request_id for entry in schedule.entries)
+        start, failure, outcome = self.clock.now(), None, None
+        try:
+            outcome = self.executor.run(plan)
+            _verify_outcome(outcome, plan)
+        except Exception as error:
+            failure = error
+            log.exception("iteration %d failed; its %d requests end with an error", schedule.index, len(schedule.entries))
+        finally:
+            with self._changed:
+                self._in_flight = frozenset()
+                for request_id in self._cancelled:
+                    self._drop(self._requests[request_id])
+                    self._finish(self._requests[request_id], "cancelled", self.clock.now())
+                self._cancelled.clear()
+                if failure is not None:
+                    self._fail(plan, failure, start)
+                elif outcome is not None:
+                    self._collect(plan, outcome)
+                self._return_batch()
+                self._changed.notify_all()
+        return True
+
+    def _apply(self, schedule: Schedule, scheduled: dict[str, Request]) -> Plan:
+        """Carry out what the schedule says about memory and seats; give the batch."""
+        now = self.clock.now()
+        self._index += 1
+        running = {request.id for request in self._running}
+        admitted = [scheduled[entry.request_id] for entry in schedule.entries if entry.request_id not in running]
+        self._leave_queue({request.id for request in admitted})
+        for preemption in schedule.preempted:
+            request = self._requests[preemption.request_id]
+            self._history.preempted(request, preemption.reason, now)
+            self._running.remove(request)
+            self._release(request)
+            request.computed = 0
+            request.preemptions += 1
+            self._waiting.appendleft(request)
+        self._running.extend(admitted)
+        for entry in schedule.entries:
+            request = scheduled[entry.request_id]
+            table = request.blocks
+            table.extend(self._pool.allocate(entry.blocks - len(table), table[-1] if table else None))
+            if request.first_scheduled is None:
+                request.first_scheduled = now
+        self._history.scheduled(schedule, admitted, now)
+        requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
+        return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests))
+
+    def _leave_queue(self, ids: set[str]) -> None:
+        while ids and self._waiting[0].id in ids:
+            ids.remove(self._waiting.popleft().id)
+        if ids:  # a policy that admits from the middle of the queue
+            self._waiting = deque(request for request in self._waiting if request.id not in ids)
+
+    def _collect(self, plan: Plan, outcome: Outcome) -> None:
+        """Advance every sequence of the iteration by what was computed and drawn."""
+        self._history.ran(plan, outcome.start, outcome.end, self._pool.used_count)
+        for entry, request, sampled, scores in zip(
+            plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True
+        ):
+            if self._requests.get(request.id) is not request:  # cancelled meanwhile
+                continue
+            request.computed = entry.start + entry.count
+            if entry.start < len(request.prompt) <= request.computed and not request.output:
+                self.stats.prompt_tokens += len(request.prompt)
+            _keep_prompt_scores(request, entry.start, scores)
+            try:
+                if sampled is not None:
+                    self._accept(request, sampled, outcome.end)
+                elif request.sampling.max_tokens == 0 and request.computed == request.known:
+                    self._end(request, "length", Event(request.id, None, "", None, "length", outcome.end))
+            except Exception as error:  # a request's own text stream failed: only this request ends
+                log.exception("the text of request '%s' could not be decoded", request.id)
+                self._drop(request)
+                self._finish(request, "error", outcome.end, error)
+
+    def _accept(self, request: Request, sampled: TokenLogprob, at: int) -> None:
+        """Append a drawn token, find out whether it is the last, and tell the listener."""
+        token, sampling = sampled.token, request.sampling
+        request.output.append(token)
+        self.stats.generated_tokens += 1
+        if request.first_token is None:
+            request.first_token = at
+        request.last_token = at
+        logprob = sampled if sampling.logprobs is not None else None
+        if logprob is not None:
+            request.logprobs.append(logprob)
+        reason: FinishReason | None = None
+        text = ""
+        if token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos):
+            reason = "stop"  # the token itself is no text
+        elif request.text is not None:
+            text = request.text.push(token)
+            if request.text.stopped:
+                reason = "stop"
+        if reason is None and len(request.output) >= sampling.max_tokens:
+            reason = "length"
+        if reason is not None and request.text is not None and not request.text.stopped:
+            text += request.text.finish()
+        event = Event(request.id, token, text, logprob, reason, at)
+        if reason is None:
+            self._announce(request, event)
+        else:
+            self._end(request, reason, event)
+
+    def _fail(self, plan: Plan, error: Exception, start: int) -> None:
+        """The executor raised: the requests of the iteration end, everything else goes on."""
+        now = self.clock.now()
+        self._history.failed(plan, error, start, now)
+        for request in plan.requests:
+            if self._requests.get(request.id) is request:
+                self._drop(request)
+                self._finish(request, "error", now, error)
+
+    # -- how requests end --------------------------------------------------------------------------------------------
+
+    def _end(self, request: Request, reason: FinishReason, event: Event) -> None:
+        """A running sequence is complete: return it now, or with its batch when the policy serves whole batches."""
+        self._running.remove(request)
+        if self.policy.returns_together:
+            self._parked.append((request, reason, event))
+        else:
+            self._finish(request, reason, event.at, event=event)
+
+    def _return_batch(self) -> None:
+        if self._parked and not self._running:
+            at = max(event.at for _, _, event in self._parked)
+            for request, reason, event in self._parked:
+                self._finish(request, reason, at, event=event)
+            self._parked.clear()
+
+    def _drop(self, request: Request) -> None:
+        """Take a request out of wherever it is."""
+        if request in self._running:
+            self._running.remove(request)
+        elif any(request is parked for parked, _, _ in self._parked):
+            self._parked = [parked for parked in self._parked if parked[0] is not request]
+        else:
+            self._waiting.remove(request)
+
+    def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
+        """The end, whatever the cause: memory back, listener told."""
+        self._release(request)
+        request.finish_reason = reason
+        request.finished = at
+        del self._requests[request.id]
+        self._history.finished(request, at, error)
+        self._announce(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
+
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
+        self._running.clear()
+        self._waiting.clear()
+        self._parked.clear()
+        for request in list(self._requests.values()):
+            self._finish(request, reason, self.clock.now(), error)
+        self._changed.notify_all()
+
+    def _release(self, request: Request) -> None:
+        blocks = list(request.blocks)
+        request.blocks.clear()
+        self._pool.free(blocks)
+
+    # -- events and the thread ---------------------------------------------------------------------------------------
+
+    def _announce(self, request: Request, event: Event) -> None:
+        if request.on_event is not None:
+            self._outbox.append((request, event))
+
+    def _deliver(self) -> None:
+        """Hand out the events, in order, without the lock; whoever is already doing so takes the new ones too."""
+        with self._changed:
+            if self._delivering:
+                return
+            self._delivering = True
+        while True:
+            with self._changed:
+                if not self._outbox:
+                    self._delivering = False
+                    self._changed.notify_all()
+                    return
+                request, event = self._outbox.popleft()
+            try:
+                assert request.on_event is not None
+                request.on_event(event)
+            except Exception:
+                if request.id not in self._broken_listeners:
+                    log.exception("the listener of request '%s' raised; the request goes on", request.id)
+                    self._broken_listeners.add(request.id)
+            if event.finish_reason is not None:
+                self._broken_listeners.discard(request.id)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stopping or self._running or self._waiting or self._outbox):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+            try:
+                self._step()
+            except Exception as error:  # a defective policy: say so to everyone who waits, then serve whoever comes next
+                log.exception("the scheduler failed; all %d requests end with an error", len(self._requests))
+                with self._changed:
+                    self._end_all("error", error)
+            self._deliver()
+
+    # -- small print -------------------------------------------------------------------------------------------------
+
+    def _validate(self, request: Request) -> None:
+        prompt, most = len(request.prompt), request.sampling.max_tokens
+        if not request.id:
+            raise InputError("a request has no id", "give it a non-empty id", field="id")
+        if prompt == 0:
+            raise InputError("the prompt is empty", "give at least one token", field="prompt")
+        if most < 0:
+            raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
+        if request.output or request.computed or request.blocks or request.finish_reason is not None:
+            raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
+        context = self.config.context
+        if context is not None and request.max_length > context:
+            raise InputError(
+                f"prompt of {prompt:,} tokens and max_tokens {most:,} make {request.max_length:,} tokens; the context is {context:,}",
+                "shorten the prompt, lower max_tokens, or serve with a larger --context if the model allows it",
+                field="prompt" if prompt >= context else "max_tokens",
+            )
+        blocks = self.limits.blocks_for(request.max_length)
+        if blocks > self.limits.total_blocks:
+            raise InputError(
+                f"prompt of {prompt:,} tokens and max_tokens {most:,} need {blocks:,} KV blocks of {self.limits.block_size} tokens; "
+                f"the pool has {self.limits.total_blocks:,}",
+                "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
+                field="prompt" if self.limits.blocks_for(prompt) > self.limits.total_blocks else "max_tokens",
+            )
+
+    def _row(self, request: Request, phase: str) -> dict[str, Any]:
+        return {
+            "id": request.id,
+            "phase": phase,
+            "prompt": len(request.prompt),
+            "known": request.known,
+            "computed": request.computed,
+            "max_length": request.max_length,
+            "blocks": len(request.blocks),
+            "preemptions": request.preemptions,
+            "arrival": request.arrival,
+            "held": self._reason_held(request),
+        }
+
+    def _reason_held(self, request: Request) -> str | None:
+        held = self._history.held(request.id)
+        if held is None and request.computed == 0 and self._waiting and request is not self._waiting[0]:
+            held = Reason.QUEUE_ORDER if request not in self._running else None
+        return str(held) if held is not None else None
+
+    def _check(self) -> None:
+        self._pool.check()
+        owners: dict[int, str] = {}
+        for request in self._requests.values():
+            for block in request.blocks:
+                if block in owners:
+                    raise ArmillaryError(f"KV block {block} belongs to '{owners[block]}' and to '{request.id}'")
+                owners[block] = request.id
+        if len(owners) != self._pool.used_count:
+            raise ArmillaryError(f"{self._pool.used_count} KV blocks are in use, {len(owners)} are in block tables")
+
+
+def _verify_outcome(outcome: Outcome, plan: Plan) -> None:
+    entries = plan.schedule.entries
+    if len(outcome.sampled) != len(entries) or len(outcome.prompt_logprobs) != len(entries):
+        raise ArmillaryError(f"the executor answered for {len(outcome.sampled)} entries of {len(entries)}")
+    for entry, sampled in zip(entries, outcome.sampled, strict=True):
+        if entry.sample != (sampled is not None):
+            raise ArmillaryError(f"the executor drew {'no' if sampled is None else 'a'} token for request '{entry.request_id}' unasked")
+
+
+def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:
+    """Store the scores of positions start+1, start+2, ...; what a recomputation scores again is kept once."""
+    if not scores:
+        return
+    kept = request.prompt_logprobs
+    if not kept:
+        kept.append(None)  # nothing predicts the first token
+    kept.extend(scores[len(kept) - (start + 1) :])

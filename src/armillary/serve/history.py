@@ -1,0 +1,145 @@
+"""What the engine did, kept within bounds: spans for the trace, recent iterations for the page, words for one request."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from armillary.serve.request import FinishReason, Request
+from armillary.serve.schedule import Plan, Reason, Schedule
+
+if TYPE_CHECKING:
+    from armillary.core.trace import Trace
+
+RECENT_ITERATIONS = 240
+WORDS_PER_REQUEST = 64  # a request's story is cut in the middle: its beginning matters as much as its end
+ENDED_REQUESTS = 256  # stories kept after the end
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Cumulative counters since the engine was made."""
+
+    iterations: int = 0
+    prompt_tokens: int = 0  # prompts whose computation was completed, once each
+    generated_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # cached tokens that preemption threw away
+    failed_iterations: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0})
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One iteration for the live picture; times in ns of the executor's clock."""
+
+    index: int
+    entries: tuple[tuple[str, int], ...]  # (request id, tokens)
+    tokens: int
+    start: int
+    end: int
+    preempted: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Story:
+    arrival: int
+    waiting_since: int
+    words: list[str] = field(default_factory=list)
+    cut: int = 0
+    held: Reason | None = None
+
+    def tell(self, at: int, words: str) -> None:
+        if len(self.words) == WORDS_PER_REQUEST:
+            del self.words[WORDS_PER_REQUEST // 2]
+            self.cut += 1
+        self.words.append(f"+{(at - self.arrival) / 1e6:.1f} ms: {words}")
+
+
+class History:
+    """Written by the engine's thread under the engine's lock."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self.trace = trace
+        self.stats = EngineStats()
+        self.recent: deque[Iteration] = deque(maxlen=RECENT_ITERATIONS)
+        self._stories: dict[str, _Story] = {}
+        self._ended: OrderedDict[str, _Story] = OrderedDict()
+
+    def arrived(self, request: Request, at: int, ahead: int) -> None:
+        story = _Story(at, at)
+        self._stories[request.id] = story
+        story.tell(at, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
+
+    def preempted(self, request: Request, reason: Reason, at: int) -> None:
+        self.stats.preemptions += 1
+        self.stats.recomputed_tokens += request.computed
+        story = self._stories[request.id]
+        story.waiting_since = at
+        story.held = reason
+        story.tell(at, f"{reason}; gave back {len(request.blocks)} KV blocks, {request.computed} tokens to compute again")
+
+    def scheduled(self, schedule: Schedule, admitted: list[Request], at: int) -> None:
+        """Who was let in and who was not; called before the iteration runs."""
+        counts = {entry.request_id: entry for entry in schedule.entries}
+        for request in admitted:
+            story, entry = self._stories[request.id], counts[request.id]
+            story.tell(at, f"admitted: {entry.count} of {request.known} tokens ({entry.reason}), {entry.blocks} KV blocks")
+            if self.trace is not None and at > story.waiting_since:
+                kind = "preempted" if request.preemptions else "queued"
+                self.trace.add(f"request/{request.id}", kind, story.waiting_since, at, str(story.held or ""))
+        for hold in schedule.held:
+            story = self._stories[hold.request_id]
+            if story.held is not hold.reason:
+                story.held = hold.reason
+                story.tell(at, f"held: {hold.reason}")
+
+    def ran(self, plan: Plan, start: int, end: int, blocks_used: int) -> None:
+        """An iteration was carried out."""
+        schedule = plan.schedule
+        self.stats.iterations += 1
+        entries = tuple((entry.request_id, entry.count) for entry in schedule.entries)
+        preempted = tuple(preemption.request_id for preemption in schedule.preempted)
+        self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted))
+        if self.trace is None:
+            return
+        sizes = {"tokens": schedule.tokens, "sequences": len(entries), "blocks_used": blocks_used, "preempted": len(preempted)}
+        self.trace.add("engine", "step", start, end, "", sizes)
+        self.trace.count("kv_blocks", end, {"used": blocks_used})
+        for entry in schedule.entries:
+            kind = "decode" if entry.reason is Reason.DECODE else "prompt"
+            self.trace.add(f"request/{entry.request_id}", kind, start, end, str(entry.reason), {"tokens": entry.count})
+
+    def failed(self, plan: Plan, error: Exception, start: int, end: int) -> None:
+        """An iteration raised."""
+        self.stats.failed_iterations += 1
+        if self.trace is not None:
+            self.trace.add("engine", "error", start, end, f"{type(error).__name__}: {error}", {"tokens": plan.schedule.tokens})
+
+    def finished(self, request: Request, at: int, error: Exception | None) -> None:
+        reason = request.finish_reason
+        assert reason is not None
+        self.stats.finished[reason] += 1
+        story = self._stories.pop(request.id)
+        cause = f" ({error})" if error is not None else ""
+        story.tell(at, f"ended: {reason}{cause}, {len(request.output)} tokens generated, {request.preemptions} preemptions")
+        self._ended[request.id] = story
+        while len(self._ended) > ENDED_REQUESTS:
+            self._ended.popitem(last=False)
+
+    def held(self, request_id: str) -> Reason | None:
+        """Why the request was last held back."""
+        return self._stories[request_id].held
+
+    def explain(self, request_id: str) -> list[str] | None:
+        """What happened to a request, in words; None when it is unknown or long gone."""
+        story = self._stories.get(request_id) or self._ended.get(request_id)
+        if story is None:
+            return None
+        half = WORDS_PER_REQUEST // 2
+        gap = [f"({story.cut} events left out)"] if story.cut else []
+        return [*story.words[:half], *gap, *story.words[half:]]
+
+    def iterations(self) -> list[dict[str, Any]]:
+        return [asdict(iteration) for iteration in self.recent]

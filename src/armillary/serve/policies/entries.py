@@ -1,0 +1,29 @@
+"""How a policy names one sequence's share of an iteration."""
+
+from __future__ import annotations
+
+from armillary.serve.request import Request
+from armillary.serve.schedule import Entry, Preemption, Reason
+
+
+def is_decode(request: Request) -> bool:
+    """One new token for a sequence whose cache is complete but for it."""
+    return request.known - request.computed == 1 and len(request.output) > 0
+
+
+def entry(request: Request, count: int, blocks: int) -> Entry:
+    """Compute `count` tokens more of `request`, which then owns `blocks` KV blocks."""
+    left = request.known - request.computed
+    if is_decode(request):
+        reason = Reason.DECODE
+    elif request.preemptions > 0:
+        reason = Reason.RECOMPUTE
+    else:
+        reason = Reason.PROMPT if count == left else Reason.CHUNK
+    samples = count == left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
+    return Entry(request.id, request.computed, count, samples, blocks, reason)
+
+
+def preemption(request: Request) -> Preemption:
+    """The loss of all blocks: all or nothing, and recomputed later (cheaper than swapping: vLLM PR #12)."""
+    return Preemption(request.id, Reason.MAKE_ROOM, len(request.blocks))

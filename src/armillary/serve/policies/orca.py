@@ -1,0 +1,42 @@
+"""Orca: iteration-level scheduling (Yu et al., OSDI 2022, algorithm 1)."""
+
+from __future__ import annotations
+
+from armillary.serve.policies.entries import entry
+from armillary.serve.schedule import Entry, Hold, Reason, Schedule, State
+
+
+class Orca:
+    """Sequences join and leave the batch at every iteration, first come, first served, nobody overtakes.
+
+    Admission reserves the KV blocks of the longest possible length, so nothing is ever preempted and no deadlock can
+    arise; what is reserved and never used is the waste that PagedAttention removes. Prompts are not chunked. The paper
+    has no token budget; here a prompt that does not fit the budget beside the others waits for them to end and then runs
+    alone, even when it exceeds the budget by itself.
+    """
+
+    name = "orca"
+    returns_together = False
+
+    def step(self, state: State) -> Schedule:
+        limits, free = state.limits, state.free_blocks
+        entries: list[Entry] = []
+        tokens = 0
+        for request in state.running:  # always fits: seats never exceed the budget, and a running sequence only decodes
+            count = request.known - request.computed
+            entries.append(entry(request, count, len(request.blocks)))
+            tokens += count
+        seats = min(limits.max_running, limits.max_batch_tokens)
+        for request in state.waiting:
+            count = request.known - request.computed
+            blocks = limits.blocks_for(request.max_length)
+            if len(entries) >= seats:
+                return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_SEAT),))
+            if blocks > free:
+                return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_BLOCKS),))
+            if entries and tokens + count > limits.max_batch_tokens:
+                return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_BUDGET),))
+            entries.append(entry(request, count, blocks))
+            free -= blocks
+            tokens += count
+        return Schedule(state.index, tuple(entries))

@@ -1,0 +1,29 @@
+"""Request-level batching: the baseline that Orca and its successors are measured against."""
+
+from __future__ import annotations
+
+from armillary.serve.policies.entries import entry
+from armillary.serve.policies.orca import Orca
+from armillary.serve.schedule import Hold, Reason, Schedule, State
+
+
+class RequestLevel:
+    """A batch is admitted together and runs to its end before another starts, as FasterTransformer serves.
+
+    Who is admitted follows Orca's rules (whole prompts, memory reserved for the longest possible length, first come first
+    served), but only while nothing runs. A sequence that ends early keeps its blocks, and its answer is returned with
+    the rest of the batch (`returns_together`).
+    """
+
+    name = "request-level"
+    returns_together = True
+
+    def __init__(self) -> None:
+        self._admission = Orca()
+
+    def step(self, state: State) -> Schedule:
+        if not state.running:
+            return self._admission.step(state)
+        entries = tuple(entry(request, request.known - request.computed, len(request.blocks)) for request in state.running)
+        held = (Hold(state.waiting[0].id, Reason.BATCH_CLOSED),) if state.waiting else ()
+        return Schedule(state.index, entries, (), held)

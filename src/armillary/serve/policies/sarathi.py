@@ -1,0 +1,77 @@
+"""Sarathi-Serve: decodes never wait for a prompt (Agrawal et al., OSDI 2024, algorithm 3)."""
+
+from __future__ import annotations
+
+from armillary.serve.policies.entries import entry, is_decode, preemption
+from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Schedule, State
+
+
+class Sarathi:
+    """Stall-free batches: each iteration is all running decodes, then prompt chunks with what the token budget leaves.
+
+    1. Every running decode gets its one token. When the blocks run out the last admitted is preempted (recompute).
+    2. Prompts that have begun continue, cut to the budget.
+    3. If nobody was preempted, new sequences are admitted in queue order. Admission takes the blocks of the whole prompt
+       at once, so that a prompt that has begun never waits for memory and prompts cannot preempt each other.
+
+    The budget bounds every iteration's length, and so the time between two tokens of a running sequence.
+    """
+
+    name = "sarathi"
+    returns_together = False
+
+    def step(self, state: State) -> Schedule:
+        limits = state.limits
+        running = list(state.running)
+        free, budget = state.free_blocks, limits.max_batch_tokens
+        entries: list[Entry] = []
+        preempted: list[Preemption] = []
+        held: list[Hold] = []
+
+        position = 0
+        while position < len(running):
+            request = running[position]
+            if is_decode(request):
+                blocks = limits.blocks_for(request.known)
+                while blocks - len(request.blocks) > free and position < len(running):
+                    victim = running.pop()  # those after `position` have no entry yet
+                    preempted.append(preemption(victim))
+                    free += len(victim.blocks)
+                if position == len(running):
+                    break
+                entries.append(entry(request, 1, blocks))
+                free -= blocks - len(request.blocks)
+                budget -= 1
+            position += 1
+
+        for request in running:
+            if is_decode(request):
+                continue
+            count = min(request.known - request.computed, budget)
+            if count <= 0:
+                held.append(Hold(request.id, Reason.NO_BUDGET))
+                continue
+            entries.append(entry(request, count, len(request.blocks)))
+            budget -= count
+
+        seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
+        for request in state.waiting:
+            blocks = limits.blocks_for(request.known)
+            if preempted:
+                stop = Reason.NO_BLOCKS
+            elif seats <= 0:
+                stop = Reason.NO_SEAT
+            elif budget <= 0:
+                stop = Reason.NO_BUDGET
+            elif blocks > free:
+                stop = Reason.NO_BLOCKS
+            else:
+                count = min(request.known - request.computed, budget)
+                entries.append(entry(request, count, blocks))
+                free -= blocks
+                budget -= count
+                seats -= 1
+                continue
+            held.append(Hold(request.id, stop))
+            break
+        return Schedule(state.index, tuple(entries), tuple(preempted), tuple(held))

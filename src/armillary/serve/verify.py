@@ -1,0 +1,83 @@
+"""Whether a schedule respects its state: a defective one is refused, never patched."""
+
+from __future__ import annotations
+
+from armillary.core.errors import ArmillaryError
+from armillary.serve.request import Request
+from armillary.serve.schedule import Entry, Schedule, State
+
+
+class ScheduleError(ArmillaryError):
+    """A policy returned a schedule that its state does not allow: a defect of the policy."""
+
+
+def verify(schedule: Schedule, state: State) -> dict[str, Request]:
+    """The scheduled requests by id. Raises ScheduleError naming the first rule that `schedule` breaks.
+
+    Costs time in the running and admitted sequences, not in the length of the queue (a policy that admits from its
+    middle pays for the distance).
+    """
+    if schedule.index != state.index:
+        raise ScheduleError(f"the schedule is for iteration {schedule.index}, the state for {state.index}")
+    limits = state.limits
+    running = {request.id: request for request in state.running}
+    free = state.free_blocks
+    preempted: set[str] = set()
+    for preemption in schedule.preempted:
+        victim = running.get(preemption.request_id)
+        if victim is None or preemption.request_id in preempted:
+            raise ScheduleError(f"request '{preemption.request_id}' is preempted but is not running, or twice")
+        if preemption.blocks != len(victim.blocks):
+            raise ScheduleError(f"preempting '{victim.id}' gives back {len(victim.blocks)} blocks, not {preemption.blocks}")
+        preempted.add(victim.id)
+        free += len(victim.blocks)
+
+    scheduled = _scheduled(schedule, running, state)
+    if len(scheduled) != len(schedule.entries):
+        raise ScheduleError("a request has two entries in one iteration")
+    for entry in schedule.entries:
+        if entry.request_id in preempted:
+            raise ScheduleError(f"request '{entry.request_id}' is preempted and scheduled in one iteration")
+        request = scheduled[entry.request_id]
+        _verify_entry(entry, request, state)
+        free -= entry.blocks - len(request.blocks)
+    if free < 0:
+        raise ScheduleError(f"the schedule needs {-free} KV blocks more than are free")
+    if not schedule.entries and (state.running or state.waiting):
+        raise ScheduleError("the schedule runs nothing although there is work")
+    admitted = sum(entry.request_id not in running for entry in schedule.entries)
+    seats = len(running) - len(preempted) + admitted
+    if seats > limits.max_running:
+        raise ScheduleError(f"{seats} sequences would run, the bound is {limits.max_running}")
+    alone = len(schedule.entries) == 1 and schedule.entries[0].start + schedule.tokens == scheduled[schedule.entries[0].request_id].known
+    if schedule.tokens > limits.max_batch_tokens and not alone:
+        raise ScheduleError(f"the iteration has {schedule.tokens} tokens, the budget is {limits.max_batch_tokens}")
+    return scheduled
+
+
+def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) -> dict[str, Request]:
+    """Every entry's request, found among the running ones and then from the head of the queue."""
+    scheduled = {entry.request_id: running[entry.request_id] for entry in schedule.entries if entry.request_id in running}
+    missing = {entry.request_id for entry in schedule.entries} - scheduled.keys()
+    for request in state.waiting if missing else ():
+        if request.id in missing:
+            scheduled[request.id] = request
+            missing.remove(request.id)
+            if not missing:
+                break
+    if missing:
+        raise ScheduleError(f"request '{min(missing)}' is scheduled but neither running nor waiting")
+    return scheduled
+
+
+def _verify_entry(entry: Entry, request: Request, state: State) -> None:
+    name = f"entry of request '{entry.request_id}'"
+    if entry.start != request.computed:
+        raise ScheduleError(f"{name} starts at {entry.start}, its cache ends at {request.computed}")
+    end = entry.start + entry.count
+    if entry.count < 1 or end > request.known:
+        raise ScheduleError(f"{name} computes {entry.count} tokens, {request.known - request.computed} are wanted")
+    if entry.sample != (end == request.known and request.sampling.max_tokens > 0):
+        raise ScheduleError(f"{name} must sample exactly when it reaches the last known token")
+    if entry.blocks < max(len(request.blocks), state.limits.blocks_for(end)):
+        raise ScheduleError(f"{name} owns {entry.blocks} KV blocks, {state.limits.blocks_for(end)} are needed")
