@@ -45,13 +45,12 @@ class BlockPool:
                 f"{count} KV blocks wanted, {len(self._free)} of {self.total} free", "preempt a sequence or wait for one to end"
             )
         taken: list[int] = []
-        last = self._free[-1] - 1 if after is None and self._free else after if after is not None else -1
         for _ in range(count):
-            follower = last + 1
-            block = follower if 0 <= follower < self.total and self._place[follower] >= 0 else self._free[-1]
+            follower = self.total if after is None else after + 1
+            block = follower if follower < self.total and self._place[follower] >= 0 else self._free[-1]
             self._take(block)
             taken.append(block)
-            last = block
+            after = block
         return taken
 
     def free(self, blocks: Iterable[int]) -> None:
