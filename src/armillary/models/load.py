@@ -48,7 +48,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32, progress:
     file = GGUFFile.open(path)
     tokenizer = Tokenizer.from_gguf(file)
     decoder = load_gguf(file, dtype)
-    stored = Counter()
+    stored: Counter[str] = Counter()
     for tensor in file.tensors.values():
         stored[tensor.type.name] += tensor.elements
     title, licence = file.metadata.get("general.name"), file.metadata.get("general.license")

@@ -295,8 +295,8 @@ def check_representable(config: ModelConfig, metadata: Mapping[str, Any], shapes
 
 
 def _same_rope(left: RopeConfig, right: RopeConfig, head_dim: int) -> bool:
-    frequencies = [inverse_frequencies(rope, head_dim).numpy() for rope in (left, right)]
-    return np.allclose(*frequencies, rtol=1e-5, atol=0) and math.isclose(attention_scaling(left), attention_scaling(right), rel_tol=1e-6)
+    ours, theirs = inverse_frequencies(left, head_dim).numpy(), inverse_frequencies(right, head_dim).numpy()
+    return np.allclose(ours, theirs, rtol=1e-5, atol=0) and math.isclose(attention_scaling(left), attention_scaling(right), rel_tol=1e-6)
 
 
 def _cannot_express(config: ModelConfig, name: str, ours: object, theirs: object) -> InputError:
