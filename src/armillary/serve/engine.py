@@ -275,8 +275,9 @@ class Engine:
     def _collect(self, plan: Plan, outcome: Outcome) -> None:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._pool.used_count)
-        for entry, request, sampled, scores in zip(
-            plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True
+        failed = dict(outcome.failed)
+        for index, (entry, request, sampled, scores) in enumerate(
+            zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
@@ -285,12 +286,14 @@ class Engine:
                 self.stats.prompt_tokens += len(request.prompt)
             _keep_prompt_scores(request, entry.start, scores)
             try:
+                if index in failed:
+                    raise failed[index]
                 if sampled is not None:
                     self._accept(request, sampled, outcome.end)
                 elif request.sampling.max_tokens == 0 and request.computed == request.known:
                     self._end(request, "length", Event(request.id, None, "", None, "length", outcome.end))
-            except Exception as error:  # a request's own text stream failed: only this request ends
-                log.exception("the text of request '%s' could not be decoded", request.id)
+            except Exception as error:  # its logits or its text stream: only this request ends
+                log.exception("request '%s' failed alone", request.id)
                 self._drop(request)
                 self._finish(request, "error", outcome.end, error)
 
@@ -412,8 +415,6 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                if not self._requests:
-                    self._check_idle()
                 while not (self._stopping or self._running or self._waiting or self._outbox):
                     self._changed.wait()
                 if self._stopping:
@@ -474,12 +475,6 @@ class Engine:
             held = Reason.QUEUE_ORDER if request not in self._running else None
         return str(held) if held is not None else None
 
-    def _check_idle(self) -> None:
-        try:
-            self._check()
-        except ArmillaryError:  # a defect of the engine; serving on is better than dying, hiding it is not
-            log.critical("the KV pool's books are wrong while nothing runs", exc_info=True)
-
     def _check(self) -> None:
         self._pool.check()
         owners: dict[int, str] = {}
@@ -496,11 +491,10 @@ def _verify_outcome(outcome: Outcome, plan: Plan) -> None:
     entries = plan.schedule.entries
     if len(outcome.sampled) != len(entries) or len(outcome.prompt_logprobs) != len(entries):
         raise ArmillaryError(f"the executor answered for {len(outcome.sampled)} entries of {len(entries)}")
-    if outcome.end < outcome.start:
-        raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
-    for entry, sampled in zip(entries, outcome.sampled, strict=True):
-        if entry.sample != (sampled is not None):
-            raise ArmillaryError(f"the executor drew {'no token' if entry.sample else 'a token unasked'} for request '{entry.request_id}'")
+    failed = {index for index, _ in outcome.failed}
+    for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
+        if entry.sample != (sampled is not None) and index not in failed:
+            raise ArmillaryError(f"the executor drew {'no' if sampled is None else 'a'} token for request '{entry.request_id}' unasked")
 
 
 def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:

@@ -138,10 +138,11 @@ class Outcome:
 
     `sampled[i]` is the next token of entry i (None when it did not sample), with its logprobs when asked for;
     `prompt_logprobs[i]` scores the prompt tokens at positions start+1 .. start+count when asked for.
-    `start` and `end` are ns of the executor's clock.
+    `start` and `end` are ns of the executor's clock. `failed` names entries that alone went wrong (NaN logits), and why.
     """
 
     sampled: tuple[TokenLogprob | None, ...]
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...]
     start: int
     end: int
+    failed: tuple[tuple[int, Exception], ...] = ()

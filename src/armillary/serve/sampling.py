@@ -1,0 +1,206 @@
+"""Which token comes next: logits in, one drawn token a row out.
+
+The order of operations follows Hugging Face's processors: repetition penalty (over prompt and output), presence and
+frequency penalties (over output), logit bias, temperature, top-k, top-p over what is left, min-p. Log-probabilities are
+those of the model itself, before any of this, as the OpenAI API and vLLM report them.
+
+A draw is the inverse of the cumulative distribution at one uniform number, a hash of (seed, position). So a seeded
+request gives the same tokens whatever else is in its batch and however often it was preempted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from armillary.core.errors import ArmillaryError
+from armillary.serve.request import Request, SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # as in vLLM: below this temperature the division would only add rounding errors
+_FLOOR = math.log(1e-4)  # top-p sorts tokens down to 1e-4 of the best, and all of them only when that mass falls short
+_SALT = os.urandom(8)
+
+
+class SamplingError(ArmillaryError):
+    """One row of logits from which no token can be drawn; other rows are not affected."""
+
+
+def sample(logits: Tensor, requests: Sequence[Request], seed: int | None = None) -> list[TokenLogprob | SamplingError]:
+    """Draw the next token of each request from its row of `logits` [rows, vocab], on the logits' device.
+
+    The draw is for position `request.known`. Requests without a seed of their own draw from `seed` and their id (None:
+    from this process's own salt). A row with NaN or +inf, or without any finite value, gives a SamplingError in its place.
+    """
+    if logits.shape[0] != len(requests):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
+    if not requests:
+        return []
+    logits = logits.float()
+    # The plain maximum is vectorised and lets NaN through; max with indices is ten times slower.
+    peaks = logits.amax(-1)
+    healthy = torch.isfinite(peaks)
+    chosen: list[int | SamplingError] = [0] * len(requests)
+    plain = [i for i, request in enumerate(requests) if _is_plain_greedy(request.sampling)]
+    if plain:
+        rows = logits if len(plain) == len(requests) else logits[plain]
+        for i, token in zip(plain, rows.argmax(-1).tolist(), strict=True):
+            chosen[i] = token
+    shaped = [i for i, request in enumerate(requests) if not _is_plain_greedy(request.sampling)]
+    for i, result in zip(shaped, _draw(logits[shaped], [requests[i] for i in shaped], seed) if shaped else [], strict=True):
+        chosen[i] = result
+    if not bool(healthy.all()):
+        for i, ok in enumerate(healthy.tolist()):
+            if not ok:
+                chosen[i] = _unusable(requests[i], float(peaks[i]))
+    scored = [i for i, request in enumerate(requests) if request.sampling.logprobs is not None and not isinstance(chosen[i], SamplingError)]
+    scores: dict[int, TokenLogprob] = {}
+    if scored:
+        tops = [requests[i].sampling.logprobs or 0 for i in scored]
+        scores = dict(zip(scored, score(logits[scored], [_token(chosen[i]) for i in scored], tops), strict=True))
+    return [result if isinstance(result, SamplingError) else scores.get(i) or TokenLogprob(result) for i, result in enumerate(chosen)]
+
+
+def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability of `tokens[i]` under row i of `logits` [rows, vocab], with the `tops[i]` likeliest alternatives.
+
+    Natural logarithms of the model's own distribution, without temperature, penalties or filters.
+    """
+    logprobs = torch.log_softmax(logits.float(), -1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(tops, default=0), logits.shape[-1])
+    if most == 0:
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
+    best, indices = logprobs.topk(most)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(names[:top], values[:top], strict=True)))
+        for token, logprob, top, names, values in zip(tokens, chosen, tops, indices.tolist(), best.tolist(), strict=True)
+    ]
+
+
+def uniform(request: Request, seed: int | None = None) -> float:
+    """The number in [0, 1) that decides `request`'s next draw: a hash of (seed, position), 53 bits."""
+    own = request.sampling.seed
+    shared = _SALT.hex() if seed is None else f"engine {seed}"
+    key = f"{shared} {request.id}" if own is None else f"seed {own}"
+    digest = hashlib.blake2b(f"{key} {request.known}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def penalise(row: Tensor, request: Request) -> Tensor:
+    """One row of logits [vocab] with the request's penalties and bias applied; `row` itself is left alone.
+
+    Repetition: Keskar et al. 2019 (positive logits divided, negative multiplied, once for each token seen in prompt or
+    output). Presence and frequency: the OpenAI API (subtracted once, and once for each occurrence, in the output).
+    """
+    params = request.sampling
+    row = row.clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor([*request.prompt, *request.output], device=row.device)
+        old = row[seen]
+        row[seen] = torch.where(old < 0, old * params.repetition_penalty, old / params.repetition_penalty)
+    if request.output and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = torch.unique(torch.tensor(request.output, device=row.device), return_counts=True)
+        row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.logit_bias:
+        tokens = torch.tensor([token for token, _ in params.logit_bias], device=row.device)
+        row.index_add_(0, tokens, torch.tensor([bias for _, bias in params.logit_bias], device=row.device))
+    return row
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW and not _reshapes(params)
+
+
+def _reshapes(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or bool(params.logit_bias)
+
+
+def _draw(logits: Tensor, requests: Sequence[Request], seed: int | None) -> list[int | SamplingError]:
+    """The rows that need more than an argmax of the raw logits."""
+    results: list[int | SamplingError] = [0] * len(requests)
+    for i, request in enumerate(requests):
+        params = request.sampling
+        try:
+            row = penalise(logits[i], request) if _reshapes(params) else logits[i]
+        except IndexError:
+            results[i] = SamplingError(
+                f"request '{request.id}' names a token outside the vocabulary of {logits.shape[-1]}",
+                "check prompt tokens and logit_bias",
+            )
+            continue
+        peak = row.max()
+        if not math.isfinite(peak.item()):
+            results[i] = _unusable(request, float(peak))
+        elif params.temperature < GREEDY_BELOW:
+            results[i] = int(row.argmax())
+        else:
+            # Subtract first: a tiny temperature must not turn large logits into infinities.
+            results[i] = _draw_row((row - peak) / params.temperature, params, uniform(request, seed))
+    return results
+
+
+def _draw_row(row: Tensor, params: SamplingParams, u: float) -> int:
+    """Draw from softmax(row) [vocab] after top-k, top-p and min-p. `row`'s maximum is 0."""
+    vocabulary = row.shape[-1]
+    top_k = min(params.top_k, vocabulary) if params.top_k > 0 else vocabulary
+    if top_k == vocabulary and params.top_p >= 1.0:
+        weights = row.exp()
+        if params.min_p > 0.0:
+            weights = weights.where(weights >= params.min_p, 0.0)
+        return _invert(weights.double().cumsum(0), u)
+    weights, tokens = _heaviest(row, top_k, params.top_p)
+    if params.min_p > 0.0:
+        weights = weights[: int((weights >= params.min_p).sum())]
+    return int(tokens[_invert(weights.cumsum(0), u)])
+
+
+def _heaviest(row: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Weights (float64, descending, 1 for the best) and tokens of the smallest set that top-k and then top-p leave.
+
+    Top-p (Holtzman et al. 2020) keeps a token when the mass before it is below `top_p`, so the best always stays.
+    """
+    if top_k < row.shape[-1]:
+        values, tokens = row.topk(top_k)
+        weights = values.double().exp()
+        return _nucleus(weights, top_p * weights.sum()) if top_p < 1.0 else weights, tokens
+    limit = top_p * row.exp().sum(dtype=torch.float64)
+    for floor in (_FLOOR, -math.inf):
+        tokens = (row >= floor).nonzero().squeeze(1)
+        values, order = row[tokens].sort(descending=True, stable=True)
+        weights = values.double().exp()
+        if weights.sum() >= limit:
+            break
+    return _nucleus(weights, limit), tokens[order]
+
+
+def _nucleus(weights: Tensor, limit: Tensor) -> Tensor:
+    """The shortest head of descending `weights` whose sum reaches `limit`."""
+    mass = weights.cumsum(0)
+    return weights[: max(1, int((mass - weights < limit).sum()))]
+
+
+def _invert(cumulative: Tensor, u: float) -> int:
+    """The first index whose cumulative weight exceeds `u` times the total; never one of weight zero."""
+    target = u * cumulative[-1]
+    index = int(torch.searchsorted(cumulative, target, right=True))
+    if index < cumulative.shape[0]:
+        return index
+    return int(torch.searchsorted(cumulative, cumulative[-1]))  # u * total rounded up to the total itself
+
+
+def _unusable(request: Request, peak: float) -> SamplingError:
+    what = "NaN" if math.isnan(peak) else ("+inf" if peak > 0 else "nothing but -inf")
+    return SamplingError(
+        f"the logits of request '{request.id}' contain {what} at position {request.known}",
+        "check the model's weights, or the request's logit_bias",
+    )
+
+
+def _token(result: int | SamplingError) -> int:
+    assert isinstance(result, int)
+    return result
