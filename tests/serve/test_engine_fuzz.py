@@ -12,7 +12,6 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.scripted import replay
 
-
 SHAPE = st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=12), st.integers(0, 30), st.sampled_from([True, True, False]))
 
 

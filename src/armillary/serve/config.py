@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing import Final
 
+from pydantic import Field, field_validator, model_validator
+
+from armillary.core.config import Bytes, Config
 from armillary.core.errors import InputError
+from armillary.core.units import GB
 from armillary.serve import policies
 
+DEFAULT_KV_MEMORY: Final = 1 * GB
 
-class EngineConfig(BaseModel):
+
+class EngineConfig(Config):
     """How an engine schedules and how much memory it may use.
 
-    The KV pool is `kv_blocks` blocks, or as many as fit `kv_memory` (bytes), or, with neither, enough for
-    `DEFAULT_KV_MEMORY`. `context` is the most tokens of one sequence; None leaves it to the model.
+    The KV pool is `kv_blocks` blocks, or as many as fit `kv_memory`, or, with neither, as many as fit `DEFAULT_KV_MEMORY`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    policy: str = Field(policies.DEFAULT, description="who runs when: sarathi, vllm, orca, request-level")
-    block_size: int = Field(16, ge=1, le=4096, description="tokens a KV block")
-    kv_blocks: int | None = Field(None, ge=1, le=1 << 28, description="KV blocks in the pool")
-    kv_memory: int | str | None = Field(None, description="memory of the KV pool, such as '1 GB'")
-    max_batch_tokens: int = Field(512, ge=1, le=1 << 20, description="tokens an iteration (the chunked-prefill budget)")
-    max_running: int = Field(64, ge=1, le=1 << 16, description="sequences in flight")
-    max_queue: int = Field(16384, ge=1, description="requests that may wait; more are refused")
-    context: int | None = Field(None, ge=1, description="most tokens of one sequence")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads of the executor; None: one a core")
-    seed: int = Field(0, description="seed of requests that bring none")
+    policy: str = policies.DEFAULT
+    """Who runs when: sarathi, vllm, orca or request-level."""
+    block_size: int = Field(16, ge=1, le=4096)
+    """Tokens a KV block."""
+    kv_blocks: int | None = Field(None, ge=1, le=1 << 28)
+    """KV blocks in the pool."""
+    kv_memory: Bytes | None = None
+    """Memory of the KV pool, such as "1 GB"."""
+    max_batch_tokens: int = Field(512, ge=1, le=1 << 20)
+    """Most tokens an iteration: the budget of chunked prefill. Small: steady decodes; large: fast prompts."""
+    max_running: int = Field(64, ge=1, le=1 << 16)
+    """Most sequences in flight."""
+    max_queue: int = Field(16384, ge=1, le=1 << 24)
+    """Most requests that may wait; more are refused."""
+    context: int | None = Field(None, ge=1, le=1 << 30)
+    """Most tokens of one sequence, prompt and answer; none leaves it to the model."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """Threads of the executor; none is one a core."""
+    seed: int = Field(0, ge=0, le=(1 << 63) - 1)
+    """Seed of the requests that bring none."""
 
     @field_validator("policy")
     @classmethod
@@ -45,11 +58,9 @@ class EngineConfig(BaseModel):
 
         Raises InputError when the memory does not hold one block.
         """
-        from armillary.core.units import parse_bytes
-
         if self.kv_blocks is not None:
             return self
-        memory = parse_bytes(self.kv_memory) if self.kv_memory is not None else DEFAULT_KV_MEMORY
+        memory = self.kv_memory if self.kv_memory is not None else DEFAULT_KV_MEMORY
         block = bytes_per_token * self.block_size
         if memory < block:
             raise InputError(
@@ -58,6 +69,3 @@ class EngineConfig(BaseModel):
                 field="kv_memory",
             )
         return self.model_copy(update={"kv_blocks": memory // block, "kv_memory": None})
-
-
-DEFAULT_KV_MEMORY = 1_000_000_000

@@ -415,6 +415,8 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
+                if not self._requests:
+                    self._check_idle()
                 while not (self._stopping or self._running or self._waiting or self._outbox):
                     self._changed.wait()
                 if self._stopping:
@@ -475,6 +477,12 @@ class Engine:
             held = Reason.QUEUE_ORDER if request not in self._running else None
         return str(held) if held is not None else None
 
+    def _check_idle(self) -> None:
+        try:
+            self._check()
+        except ArmillaryError:  # a defect of the engine; serving on is better than dying, hiding it is not
+            log.critical("the KV pool's books are wrong while nothing runs", exc_info=True)
+
     def _check(self) -> None:
         self._pool.check()
         owners: dict[int, str] = {}
@@ -491,10 +499,12 @@ def _verify_outcome(outcome: Outcome, plan: Plan) -> None:
     entries = plan.schedule.entries
     if len(outcome.sampled) != len(entries) or len(outcome.prompt_logprobs) != len(entries):
         raise ArmillaryError(f"the executor answered for {len(outcome.sampled)} entries of {len(entries)}")
+    if outcome.end < outcome.start:
+        raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
     failed = {index for index, _ in outcome.failed}
     for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
         if entry.sample != (sampled is not None) and index not in failed:
-            raise ArmillaryError(f"the executor drew {'no' if sampled is None else 'a'} token for request '{entry.request_id}' unasked")
+            raise ArmillaryError(f"the executor drew {'no token' if entry.sample else 'a token unasked'} for request '{entry.request_id}'")
 
 
 def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:

@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from armillary.core.units import format_duration
 from armillary.serve.request import FinishReason, Request
 from armillary.serve.schedule import Plan, Reason, Schedule
 
@@ -54,7 +55,7 @@ class _Story:
         if len(self.words) == WORDS_PER_REQUEST:
             del self.words[WORDS_PER_REQUEST // 2]
             self.cut += 1
-        self.words.append(f"+{(at - self.arrival) / 1e6:.1f} ms: {words}")
+        self.words.append(f"+{format_duration(at - self.arrival)}: {words}")
 
 
 class History:

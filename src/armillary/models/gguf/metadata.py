@@ -15,8 +15,10 @@ import numpy as np
 
 from armillary.core.errors import FormatError, InputError
 from armillary.models.config import ModelConfig, RopeConfig
+from armillary.models.gguf.quant import dequantise
 from armillary.models.gguf.reader import GGUFFile
 from armillary.models.gguf.rope_factors import fit_llama3, llama3_factors
+from armillary.models.rope import attention_scaling, inverse_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 WINDOW_PERIOD = {"gemma2": 2, "gemma3": 6}  # every period-th layer attends to everything, the others through the window
@@ -83,8 +85,6 @@ def _shortest(value: float) -> float:
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
     """The model that the file describes. Raises `FormatError` (a bad or missing key), `InputError` (a model this version cannot run)."""
-    from armillary.models.gguf.quant import dequantise
-
     factors = file.tensors.get("rope_freqs.weight")
     if factors is not None and factors.elements > MAX_SIZE:
         raise FormatError(f"{file.path.name}: rope_freqs.weight has {factors.elements:,} elements", "one per rotated pair is needed")
@@ -193,6 +193,7 @@ def _rope(keys: Keys, head_dim: int, factors: np.ndarray | None) -> RopeConfig:
         return RopeConfig(theta=theta, kind="linear", factor=factor)
     if kind != "yarn":
         raise InputError(f"{keys.source}: rope scaling {kind[:40]!r} is not supported", "none, linear, yarn and Llama 3's factors are")
+    # The stored factor multiplies YaRN's own temperature; ours replaces it.
     attention = keys.real("rope.scaling.yarn_attn_factor") or keys.real("rope.scaling.attn_factor")
     return RopeConfig(
         theta=theta,
@@ -201,8 +202,13 @@ def _rope(keys: Keys, head_dim: int, factors: np.ndarray | None) -> RopeConfig:
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0) or 32.0,
         beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0) or 1.0,
-        attention_factor=attention,
+        attention_factor=None if attention is None else attention * _temperature(factor),
     )
+
+
+def _temperature(factor: float) -> float:
+    """YaRN's scaling of attention (Peng et al. 2023, section 3.4)."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 # -- writing ----------------------------------------------------------------------------------------------------
@@ -259,8 +265,9 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
         out[f"{name}.rope.scaling.original_context_length"] = rope.original_context or config.max_context
         out[f"{name}.rope.scaling.yarn_beta_fast"] = float(rope.beta_fast)
         out[f"{name}.rope.scaling.yarn_beta_slow"] = float(rope.beta_slow)
-        if rope.attention_factor is not None:
-            out[f"{name}.rope.scaling.attn_factor"] = float(rope.attention_factor)
+        relative = attention_scaling(rope) / _temperature(rope.factor)
+        if not math.isclose(relative, 1.0):
+            out[f"{name}.rope.scaling.attn_factor"] = relative
     return out
 
 
@@ -268,22 +275,32 @@ def check_representable(config: ModelConfig, metadata: Mapping[str, Any], shapes
     """Reads the metadata back and refuses a config that GGUF would change (an activation or rope that its architecture does not have)."""
     factors = llama3_factors(config.rope, config.head_dim) if config.rope.kind == "llama3" else None
     back = config_from(metadata, shapes, factors, "the model")
-    same = dataclasses.replace(
-        back,
-        architecture=config.architecture,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
-        norm_offset=config.norm_offset,  # stored inside the weights
-        windows=back.windows if any(config.windows) else config.windows,
-        attention_scale=config.attention_scale if math.isclose(back.scale, config.scale, rel_tol=1e-6) else back.attention_scale,
-        rope=config.rope if factors is not None else back.rope,
+    # Not compared: Mistral's name, the ids (they come with the tokenizer), and what is stored inside the norm weights.
+    same = {"architecture", "bos_token_id", "eos_token_ids", "norm_offset", "attention_scale", "windows", "rope", "local_rope"}
+    pairs = {
+        field.name: (getattr(config, field.name), getattr(back, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in same
+    }
+    layers = range(config.num_layers)
+    pairs["windows"] = ([config.window(i) for i in layers], [back.window(i) for i in layers])
+    pairs["attention_scale"] = (config.scale, back.scale)
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs and not (isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6)):
+            raise _cannot_express(config, name, ours, theirs)
+    for name in ("rope", "local_rope"):
+        mine, read = getattr(config, name), getattr(back, name)
+        if (mine is None) != (read is None) or (mine is not None and not _same_rope(mine, read, config.head_dim)):
+            raise _cannot_express(config, name, mine, read)
+
+
+def _same_rope(left: RopeConfig, right: RopeConfig, head_dim: int) -> bool:
+    ours, theirs = inverse_frequencies(left, head_dim).numpy(), inverse_frequencies(right, head_dim).numpy()
+    return np.allclose(ours, theirs, rtol=1e-5, atol=0) and math.isclose(attention_scaling(left), attention_scaling(right), rel_tol=1e-6)
+
+
+def _cannot_express(config: ModelConfig, name: str, ours: object, theirs: object) -> InputError:
+    return InputError(
+        f"GGUF's {architecture_name(config)} cannot express {name} = {ours} (it would be read back as {theirs})",
+        "write a Hugging Face folder instead",
     )
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(same, field.name)
-        if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6):
-            continue
-        if ours != theirs:
-            raise InputError(
-                f"GGUF's {architecture_name(config)} cannot express {field.name} = {ours} (it would be read back as {theirs})",
-                "write a Hugging Face folder instead",
-            )

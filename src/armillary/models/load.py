@@ -1,0 +1,106 @@
+"""One call from a name to everything that running a model takes: decoder, tokenizer, chat template, and a line that says what it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from armillary.core.errors import InputError, NotFoundError
+from armillary.core.units import format_bytes
+from armillary.models import hub
+from armillary.models.chat_template import ChatTemplate
+from armillary.models.config import ModelConfig
+from armillary.models.decoder import Decoder
+from armillary.models.gguf.load import load_gguf
+from armillary.models.gguf.reader import GGUFFile
+from armillary.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run. `chat_template` is None for a model that has none (a base model): it completes text only.
+
+    `description` is one line: name, architecture, parameters, stored types, context, licence, size.
+    """
+
+    name: str
+    config: ModelConfig
+    decoder: Decoder
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    source_path: Path
+    description: str
+
+
+def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32, progress: hub.Progress | None = None) -> LoadedModel:
+    """Loads an alias (`smollm2`, pulled at first use), a `.gguf` file or a Hugging Face folder.
+
+    Raises `NotFoundError` (unknown name, with the closest one), `FormatError` (a damaged file), `InputError` (an unsupported model).
+    """
+    name = str(name_or_path)
+    path = hub.resolve(name, progress=progress)
+    if path.is_dir():
+        return _from_folder(name, path, dtype)
+    file = GGUFFile.open(path)
+    tokenizer = Tokenizer.from_gguf(file)
+    decoder = load_gguf(file, dtype)
+    stored: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        stored[tensor.type.name] += tensor.elements
+    title, licence = file.metadata.get("general.name"), file.metadata.get("general.license")
+    if name in hub.aliases():
+        title, licence = hub.aliases()[name].title.split(",")[0], hub.aliases()[name].licence
+    return _loaded(name, decoder, tokenizer, path, _one_line(title, path.stem), stored, _one_line(licence, ""), file.size)
+
+
+def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> LoadedModel:
+    from armillary.models.hf import load_hf
+
+    decoder = load_hf(folder).to(dtype)
+    try:
+        tokenizer = Tokenizer.from_json(folder)
+    except NotFoundError as error:
+        raise NotFoundError(f"{folder} has no tokenizer.json", "copy the tokenizer's files into the model's folder") from error
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = Counter({str(dtype).removeprefix("torch."): sum(parameter.numel() for parameter in decoder.parameters())})
+    return _loaded(name, decoder, tokenizer, folder, folder.resolve().name, stored, "", size)
+
+
+def _loaded(
+    name: str, decoder: Decoder, tokenizer: Tokenizer, path: Path, title: str, stored: Counter[str], licence: str, size: int
+) -> LoadedModel:
+    config = decoder.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocabulary {config.vocab_size:,}",
+            "use the tokenizer that the model was trained with",
+        )
+    template = ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
+    if template is not None and (turn := template.end_of_turn()) is not None and turn not in tokenizer.stop_ids:
+        warnings.warn(
+            f"{title}: its chat template ends a turn with {tokenizer.token_text(turn)}, which the file does not list as an end of text; "
+            "generation stops there too",
+            stacklevel=3,
+        )
+        tokenizer.stop_ids |= {turn}
+    total = sum(stored.values())
+    kinds = ", ".join(f"{kind} {100 * count / total:.0f} %" for kind, count in stored.most_common() if count / total >= 0.005)
+    facts = [
+        f"{config.parameters() / 1e6:,.1f} M parameters",
+        f"{config.num_layers} layers",
+        f"stored as {kinds}" if len(stored) > 1 else f"stored as {next(iter(stored), 'nothing')}",
+        f"context {config.max_context:,}",
+        *([f"licence {licence}"] if licence else []),
+        format_bytes(size),
+        *([] if template else ["no chat template"]),
+    ]
+    return LoadedModel(name, config, decoder, tokenizer, template, path, f"{title}: {config.architecture}, {', '.join(facts)}")
+
+
+def _one_line(value: object, default: str) -> str:
+    """Metadata for display: text only, one line, bounded."""
+    return " ".join(value.split())[:80] if isinstance(value, str) and value.strip() else default
