@@ -30,7 +30,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_alphabet()
+# For `str.translate`: stand-ins to the character of their byte's number, everything else below 256 to one that Latin-1 lacks.
+_TO_LATIN1 = dict.fromkeys(range(256), "\uffff") | {ord(character): chr(byte) for character, byte in _byte_alphabet().items()}
 
 
 class Tokenizer:
@@ -222,9 +223,10 @@ def _piece(token: str, *, byte_level: bool, added: bool, byte_token: bool) -> by
     if added:
         return token.encode("utf-8")
     if byte_level:
-        if all(character in _ALPHABET for character in token):
-            return bytes(_ALPHABET[character] for character in token)
-        return token.encode("utf-8")  # an entry that no text reaches
+        try:
+            return token.translate(_TO_LATIN1).encode("latin-1")
+        except UnicodeEncodeError:
+            return token.encode("utf-8")  # not written in stand-ins: an entry that no text reaches
     return token.replace("▁", " ").encode("utf-8")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from armillary.core.errors import FormatError
 from armillary.models.config import ModelConfig
@@ -28,7 +30,7 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
 
     Raises FormatError when `names` lacks a tensor, has one that the model has no place for, or a shape is wrong.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         decoder = Decoder(config)
     wanted = hf_parameters(decoder)
     if missing := [name for name in wanted if name not in names]:
@@ -61,6 +63,15 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
                 "lm_head.weight differs from model.embed_tokens.weight", "the config says they are tied: set tie_word_embeddings to false"
             )
     return decoder
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves parameters uninitialised: on the meta device a random fill does nothing, yet its first call imports the compiler (1 s)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
 
 
 def _redundant(config: ModelConfig, name: str) -> bool:

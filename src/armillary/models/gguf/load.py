@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from armillary.models.decoder import Decoder
@@ -15,7 +16,7 @@ from armillary.models.gguf.reader import GGUFFile
 from armillary.models.weights import assemble
 
 
-def load_gguf(source: str | Path | GGUFFile, dtype: torch.dtype = torch.float32, threads: int | None = None) -> Decoder:
+def load_gguf(source: str | Path | GGUFFile, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model in a file, on the CPU, with parameters of `dtype`.
 
     Raises `FormatError` for a damaged or incomplete file, `InputError` for a model that this version cannot run.
@@ -32,14 +33,10 @@ def load_gguf(source: str | Path | GGUFFile, dtype: torch.dtype = torch.float32,
             rows = data if len(tensor.shape) > 1 else data.reshape(tensor.shape[0], -1)
             data = deinterleave(rows, heads).reshape(data.shape)
         values = torch.empty(tensor.shape)
-        dequantise_blocks(data, tensor.type, values.numpy().reshape(data.shape[0], -1), threads)
+        dequantise_blocks(data, tensor.type, values.numpy().reshape(data.shape[0], -1), pool)
         if offset := stored_norm_offset(config, tensor.name):
             values -= offset
         return values.to(dtype)
 
-    return assemble(config, stored, read)
-
-
-def parameter_count(file: GGUFFile) -> int:
-    """Elements of all tensors that are weights."""
-    return sum(int(np.prod(tensor.shape, dtype=object)) for tensor in file.tensors.values() if tensor.name != "rope_freqs.weight")
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return assemble(config, stored, read)

@@ -254,7 +254,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
         out[f"{name}.attention.sliding_window"] = sizes.pop()
         period = WINDOW_PERIOD.get(name, 0)
         if any((window is not None) != (not period or i % period < period - 1) for i, window in enumerate(config.windows)):
-            out[f"{name}.attention.sliding_window_pattern"] = [window is not None for window in config.windows]
+            out[f"{name}.attention.sliding_window_pattern"] = np.array([window is not None for window in config.windows])
     if config.local_rope is not None:
         out[f"{name}.rope.freq_base_swa"] = float(config.local_rope.theta)
     rope = config.rope

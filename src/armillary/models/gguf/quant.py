@@ -6,9 +6,8 @@ equal the reference exactly. Blocks are worked through in pieces that stay in th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -179,8 +178,8 @@ _DECODE: dict[str, Decode] = {
 READABLE = tuple(_DECODE)
 
 
-def dequantise_blocks(data: np.ndarray, kind: TensorType, out: np.ndarray | None = None, threads: int | None = None) -> np.ndarray:
-    """Stored bytes [rows, row_bytes] uint8 to float32 [rows, elements], into `out` when given (C-contiguous).
+def dequantise_blocks(data: np.ndarray, kind: TensorType, out: np.ndarray | None = None, pool: Executor | None = None) -> np.ndarray:
+    """Stored bytes [rows, row_bytes] uint8 to float32 [rows, elements], into `out` when given (C-contiguous), on `pool`'s threads.
 
     Raises `InputError` for a type that has no decoder here.
     """
@@ -201,22 +200,14 @@ def dequantise_blocks(data: np.ndarray, kind: TensorType, out: np.ndarray | None
         with np.errstate(invalid="ignore", over="ignore"):  # non-finite scales are data here, not a fault of the arithmetic
             decode(blocks[start : start + piece], values[start : start + piece])
 
-    if threads is None:
-        threads = min(4, os.cpu_count() or 1)
-    if threads == 1 or len(starts) < 4:
-        for start in starts:
-            work(start)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, starts))
+    for _ in (map if pool is None or len(starts) < 4 else pool.map)(work, starts):
+        pass
     return out
 
 
-def dequantise(tensor: GGUFTensor, out: np.ndarray | None = None, threads: int | None = None) -> np.ndarray:
+def dequantise(tensor: GGUFTensor) -> np.ndarray:
     """A stored tensor as float32 of its shape."""
-    rows = tensor.data.shape[0]
-    flat = None if out is None else out.reshape(rows, -1)
-    return dequantise_blocks(tensor.data, tensor.type, flat, threads).reshape(tensor.shape)
+    return dequantise_blocks(tensor.data, tensor.type).reshape(tensor.shape)
 
 
 # -- quantising (writing) -------------------------------------------------------------------------------------
