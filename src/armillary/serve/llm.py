@@ -1,0 +1,240 @@
+"""From a model's name to answers, without a server: `LLM("smollm2").chat("Hello")`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from armillary.core.clock import Clock
+from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.core.trace import Trace
+from armillary.core.units import format_bytes
+from armillary.models.config import ModelConfig
+from armillary.models.load import LoadedModel, load
+from armillary.serve.config import EngineConfig
+from armillary.serve.engine import Engine
+from armillary.serve.executors.local import LocalExecutor, kv_capacity
+from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
+from armillary.serve.text import TextStream
+
+log = logging.getLogger(__name__)
+
+POOL_SHARE = 4  # the default pool takes one part in four of the free memory ...
+POOL_LIMIT = 4 * 10**9  # ... and at most this many bytes
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer. `logprobs` are empty unless asked for; `request` keeps its times and what else the engine noted."""
+
+    prompt: str | None  # None when it was given as tokens
+    prompt_tokens: tuple[int, ...]
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...]
+    request: Request
+
+
+def build_engine(
+    loaded: LoadedModel,
+    config: EngineConfig | None = None,
+    *,
+    clock: Clock | None = None,
+    trace: Trace | None = None,
+    library: str | None = None,
+    keep_weights: bool = False,
+) -> Engine:
+    """An engine that runs `loaded` on this machine; the pool's size and the context are settled and logged.
+
+    Packs the weights of `loaded.decoder` in place: it still computes, but no longer trains or saves. `keep_weights` packs
+    a copy instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError
+    for a KV pool that does not fit the memory.
+    """
+    model = loaded.config
+    config = settle(config if config is not None else EngineConfig.model_validate({}), model, available_memory())
+    assert config.kv_blocks is not None
+    executor = LocalExecutor(
+        loaded.decoder,
+        num_blocks=config.kv_blocks,
+        block_size=config.block_size,
+        threads=config.threads,
+        seed=config.seed,
+        library=library,
+        in_place=not keep_weights,
+        clock=clock,
+    )
+    log.info(
+        "%s: weights %s (linear layers by %s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
+        loaded.name,
+        format_bytes(executor.weight_bytes),
+        executor.library,
+        format_bytes(executor.cache.nbytes),
+        config.kv_blocks,
+        config.block_size,
+        config.context,
+        executor.threads,
+    )
+    return Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids)
+
+
+def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> EngineConfig:
+    """`config` with `kv_blocks` and `context` decided for this model and `memory` free bytes (None: unknown).
+
+    By default the pool takes a quarter of the free memory, at most 4 GB, and no more than `max_running` sequences of full
+    context could fill.
+    """
+    context = config.context if config.context is not None else model.max_context
+    if context > model.max_context:
+        raise InputError(
+            f"context {context:,} is more than the {model.max_context:,} tokens that the model was made for",
+            f"serve with --context {model.max_context} or less",
+            field="context",
+        )
+    per_token = model.kv_bytes_per_token()
+    if config.kv_blocks is None and config.kv_memory is None:
+        most = config.max_running * -(-context // config.block_size)
+        size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)
+        least = config.block_size * per_token
+        config = config.model_copy(update={"kv_blocks": min(most, kv_capacity(model, max(size, least), config.block_size))})
+    config = config.with_pool(per_token).model_copy(update={"context": context})
+    assert config.kv_blocks is not None
+    needed = config.kv_blocks * config.block_size * per_token
+    if memory is not None and needed > memory:
+        raise CapacityError(
+            f"the KV pool would take {format_bytes(needed)}; {format_bytes(memory)} of memory are free",
+            "give a smaller kv_blocks or kv_memory",
+            field="kv_blocks",
+        )
+    return config
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+class LLM:
+    """A model and its engine in one object. Options are those of `EngineConfig`: `LLM("smollm2", block_size=32)`.
+
+    Calls are synchronous; all prompts of a call share the engine's batches.
+    """
+
+    def __init__(self, model: str | Path | LoadedModel = "smollm2", *, trace: Trace | None = None, **options: Any) -> None:
+        self.loaded = model if isinstance(model, LoadedModel) else load(model)
+        # A model that was handed in may be used for something else too.
+        self.engine = build_engine(self.loaded, EngineConfig(**options), trace=trace, keep_weights=isinstance(model, LoadedModel))
+        self._calls = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt (text, or token ids); answers in the order of the prompts.
+
+        `sampling` is one for all (default: `SamplingParams()`) or one each. `progress(done, total)` is called as answers end.
+        Raises what the engine found wrong with a request; the others of the call are cancelled.
+        """
+        given: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        encode = self.loaded.tokenizer.encode
+        tokens = [tuple(encode(prompt)) if isinstance(prompt, str) else tuple(prompt) for prompt in given]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in given]
+        return self._run(texts, tokens, sampling, progress)
+
+    def chat(
+        self,
+        messages: str | Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Answer a conversation ([{"role": ..., "content": ...}, ...], or a str: one user message), or each of several."""
+        template = self.loaded.chat_template
+        if template is None:
+            raise InputError(f"{self.loaded.name} has no chat template", "use generate(), or a chat model")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        texts = [template.render([dict(message) for message in conversation]) for conversation in conversations]  # type: ignore[arg-type]
+        tokens = [tuple(self.loaded.tokenizer.encode(text, special=False)) for text in texts]
+        return self._run(texts, tokens, sampling, progress)
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        tokens: Sequence[tuple[int, ...]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        progress: Progress | None,
+    ) -> list[Completion]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(tokens)
+        if len(sampling) != len(tokens):
+            raise InputError(
+                f"{len(sampling)} sampling parameters for {len(tokens)} prompts", "give one for all or one each", field="sampling"
+            )
+        self._calls += 1
+        run = _Run(len(tokens), progress)
+        requests = []
+        for i, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):
+            stream = TextStream(self.loaded.tokenizer, params.stop)
+            requests.append(Request(f"llm-{self._calls}-{i}", prompt, params, text=stream, on_event=run.listen))
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            self.engine.run_until_idle()
+        except BaseException:
+            for request in requests:
+                self.engine.cancel(request.id)
+            raise
+        if run.error is not None:
+            raise run.error
+        unfinished = [request.id for request in requests if request.finish_reason is None]
+        if unfinished:
+            raise ArmillaryError(f"the engine stopped before {len(unfinished)} of {len(requests)} requests ended")
+        return [
+            Completion(
+                text, request.prompt, "".join(run.pieces.get(request.id, ())), tuple(request.output), request.finish_reason or "error",
+                tuple(request.logprobs), request,
+            )
+            for text, request in zip(texts, requests, strict=True)
+        ]  # fmt: skip
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the events of one call add up to."""
+
+    total: int
+    progress: Progress | None
+    pieces: dict[str, list[str]] = field(default_factory=dict)
+    done: int = 0
+    error: Exception | None = None
+
+    def listen(self, event: Event) -> None:
+        self.pieces.setdefault(event.request_id, []).append(event.text)
+        if event.error is not None:
+            self.error = self.error or event.error
+        if event.finish_reason is not None:
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.total)
