@@ -60,13 +60,16 @@ def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32, progress:
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> LoadedModel:
     from armillary.models.hf import load_hf
 
-    decoder = load_hf(folder).to(dtype)
+    decoder = load_hf(folder)
+    stored: Counter[str] = Counter()
+    for parameter in decoder.parameters():
+        stored[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    decoder = decoder.to(dtype)
     try:
         tokenizer = Tokenizer.from_json(folder)
     except NotFoundError as error:
         raise NotFoundError(f"{folder} has no tokenizer.json", "copy the tokenizer's files into the model's folder") from error
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    stored = Counter({str(dtype).removeprefix("torch."): sum(parameter.numel() for parameter in decoder.parameters())})
     return _loaded(name, decoder, tokenizer, folder, folder.resolve().name, stored, "", size)
 
 
