@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class Tokenizer:
         add_bos: bool = False,
         add_eos: bool = False,
         space_prefix: bool = False,
+        byte_level: bool = False,
         chat_template: str | None = None,
         tokens: Sequence[str] = (),
         gguf_keys: Mapping[str, Any] | None = None,
@@ -66,6 +68,9 @@ class Tokenizer:
         self._tokens = list(tokens)
         self._space_prefix = space_prefix
         self._gguf_keys = gguf_keys
+        # Some byte-level vocabularies were trained without the bytes that their corpus lacked (SmolLM2 lacks six control characters).
+        single = {piece for piece in self._pieces if len(piece) == 1}
+        self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in single) if byte_level else b""
 
     # -- text to ids ------------------------------------------------------------------------------------------
 
@@ -78,12 +83,14 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InputError(f"the text is of type {type(text).__name__}", "give a string")
         try:
-            text.encode("utf-8")
+            raw = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
                 "send valid UTF-8, or escape the character as a surrogate pair",
             ) from None
+        if self.missing_bytes and (lost := len(raw) - len(raw.translate(None, self.missing_bytes))):
+            warnings.warn(f"the vocabulary has no token for {lost} bytes of the text, which are left out", stacklevel=2)
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         if special and self.add_bos and self.bos is not None and (not ids or ids[0] != self.bos):
             ids.insert(0, self.bos)
@@ -149,6 +156,7 @@ class Tokenizer:
             add_bos=vocabulary.add_bos,
             add_eos=vocabulary.add_eos,
             space_prefix=vocabulary.space_prefix,
+            byte_level=vocabulary.byte_level,
             chat_template=template if isinstance(template, str) else None,
             tokens=vocabulary.tokens,
             gguf_keys={key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")},
@@ -211,6 +219,7 @@ class Tokenizer:
             add_bos=bos is not None and around[:1] == [bos],
             add_eos=eos is not None and around[-1:] == [eos],
             space_prefix=style == "spaces" and _prefixes(backend),
+            byte_level=style == "bytes",
             chat_template=_template(folder, config),
             tokens=tokens,
         )
