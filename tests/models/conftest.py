@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from armillary.models.load import LoadedModel, load
+
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 32,
@@ -97,3 +99,9 @@ def llama_peer():
 @pytest.fixture(name="make_peer")
 def make_peer_fixture():
     return make_peer
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The real model, pulled into the user's cache at first use. Tests that ask for it are slow ones."""
+    return load("smollm2")
