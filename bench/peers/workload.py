@@ -69,7 +69,8 @@ class Workload:
     def load(path: str | Path) -> Workload:
         raw = json.loads(Path(path).read_text())
         cases = tuple(
-            Case(case["name"], case["kind"], tuple(tuple(prompt) for prompt in case["prompts"]), tuple(case["new"])) for case in raw.pop("cases")
+            Case(case["name"], case["kind"], tuple(tuple(prompt) for prompt in case["prompts"]), tuple(case["new"]))
+            for case in raw.pop("cases")
         )
         return Workload(cases=cases, **raw)
 

@@ -1,0 +1,220 @@
+"""Serving on this machine's CPU, ours beside the peers and beside what the machine can do, all in one run.
+
+    python bench/serve_cpu.py --peers --publish
+
+Each side runs alone in a process of its own (a peer in its own virtual environment: bench/peers/setup.sh), on the same
+weights and the same prompts, greedy, best of several. A peer that is not set up is left out, and said so. Its python is
+found as $ARMILLARY_PEER_<NAME>, then <$ARMILLARY_PEERS or .venv-peers>/<name>/bin/python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cases
+import limits
+import table
+from peers.workload import Workload, results
+
+from armillary.cluster.machine import describe
+from armillary.core.paths import cache_dir
+from armillary.models.hf import save_hf
+from armillary.models.load import load
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEERS = ("vllm", "transformers", "llama")
+QUIET = 0.5  # load average above which timings mean nothing
+
+
+def main() -> int:
+    options = parse()
+    before = os.getloadavg()
+    print(f"load average before: {' '.join(f'{load:.2f}' for load in before)}")
+    if before[0] > QUIET:
+        print(f"warning: the load average is above {QUIET}: something else runs, and these timings understate what it disturbs")
+        if options.publish and not options.force:
+            print("not measured, for it would not be published: wait for a quiet machine, or --force", file=sys.stderr)
+            return 2
+    workload, config = prepare(options)
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "workload.json"
+        workload.save(path)
+        (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads)], options) or [None]
+        if raw is None:
+            return 1
+        found = run_side(table.OURS, sys.executable, ["ours", str(path)], options)
+        peers = []
+        for peer in options.peers:
+            python = peer_python(peer)
+            if python is None:
+                print(f"{peer}: not set up here, left out (bench/peers/setup.sh {peer})")
+                continue
+            rows = run_side(peer, python, [f"peers.{peer}", str(path)], options)
+            peers += [peer] if rows else []
+            found += rows
+    machine_limits = limits.Limits(**raw)
+    names = [case.name for case in workload.cases]
+    bounds = {case.name: limits.bound(case, config, machine_limits) for case in workload.cases}
+    after = os.getloadavg()
+    text = page(found, names, peers, bounds, machine_limits, options, before, after)
+    print(f"\n{text}")
+    if options.publish:
+        publish(text, found, bounds, machine_limits, before, after)
+    return 0 if {result["case"] for result in found if result["side"] == table.OURS} == set(names) else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=None, help="measure these peers too (without names: all)")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every side (default: all cores)")
+    parser.add_argument("--cases", default="*", help="only cases whose name matches, such as 'decode-*-after-32'")
+    parser.add_argument("--requests", type=int, default=32, help="conversations of the offline case, at most 32")
+    parser.add_argument("--repeats", type=int, default=5, help="best of at most this many")
+    parser.add_argument("--seconds", type=float, default=20.0, help="no further repeat of a case after this long")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a side may take")
+    parser.add_argument("--publish", action="store_true", help="write bench/results/serve_cpu.{json,md}; wants a quiet machine")
+    parser.add_argument("--force", action="store_true", help="publish although the machine is not quiet")
+    options = parser.parse_args()
+    options.peers = list(PEERS) if options.peers == [] else options.peers or []
+    if not 1 <= options.requests <= 32 or options.threads < 1 or options.repeats < 1:
+        parser.error("--requests is 1 to 32, --threads and --repeats at least 1")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
+    """The workload, and the model's weights once more as the HF folder that the peers read."""
+    loaded = load(options.model)
+    scratch = cache_dir() / "bench"
+    folder = scratch / f"{loaded.name}-fp32"
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_hf(loaded.decoder, folder, loaded.tokenizer)
+    tokens = loaded.tokenizer.encode(cases.TEXT.read_text(), special=False)
+    chosen = [case for case in cases.build(tokens, options.requests) if fnmatch.fnmatch(case.name, options.cases)]
+    if not chosen:
+        raise SystemExit(f"no case is called {options.cases!r}: {', '.join(case.name for case in cases.build(tokens, options.requests))}")
+    workload = Workload(
+        cases=tuple(chosen),
+        hf_folder=str(folder),
+        gguf_file=str(loaded.source_path),
+        scratch=str(scratch),
+        threads=options.threads,
+        repeats=options.repeats,
+        seconds=options.seconds,
+    )
+    return workload, loaded.config
+
+
+def peer_python(peer: str) -> str | None:
+    """The python of a peer's environment; transformers may also stand in this one (it is among the tests' dependencies)."""
+    named = os.environ.get(f"ARMILLARY_PEER_{peer.upper()}")
+    standing = Path(os.environ.get("ARMILLARY_PEERS", ROOT / ".venv-peers")) / peer / "bin" / "python"
+    if named or standing.exists():
+        return named or str(standing)
+    if peer == "transformers" and subprocess.run([sys.executable, "-c", "import transformers"], capture_output=True).returncode == 0:
+        return sys.executable
+    return None
+
+
+def run_side(name: str, python: str, arguments: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A side's results; a side that fails says why and is left out."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if python == sys.executable:
+        environment["PYTHONPATH"] = str(ROOT / "src")
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as chatter:
+        try:
+            done = subprocess.run(
+                [python, "-m", *arguments],
+                cwd=HERE,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=chatter,
+                text=True,
+                timeout=options.timeout,
+            )
+            output, status = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as expired:
+            output, status = (expired.stdout or b"").decode(errors="replace"), f"no end after {options.timeout:.0f} s"
+        chatter.seek(0)
+        if status:
+            print(f"{name}: failed ({status}); the last of what it said:\n{chatter.read()[-2000:]}", file=sys.stderr)
+    found = results(output)
+    print(f"{name}: {len(found)} results in {time.monotonic() - start:.0f} s", flush=True)
+    return found
+
+
+def page(
+    found: list[dict[str, Any]],
+    names: list[str],
+    peers: list[str],
+    bounds: dict[str, float],
+    machine: limits.Limits,
+    options: argparse.Namespace,
+    before: tuple[float, ...],
+    after: tuple[float, ...],
+) -> str:
+    """The results with what one needs to judge them."""
+    about = describe()
+    lines = [
+        f"# Serving {options.model} on a CPU",
+        "",
+        f"{about.cpu}, {options.threads} threads; at most {machine.gemm / 1e9:,.0f} GFLOP/s in fp32 ({machine.gemm_shape})"
+        f" and {machine.memory_read / 1e9:.1f} GB/s read, measured in this run. {time.strftime('%Y-%m-%d')}.",
+        f"Load average {' '.join(f'{load:.2f}' for load in before)} before, {' '.join(f'{load:.2f}' for load in after)} after"
+        " (the bench's own threads included).",
+        "",
+        table.markdown(table.rows(found, names, peers, bounds)),
+        "",
+        f"`prefill-512`: prompt tokens a second until the first new token. `decode-B-after-P`: new tokens a second of B sequences with prompts"
+        f" of P tokens, {cases.NEW} new tokens each, after the first. `offline-N`: new tokens a second of N requests with the lengths of real"
+        " conversations (a quarter of them), all there at the start. Greedy, best of several.",
+        "The bound is fp32 arithmetic and memory traffic on this machine overlapped perfectly; a peer with quantised weights may pass it.",
+        "",
+        "Versions: " + ", ".join(sorted({f"{result['side']} {result['version']} ({result['variant']})" for result in found})) + ".",
+        *(f"- {line}" for line in table.agreement(found, names)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def publish(
+    text: str,
+    found: list[dict[str, Any]],
+    bounds: dict[str, float],
+    machine: limits.Limits,
+    before: tuple[float, ...],
+    after: tuple[float, ...],
+) -> None:
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "serve_cpu.md").write_text(text)
+    record = {
+        "cpu": describe().cpu,
+        "python": platform.python_version(),
+        "load_before": before,
+        "load_after": after,
+        "limits": asdict(machine),
+        "fp32_bound": bounds,
+        "results": found,
+    }
+    (folder / "serve_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"published in {folder.relative_to(ROOT)}/serve_cpu.md and .json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
