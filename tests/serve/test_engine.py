@@ -480,7 +480,9 @@ def test_the_snapshot_is_plain_and_adds_up():
     assert shown["running"] == 2
     assert shown["waiting"] == 1
     assert shown["blocks"] == {"used": 4, "total": 64, "block_size": 4}
-    assert shown["iterations"] == [{"index": 0, "entries": (("0", 2), ("1", 4)), "tokens": 6, "start": 0, "end": 1, "preempted": ()}]
+    assert shown["iterations"] == [
+        {"index": 0, "entries": (("0", 2), ("1", 4)), "tokens": 6, "start": 0, "end": 1, "preempted": (), "blocks_used": 4}
+    ]
 
 
 def test_the_counters_count_each_token_once_despite_preemption():

@@ -166,8 +166,17 @@ class Engine:
             self._end_all("cancelled", None)
         self._deliver()
 
-    def snapshot(self) -> dict[str, Any]:
-        """The live state as plain values: counts, one row a request (the head of the queue only), blocks, recent iterations."""
+    @property
+    def alive(self) -> bool:
+        """Whether the background thread runs."""
+        thread = self._thread
+        return thread is not None and thread.is_alive() and not self._stopping
+
+    def snapshot(self, since: int = -1) -> dict[str, Any]:
+        """The live state as plain values: counts, one row a request (the head of the queue only), blocks, recent iterations.
+
+        Only iterations with an index over `since` are listed, so that a page that asks often costs little.
+        """
         with self._lock:
             rows = [
                 self._row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt")
@@ -186,7 +195,7 @@ class Engine:
                 "limits": asdict(self.limits),
                 "blocks": {"used": self._pool.used_count, "total": self._pool.total, "block_size": self._pool.block_size},
                 "requests": rows,
-                "iterations": self._history.iterations(),
+                "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
             }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.units import format_duration
@@ -41,6 +41,7 @@ class Iteration:
     start: int
     end: int
     preempted: tuple[str, ...]
+    blocks_used: int
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ class History:
         self.stats.iterations += 1
         entries = tuple((entry.request_id, entry.count) for entry in schedule.entries)
         preempted = tuple(preemption.request_id for preemption in schedule.preempted)
-        self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted))
+        self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted, blocks_used))
         if self.trace is None:
             return
         sizes = {"tokens": schedule.tokens, "sequences": len(entries), "blocks_used": blocks_used, "preempted": len(preempted)}
@@ -142,5 +143,12 @@ class History:
         gap = [f"({story.cut} events left out)"] if story.cut else []
         return [*story.words[:half], *gap, *story.words[half:]]
 
-    def iterations(self) -> list[dict[str, Any]]:
-        return [asdict(iteration) for iteration in self.recent]
+    def iterations(self, since: int = -1) -> list[dict[str, Any]]:
+        """Recent iterations with an index over `since`, oldest first; shallow, for the engine's lock is held meanwhile."""
+        newer: list[dict[str, Any]] = []
+        for iteration in reversed(self.recent):
+            if iteration.index <= since:
+                break
+            newer.append({name: getattr(iteration, name) for name in Iteration.__slots__})
+        newer.reverse()
+        return newer

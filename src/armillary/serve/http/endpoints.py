@@ -1,0 +1,156 @@
+"""The OpenAI endpoints: a body becomes requests of the service, their events become an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from armillary.serve.http.answers import ChatAnswer, CompletionAnswer
+from armillary.serve.http.body import Body, read_body
+from armillary.serve.http.schemas.chat import ChatBody
+from armillary.serve.http.schemas.completions import CompletionBody
+from armillary.serve.http.schemas.tokens import DetokenizeBody, TokenizeBody
+from armillary.serve.http.sse import EventStream, whole
+from armillary.serve.request import SamplingParams
+from armillary.serve.service import Service
+from armillary.serve.streams import AsyncStream
+
+T = TypeVar("T")
+INLINE_CHARACTERS = 4_096  # about a millisecond of tokenising; more goes to a thread so that streams keep flowing
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Do work on `size` characters: at once when small, on a thread when it would hold up the event loop."""
+    return work() if size <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+
+
+def router(service: Service, max_body_bytes: int) -> APIRouter:
+    routes = APIRouter()
+    created = int(service.started_at)
+
+    def model_card() -> dict[str, Any]:
+        return {"id": service.model_name, "object": "model", "created": created, "owned_by": "armillary", "max_model_len": service.context}
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card()]}
+
+    @routes.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        service.check_model(model_id)
+        return model_card()
+
+    @routes.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
+    async def chat(request: Request) -> Response:
+        arrival = service.engine.clock.now()
+        body = await read_body(request, ChatBody, max_body_bytes)
+        service.check_model(body.model)
+        messages = [message.for_template() for message in body.messages]
+        prompt = await off_loop(sum(len(message.content) for message in body.messages), lambda: service.chat_tokens(messages))
+        room = service.room(len(prompt), body.wanted_tokens, "messages")
+        sampling = service.check_sampling(body.sampling(room, logprobs=body.wanted_logprobs))
+        answer = ChatAnswer(
+            service,
+            service.new_id("chatcmpl"),
+            body.n,
+            len(prompt),
+            stream=body.stream,
+            logprobs=body.logprobs,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+        stream = service.start(answer.id, [prompt], [sampling], n=body.n, arrival=arrival)
+        return await _respond(request, body, stream, answer)
+
+    @routes.post("/v1/completions", openapi_extra=_documented(CompletionBody))
+    async def completions(request: Request) -> Response:
+        arrival = service.engine.clock.now()
+        body = await read_body(request, CompletionBody, max_body_bytes)
+        service.check_model(body.model)
+        size = sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str))
+        prompts, echoes = await off_loop(size, lambda: _prompts(service, body))
+        sampling = service.check_sampling(body.sampling(0, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None))
+        each: list[SamplingParams] = [replace(sampling, max_tokens=service.room(len(prompt), body.max_tokens)) for prompt in prompts]
+        answer = CompletionAnswer(
+            service,
+            service.new_id("cmpl"),
+            sum(map(len, prompts)),
+            choices=len(prompts) * body.n,
+            logprobs=body.logprobs is not None,
+            echoes=[echo for echo in echoes for _ in range(body.n)] if body.echo else None,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival)
+        return await _respond(request, body, stream, answer)
+
+    @routes.post("/tokenize", openapi_extra=_documented(TokenizeBody))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await read_body(request, TokenizeBody, max_body_bytes)
+        service.check_model(body.model)
+
+        def tokens() -> tuple[int, ...]:
+            if body.messages is not None:
+                return service.chat_tokens([message.for_template() for message in body.messages])
+            return service.text_tokens(body.prompt or "", add_special_tokens=body.add_special_tokens)
+
+        ids = await off_loop(len(body.prompt or "") + sum(len(message.content) for message in body.messages or ()), tokens)
+        strings = [service.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": service.context, "tokens": ids, "token_strs": strings}
+
+    @routes.post("/detokenize", openapi_extra=_documented(DetokenizeBody))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = await read_body(request, DetokenizeBody, max_body_bytes)
+        service.check_model(body.model)
+        tokens = service.check_tokens(body.tokens, "tokens")
+        return {"prompt": await off_loop(4 * len(tokens), lambda: service.tokenizer.decode(tokens, skip_special=False))}
+
+    return routes
+
+
+async def _respond(
+    request: Request, body: ChatBody | CompletionBody, stream: AsyncStream, answer: ChatAnswer | CompletionAnswer
+) -> Response:
+    answer.requests = stream.requests
+    headers = {"x-request-id": answer.id, **_ignored(body)}
+    return EventStream(stream, answer, headers) if body.stream else await whole(request, stream, answer, headers)
+
+
+def _prompts(service: Service, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Each prompt as tokens, and as the text that `echo` gives back: for a string exactly that string."""
+    prompts, echoes = [], []
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            prompts.append(service.text_tokens(prompt))
+            echoes.append(prompt)
+        else:
+            tokens = service.check_tokens(prompt)
+            prompts.append(tokens)
+            echoes.append(service.tokenizer.decode(tokens, skip_special=False) if body.echo else "")
+    return prompts, echoes
+
+
+def _ignored(body: Body) -> dict[str, str]:
+    return {"x-armillary-ignored": ", ".join(body.ignored)} if body.ignored else {}
+
+
+def _documented(schema: type[Body]) -> dict[str, Any]:
+    """The body's JSON schema for /openapi.json, which FastAPI cannot see because the body is bounded before it is parsed."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema.model_json_schema())}}}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return inline(definitions[node["$ref"].rpartition("/")[2]])
+            return {key: inline(value) for key, value in node.items()}
+        return [inline(value) for value in node] if isinstance(node, list) else node
+
+    result: dict[str, Any] = inline(schema)
+    return result

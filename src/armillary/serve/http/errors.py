@@ -1,0 +1,71 @@
+"""Every failure as an OpenAI error body with the right status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
+from armillary.serve.service import ContextError
+
+log = logging.getLogger("armillary.http")
+
+RETRY_AFTER_SECONDS = 1
+
+
+class APIError(Exception):
+    """An answer that is an error: `{"error": {message, type, param, code}}`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
+        self.headers = dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def as_api_error(error: BaseException) -> APIError:
+    """Any exception as the answer it deserves. What is unexpected is logged and told to the client only in general words."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, CapacityError):
+        return APIError(503, str(error), type="overloaded_error", code="over_capacity", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+    if isinstance(error, ContextError):
+        return APIError(400, str(error), param=error.field, code="context_length_exceeded")
+    if isinstance(error, InputError):
+        return APIError(400, str(error), param=error.field, code="invalid_value")
+    if isinstance(error, NotFoundError):
+        return APIError(404, str(error), param=error.field, code="model_not_found" if error.field == "model" else "not_found")
+    if isinstance(error, ArmillaryError):
+        return APIError(500, str(error), type="server_error", code="server_error")
+    if isinstance(error, HTTPException):
+        words = {404: "no such path: the API lives under /v1", 405: "this path does not answer that method"}
+        return APIError(error.status_code, words.get(error.status_code, str(error.detail)), code="http_error", headers=error.headers)
+    log.error("request failed", exc_info=error)
+    return APIError(500, "the server failed to answer this request: its log has the details", type="server_error", code="server_error")
+
+
+def install(app: FastAPI) -> None:
+    """Make every exception that leaves an endpoint an OpenAI error body."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    for kind in (APIError, ArmillaryError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)

@@ -1,0 +1,110 @@
+"""An application on a port: bound before it starts, stopped without dropping answers in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from armillary.core.errors import ArmillaryError, InputError
+
+BACKLOG = 2048
+
+
+class Server:
+    """`run()` serves until Ctrl-C; `start()` and `stop()` (or `with`) serve from a background thread.
+
+    `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
+    anything else happens. On stopping, answers in flight get `grace_seconds` to finish, then their requests are cancelled.
+    """
+
+    def __init__(
+        self, app: ASGIApp, host: str = "127.0.0.1", port: int = 8000, *, grace_seconds: int = 5, log_level: str = "warning"
+    ) -> None:
+        self._socket = _bind(host, port)
+        bound_host, self.port = self._socket.getsockname()[:2]
+        self.host = bound_host
+        _raise_file_limit()
+        config = uvicorn.Config(
+            app,
+            log_level=log_level,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=grace_seconds,
+            backlog=BACKLOG,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve on this thread until SIGINT or SIGTERM."""
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+    def start(self) -> Server:
+        """Serve on a background thread; returns when connections are accepted."""
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="armillary-http", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise ArmillaryError("the HTTP server did not start", "see its log")
+            time.sleep(0.005)
+        return self
+
+    def stop(self) -> None:
+        """Stop the background thread; safe to call twice."""
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._socket.close()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise InputError(f"port {port} is outside 0..65535", "give a port, or 0 for a free one", field="port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}", "stop what uses it, or choose another --port", field="port"
+        ) from error
+    return bound
+
+
+def _raise_file_limit() -> None:
+    """Each connection is a file: allow as many as the system lets this user have."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

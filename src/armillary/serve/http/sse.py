@@ -1,0 +1,90 @@
+"""Answers over the wire: server-sent events or one JSON object; either way a client that goes away cancels its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from armillary.serve.http.answers import Answer, failure
+from armillary.serve.streams import AsyncStream
+
+DONE = b"data: [DONE]\n\n"
+
+
+def frame(data: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+async def _cancel_when_gone(receive: Receive, stream: AsyncStream) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.cancel()
+
+
+@contextlib.asynccontextmanager
+async def cancelled_with_client(receive: Receive, stream: AsyncStream) -> AsyncIterator[None]:
+    """While inside, a disconnect cancels the stream; leaving by an exception does too."""
+    watcher = asyncio.create_task(_cancel_when_gone(receive, stream))
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        stream.cancel()
+
+
+class EventStream(Response):
+    """A `text/event-stream` of an answer's chunks, ended by `[DONE]`.
+
+    Everything that piled up since the last write goes out as one write. `send` waits while the client reads slowly;
+    the engine does not: what it adds meanwhile is bounded by the requests' `max_tokens`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: AsyncStream, answer: Answer, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._stream = stream
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with cancelled_with_client(receive, self._stream):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            with contextlib.suppress(OSError):  # the client is gone
+                async for payload in self._payloads():
+                    await send({"type": "http.response.body", "body": payload, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _payloads(self) -> AsyncIterator[bytes]:
+        async for batch in self._stream.batches():
+            frames: list[bytes] = []
+            for choice, event in batch:
+                error = failure(event)
+                if error is not None:
+                    yield b"".join([*frames, frame(error.body), DONE])
+                    return
+                frames += [frame(chunk) for chunk in self._answer.chunks(choice, event)]
+            if frames:
+                yield b"".join(frames)
+        usage = self._answer.usage_chunk()
+        yield (frame(usage) if usage is not None else b"") + DONE
+
+
+async def whole(request: Request, stream: AsyncStream, answer: Answer, headers: Mapping[str, str] | None = None) -> Response:
+    """The complete answer as one JSON object. Raises `APIError` when a choice failed."""
+    async with cancelled_with_client(request.receive, stream):
+        async for batch in stream.batches():
+            for choice, event in batch:
+                error = failure(event)
+                if error is not None:
+                    raise error
+                answer.add(choice, event)
+    return Response(to_json(answer.result()), media_type="application/json", headers=dict(headers or {}))

@@ -1,0 +1,215 @@
+"""From what a user asks for to requests of the engine: chat or text to tokens, bounds checked, choices fanned out.
+
+Knows the model, its tokenizer and the engine; knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from armillary.core.errors import ArmillaryError, InputError, NotFoundError
+from armillary.serve.request import Event, Request, SamplingParams
+from armillary.serve.streams import AsyncStream, BlockingStream, LoopBridge, Observer
+from armillary.serve.text import TextStream
+
+if TYPE_CHECKING:
+    from armillary.models.load import LoadedModel
+    from armillary.serve.engine import Engine
+
+Message = Mapping[str, Any]
+
+
+class ContextError(InputError):
+    """A prompt, or a prompt with the answer it asks for, does not fit the context."""
+
+
+class Service:
+    """One model behind one engine.
+
+    `model_name` is what clients call the model (default: the loaded model's own name).
+    """
+
+    def __init__(self, engine: Engine, loaded: LoadedModel, model_name: str | None = None, *, observer: Observer | None = None) -> None:
+        self.engine = engine
+        self.loaded = loaded
+        self.model_name = model_name or loaded.name
+        self.tokenizer = loaded.tokenizer
+        self.observer = observer
+        self.started_at = time.time()
+        self._count = itertools.count()
+        self._bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge] = weakref.WeakKeyDictionary()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests on its own thread."""
+        return self.engine.alive
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its answer may have together: the model's bound, the engine's, and what the KV pool holds."""
+        config, limits = self.engine.config, self.engine.limits
+        bounds = [self.loaded.config.max_context, limits.total_blocks * limits.block_size]
+        return min(bounds if config.context is None else [config.context, *bounds])
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.loaded.config.vocab_size
+
+    def check_model(self, name: str | None) -> None:
+        """One model is served; a request may leave its name out, but not name another."""
+        if name is not None and name != self.model_name:
+            raise NotFoundError(f"model {name[:200]!r} is not served here", f"ask for {self.model_name!r}", field="model")
+
+    # Text to tokens
+
+    def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The prompt that the model's chat template makes of `messages`, ready for the assistant's turn."""
+        template = self.loaded.chat_template
+        if template is None:
+            raise InputError(
+                f"model {self.model_name!r} has no chat template", "use /v1/completions, or a model tuned for chat", field="messages"
+            )
+        # The template writes the model's special tokens itself, so the tokenizer must not add another BOS.
+        return tuple(self.tokenizer.encode(template.render([dict(message) for message in messages]), special=False))
+
+    def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The tokens of plain text, with the model's BOS where it wants one."""
+        return tuple(self.tokenizer.encode(text, special=add_special_tokens))
+
+    def check_tokens(self, tokens: Sequence[int], field: str = "prompt") -> tuple[int, ...]:
+        """Token ids given by the user, which must exist."""
+        self._check_ids(tokens, field)
+        return tuple(tokens)
+
+    def check_sampling(self, sampling: SamplingParams) -> SamplingParams:
+        """Token ids inside the sampling fields must exist."""
+        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+        return sampling
+
+    def _check_ids(self, tokens: Sequence[int], field: str) -> None:
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise InputError(
+                    f"{field}: token {token} is outside the vocabulary of {self.vocab_size} tokens",
+                    "send ids that /tokenize gives",
+                    field=field,
+                )
+
+    def room(self, prompt_tokens: int, max_tokens: int | None, field: str = "prompt") -> int:
+        """How many tokens may be generated: `max_tokens`, or all that remains of the context when it is None.
+
+        Nothing is ever cut: what does not fit is a `ContextError` with both numbers.
+        """
+        if prompt_tokens == 0:
+            raise InputError("the prompt has no tokens", "send at least one", field=field)
+        left = self.context - prompt_tokens
+        fewest = 1 if max_tokens is None else min(max_tokens, 1)
+        if left < fewest:
+            raise ContextError(
+                f"the prompt has {prompt_tokens} tokens; the context is {self.context}"
+                + (", and the answer needs at least 1" if fewest else ""),
+                "shorten the prompt, or serve with a larger --context if the model allows it",
+                field=field,
+            )
+        if max_tokens is not None and max_tokens > left:
+            raise ContextError(
+                f"the prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, {prompt_tokens + max_tokens} together; "
+                f"the context is {self.context}",
+                f"ask for at most {left} tokens, shorten the prompt, or serve with a larger --context if the model allows it",
+                field="max_tokens",
+            )
+        return left if max_tokens is None else max_tokens
+
+    # Requests
+
+    def new_id(self, prefix: str) -> str:
+        """An id for an answer; unique among this process's, and not to be guessed."""
+        return f"{prefix}-{next(self._count):x}{secrets.token_hex(10)}"
+
+    def start(
+        self,
+        answer_id: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        *,
+        n: int = 1,
+        arrival: int | None = None,
+    ) -> AsyncStream:
+        """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
+
+        Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`).
+        All are admitted or none: `CapacityError` when the queue is full. Call it on the loop that will read the stream.
+        """
+        bridge = self._bridge(asyncio.get_running_loop())
+        stream = AsyncStream(self.engine.cancel, self.observer)
+
+        def sink(choice: int) -> Callable[[Event], None]:
+            return lambda event: bridge.post(stream, choice, event)
+
+        requests = [
+            self._request(
+                f"{answer_id}/{index}" if n * len(prompts) > 1 else answer_id,
+                prompts[index // n],
+                sampling[index // n],
+                index,
+                arrival,
+                sink(index),
+            )
+            for index in range(n * len(prompts))
+        ]
+        stream.begin(requests)
+        admitted: list[Request] = []
+        try:
+            for request in requests:
+                self.engine.submit(request)
+                admitted.append(request)
+        except ArmillaryError:
+            for request in admitted:
+                self.engine.cancel(request.id)
+            raise
+        if self.observer is not None:
+            for request in requests:
+                self.observer.submitted(request)
+        return stream
+
+    def stream(self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, whole_context: bool = True) -> Iterator[Event]:
+        """Chat from a program without an event loop: yields the answer's events; close the iterator to cancel.
+
+        `whole_context`: let the answer run to the end of the context, whatever `sampling.max_tokens` says.
+        """
+        prompt = self.chat_tokens(messages)
+        sampling = sampling or SamplingParams()
+        sampling = replace(sampling, max_tokens=self.room(len(prompt), None if whole_context else sampling.max_tokens, "messages"))
+        inbox = BlockingStream(self.engine.cancel)
+        request = self._request(self.new_id("chat"), prompt, sampling, 0, None, inbox.put)
+        self.engine.submit(request)
+        return inbox.events(request)
+
+    def _request(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        index: int,
+        arrival: int | None,
+        on_event: Callable[[Event], None],
+    ) -> Request:
+        if sampling.seed is not None and index:
+            sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
+        text = TextStream(self.tokenizer, stop=sampling.stop)
+        return Request(id=request_id, prompt=tuple(prompt), sampling=sampling, arrival=arrival, text=text, on_event=on_event)
+
+    def _bridge(self, loop: asyncio.AbstractEventLoop) -> LoopBridge:
+        bridge = self._bridges.get(loop)
+        if bridge is None:
+            bridge = self._bridges[loop] = LoopBridge(loop)
+        return bridge
