@@ -1,1 +1,1 @@
-"""The verbs. Starts fast: nothing here imports torch before a verb needs it."""
+"""The verbs of the command `armillary`: arguments in, tables out; each verb imports what it runs when it runs."""

@@ -1,0 +1,62 @@
+"""From settled configuration to a running engine, saying what happens: what `serve`, `chat` and `demo` begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from armillary.cli.terminal import byte_progress, note, timed
+
+if TYPE_CHECKING:
+    from armillary.core.config import Resolved
+    from armillary.core.trace import Trace
+    from armillary.models.load import LoadedModel
+    from armillary.serve.engine import Engine
+    from armillary.serve.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A loaded model behind an engine, whose thread is not started yet."""
+
+    loaded: LoadedModel
+    engine: Engine
+    service: Service  # tokens and requests from chats
+
+    @property
+    def pool(self) -> str:
+        """The KV pool in words."""
+        from armillary.core.units import format_bytes
+
+        limits = self.engine.limits
+        tokens = limits.total_blocks * limits.block_size
+        size = format_bytes(tokens * self.loaded.config.kv_bytes_per_token())
+        return f"{size}: {limits.total_blocks:,} blocks of {limits.block_size} tokens, {tokens:,} tokens in all"
+
+
+def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
+    """Fetch the model if need be, load it, build the engine; tells the reader each step on stderr."""
+    name = settled.value.model
+    _fetch(name)
+    with timed("loading PyTorch") as done:
+        from armillary.models.load import load
+        from armillary.serve.llm import build_engine
+        from armillary.serve.service import Service
+
+        done("loaded PyTorch")
+    with timed(f"loading {name}") as done:
+        loaded = load(name)
+        engine = build_engine(loaded, settled.value.engine, trace=trace)
+        done(f"loaded {name}")
+    running = Running(loaded, engine, Service(engine, loaded))
+    note(loaded.description)
+    note(f"KV cache {running.pool}; policy {engine.policy.name}, at most {engine.limits.max_batch_tokens} tokens an iteration")
+    return running
+
+
+def _fetch(name: str) -> None:
+    """An alias that is not on this machine yet is pulled, visibly."""
+    from armillary.models import hub
+
+    with byte_progress(name) as progress:
+        hub.resolve(name, progress=progress)

@@ -1,0 +1,114 @@
+"""The command `armillary`: which verb runs, and how whatever goes wrong is told.
+
+Verbs are registered by import path, so `armillary --help` imports none of them, and a verb's own module imports torch, the
+models and the engine only inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.help import PlainFormatter
+
+from armillary import __version__
+from armillary.core.errors import ArmillaryError
+
+FAILED = 1  # it ran, and what it checked does not hold
+MISUSED = 2  # it could not do what was asked: bad input, missing files, no room
+INTERRUPTED = 130  # Ctrl-C, as shells number it
+
+_VERBS = {
+    "serve": "Serve a model over an OpenAI-compatible HTTP API, with a chat page at /.",
+    "chat": "Talk to a model in the terminal.",
+    "demo": "Serve 16 chats at once with a real model, measure them, write a report, keep the chat page open.",
+    "doctor": "What this machine offers, and what will be slow on it and why.",
+    "models": "Models by name: list, pull, show.",
+    "trace": "Look into a saved trace: show, png, html.",
+}
+
+app = App(
+    name="armillary",
+    help="One system for the whole life of a foundation model: a schedule is data.",
+    version=__version__,
+    help_format="plaintext",
+    help_formatter="default" if sys.stdout.isatty() else PlainFormatter(max_width=200),
+    default_parameter=Parameter(show_default=lambda value: str(value) if value not in (None, False, ()) else None),
+    result_action="return_value",
+)
+app["--help"].group = app["--version"].group = "Options"
+for _name, _line in _VERBS.items():
+    app.command(f"armillary.cli.{_name}:{_name}", name=_name, help=_line)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Annotated[
+        bool, Parameter(negative=(), group="Options", help="Show the Python traceback of an error (also: ARMILLARY_DEBUG=1).")
+    ] = False,
+) -> object:
+    if debug:
+        os.environ["ARMILLARY_DEBUG"] = "1"
+    return app(tokens, exit_on_error=False, print_error=False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status: 0, or FAILED, MISUSED, INTERRUPTED. Errors are told on stderr."""
+    try:
+        outcome = app.meta(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
+    except CycloptsError as error:
+        error.verbose = False
+        _tell(" ".join(str(error).split()), _help_of(error))
+        return MISUSED
+    except ArmillaryError as error:
+        if _debugging():
+            raise
+        _tell(error.problem, error.fix)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if _debugging():
+            raise
+        _tell(
+            f"{type(error).__name__}: {error}",
+            "this is a defect of Armillary: run again with --debug and report the traceback",
+        )
+        return MISUSED
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _tell(problem: str, fix: str) -> None:
+    """Two lines on stderr: what is wrong, and what to do."""
+    print(f"error: {problem}", file=sys.stderr)
+    if fix:
+        print(f"  fix: {fix}", file=sys.stderr)
+
+
+def _help_of(error: CycloptsError) -> str:
+    verb = " ".join(error.command_chain or ())
+    return f"armillary {verb} --help lists what it takes" if verb else "armillary --help lists the verbs"
+
+
+def _debugging() -> bool:
+    return os.environ.get("ARMILLARY_DEBUG", "") not in ("", "0")
+
+
+if __name__ == "__main__":
+    main()

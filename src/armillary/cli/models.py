@@ -1,0 +1,112 @@
+"""`armillary models`: models by name, what is here, what one is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from armillary.cli.settings import Json
+
+models = App(name="models")
+
+
+@models.default
+@models.command(name="list")
+def list_models(*, json: Json = False) -> None:
+    """The models that have a name, and which of them are on this machine."""
+    from armillary.cli.terminal import print_json, table
+    from armillary.core.units import format_bytes
+    from armillary.models import hub
+
+    known = [(alias, hub.cached_path(alias)) for alias in hub.aliases().values()]
+    if json:
+        print_json(
+            [
+                {
+                    "name": alias.name,
+                    "title": alias.title,
+                    "licence": alias.licence,
+                    "bytes": alias.file_bytes,
+                    "cached": path.is_file(),
+                    "path": str(path) if path.is_file() else None,
+                }
+                for alias, path in known
+            ]
+        )
+        return
+    table(
+        ("name", "model", "licence", "size", "on this machine"),
+        [
+            (a.name, a.title, a.licence, format_bytes(a.file_bytes), path if path.is_file() else f"no: armillary models pull {a.name}")
+            for a, path in known
+        ],
+    )
+    print("A path to a .gguf file or to a Hugging Face folder works wherever a name does.")
+
+
+@models.command(name="pull")
+def pull(name: Annotated[str, Parameter(help="A name of `armillary models`.")], /) -> None:
+    """Fetch a model into the user's cache and check it."""
+    from armillary.cli.terminal import byte_progress
+    from armillary.models import hub
+
+    with byte_progress(name) as progress:
+        path = hub.pull(name, progress=progress)
+    print(path)
+
+
+@models.command(name="show")
+def show(model: Annotated[str, Parameter(help="A name, a .gguf file or a model folder.")], /, *, json: Json = False) -> None:
+    """What a model is: shape, parameters, stored types, tokenizer, template, and the memory it takes to serve."""
+    from armillary.cli.terminal import byte_progress, print_json, table
+
+    with byte_progress(model) as progress:
+        facts = _facts(model, progress)
+    if json:
+        print_json(facts)
+        return
+    print(facts["description"])
+    table(("", ""), [(name.replace("_", " "), _words(name, value)) for name, value in facts.items() if name != "description"])
+
+
+def _facts(model: str, progress: Any) -> dict[str, Any]:
+    from armillary.models.load import load
+
+    loaded = load(model, progress=progress)
+    config, tokenizer, template = loaded.config, loaded.tokenizer, loaded.chat_template
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.decoder.parameters())
+    windows = sum(config.window(layer) is not None for layer in range(config.num_layers))
+    return {
+        "description": loaded.description,
+        "path": str(loaded.source_path),
+        "architecture": config.architecture,
+        "parameters": config.parameters(),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": f"{config.num_heads} query, {config.num_kv_heads} key/value, {config.head_dim} wide",
+        "vocabulary": config.vocab_size,
+        "context": config.max_context,
+        "rope": f"theta {config.rope.theta:,.0f}, {config.rope.kind}"
+        + (f", factor {config.rope.factor:g}" if config.rope.factor != 1 else ""),
+        "layers_with_sliding_window": windows,
+        "tied_embeddings": config.tie_embeddings,
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens, stops at {', '.join(repr(tokenizer.token_text(i)) for i in sorted(tokenizer.stop_ids))}",
+        "chat_template": f"{len(template.source):,} characters" if template is not None else None,
+        "weight_bytes": weights,
+        "kv_bytes_per_token": config.kv_bytes_per_token(),
+        "kv_bytes_per_full_context": config.kv_bytes_per_token() * config.max_context,
+    }
+
+
+def _words(name: str, value: Any) -> str:
+    from armillary.core.units import format_bytes
+
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if "bytes" in name:
+        return format_bytes(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

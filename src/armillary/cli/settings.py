@@ -1,0 +1,90 @@
+"""The flags that several verbs share, and the configuration that flags, environment and a TOML file settle together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from armillary.core.config import Resolved
+
+_ENGINE = Group("Engine (also [engine] in --config, ARMILLARY_ENGINE__NAME)", sort_key=2)
+_SERVER = Group("Server (also [server] in --config, ARMILLARY_SERVER__NAME)", sort_key=1)
+
+
+def _flag(text: str, group: Group) -> Parameter:
+    return Parameter(help=text, group=group, show_default=False)
+
+
+ConfigFile = Annotated[Path | None, Parameter(help="A TOML file: model = ..., [server], [engine]. Environment and flags win over it.")]
+Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False, help="One JSON document on stdout, for machines.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class EngineFlags:
+    """`serve.config.EngineConfig` as flags; None was not given."""
+
+    policy: Annotated[str | None, _flag("Who runs when: sarathi (default), vllm, orca, request-level.", _ENGINE)] = None
+    block_size: Annotated[int | None, _flag("Tokens a KV block (default 16).", _ENGINE)] = None
+    kv_blocks: Annotated[int | None, _flag("KV blocks in the pool, instead of --kv-memory.", _ENGINE)] = None
+    kv_memory: Annotated[
+        str | None, _flag('Memory of the KV pool, such as "512 MiB" (default: a quarter of the free memory, at most 4 GB).', _ENGINE)
+    ] = None
+    max_batch_tokens: Annotated[int | None, _flag("Most tokens an iteration: the budget of chunked prefill (default 512).", _ENGINE)] = None
+    max_running: Annotated[int | None, _flag("Most sequences in flight (default 64).", _ENGINE)] = None
+    max_queue: Annotated[int | None, _flag("Most requests that may wait; more are refused (default 16384).", _ENGINE)] = None
+    context: Annotated[int | None, _flag("Most tokens of one sequence, prompt and answer (default: the model's).", _ENGINE)] = None
+    threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
+    seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class ServerFlags:
+    """`ServerConfig` as flags; None was not given."""
+
+    host: Annotated[str | None, _flag("Address to listen on (default 127.0.0.1: this machine only).", _SERVER)] = None
+    port: Annotated[int | None, _flag("Port to listen on; 0 takes a free one (default 8000).", _SERVER)] = None
+    api_key: Annotated[str | None, _flag("Key that clients must send as a bearer token (safer in the environment).", _SERVER)] = None
+    allow_public: Annotated[
+        bool | None, Parameter(negative=(), group=_SERVER, show_default=False, help="Listen on other addresses without a key.")
+    ] = None
+
+
+def settle(
+    model: str | None = None,
+    engine: EngineFlags | None = None,
+    server: ServerFlags | None = None,
+    file: Path | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> Resolved[Any]:
+    """Default < file < environment < flag, as a `RunConfig` with the provenance of every key.
+
+    `defaults` are the verb's own, by dotted key: they lose to every other source. Raises InputError, NotFoundError or FormatError.
+    """
+    from armillary.cli.run_config import RunConfig
+    from armillary.core.config import Resolved, resolve
+
+    flags: dict[str, Any] = {"model": model}
+    flags |= {f"engine.{name}": value for name, value in asdict(engine or EngineFlags()).items()}
+    flags |= {f"server.{name}": value for name, value in asdict(server or ServerFlags()).items()}
+    settled = resolve(RunConfig, file=file, flags=flags)
+    own = {key: value for key, value in (defaults or {}).items() if settled.provenance[key] == "default"}
+    if not own:
+        return settled
+    again = resolve(RunConfig, file=file, flags={**flags, **own})
+    return Resolved(again.value, {**again.provenance, **dict.fromkeys(own, "default of this verb")})
+
+
+def save_config(settled: Resolved[Any], path: Path) -> None:
+    """Write the configuration with the provenance of every value; a key for clients stays out of the file."""
+    from armillary.core.config import Resolved
+
+    value = settled.value
+    if value.server.api_key is not None:
+        value = value.model_copy(update={"server": value.server.model_copy(update={"api_key": None})})
+    Resolved(value, settled.provenance).save(path)
