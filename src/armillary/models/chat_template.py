@@ -1,115 +1,22 @@
 """Chat messages to the prompt text that a model was trained on: its own Jinja template, rendered in a sandbox.
 
-A template comes with the weights, from somebody else: it may not reach Python objects, allocate without bound or run without end.
-The environment is the one that Hugging Face templates are written for (trimmed blocks, `raise_exception`, `strftime_now`, `tojson`).
+A template comes with the weights, from somebody else; `template_sandbox` says what it may do.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from armillary.core.errors import InputError
+from armillary.models.template_sandbox import MAX_OUTPUT_CHARACTERS, TemplateEnvironment
 from armillary.models.tokenizer import Tokenizer
 
 MAX_SOURCE_CHARACTERS = 1_000_000
-MAX_OUTPUT_CHARACTERS = 16_000_000
-MAX_SECONDS = 5.0
-_MAX_POWER = 4096
 _MARK = "armillary-turn"
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox with bounds on what one expression may build and on the time that a rendering may take."""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-    deadline = float("inf")
-
-    def check(self) -> None:
-        if time.monotonic() > self.deadline:
-            raise jinja2.TemplateRuntimeError(f"the template ran for more than {MAX_SECONDS:g} s")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.check()
-        if operator == "**" and not (_small(left) and _small(right)):
-            raise jinja2.TemplateRuntimeError("the template raises a number beyond bounds to a power")
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                if hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > MAX_OUTPUT_CHARACTERS:
-                    raise jinja2.TemplateRuntimeError("the template repeats a value beyond bounds")
-        if operator == "%" and isinstance(left, str):
-            raise jinja2.TemplateRuntimeError("the template formats with %, which is not supported; use ~ and filters")
-        return super().call_binop(context, operator, left, right)
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.check()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.check()
-        return super().getitem(obj, argument)
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        self.check()
-        name = getattr(obj, "__name__", "")
-        if name in ("center", "ljust", "rjust", "zfill", "expandtabs") and args and not (isinstance(args[0], int) and args[0] < 1000):
-            raise jinja2.TemplateRuntimeError(f"the template pads a string beyond bounds with {name}")
-        return super().call(context, obj, *args, **kwargs)
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= _MAX_POWER
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    # Not Jinja's own filter: that one escapes HTML characters, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    for padding in ("center", "format", "indent"):
-        environment.filters[padding] = _bounded(padding, environment.filters[padding])
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _bounded(name: str, inner: Any) -> Any:
-    def outer(value: Any, *args: Any, **kwargs: Any) -> Any:
-        if name == "format" or any(isinstance(a, int) and a > 1000 for a in (*args, *kwargs.values())):
-            raise jinja2.TemplateRuntimeError(f"the template uses the filter {name!r} beyond bounds")
-        return inner(value, *args, **kwargs)
-
-    return outer
+_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 class ChatTemplate:
@@ -122,9 +29,10 @@ class ChatTemplate:
             )
         self.source = source
         self._tokenizer = tokenizer
+        self._environment = TemplateEnvironment()
         try:
-            _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, SyntaxError, *_FAULTS) as error:
             raise InputError(f"the chat template is not valid Jinja ({_first_line(error)})", "use the model's own template") from error
 
     def render(
@@ -137,23 +45,19 @@ class ChatTemplate:
         """The prompt's text; encode it with `special=False`, for the template writes bos itself.
 
         Raises `InputError` for messages that the template refuses, with its own words, and for a template that exceeds its bounds.
+        Safe to call from several threads.
         """
-        # An environment a rendering: the deadline belongs to this call alone, whatever other threads render.
-        environment = _environment()
-        environment.deadline = time.monotonic() + MAX_SECONDS
         names = {"bos_token": self._tokenizer.bos, "eos_token": self._tokenizer.eos}
         written = {name: "" if token is None else self._tokenizer.token_text(token) for name, token in names.items()}
         checked = [_message(index, message) for index, message in enumerate(messages)]
         if not checked:
             raise InputError("the conversation has no message", "send at least one", field="messages")
+        values = {**written, **variables, "messages": checked, "tools": tools, "documents": None}
         parts, length = [], 0
         try:
-            template = environment.from_string(self.source)
-            stream = template.generate(
-                **{**written, **variables}, messages=checked, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
-            )
-            for part in stream:
-                environment.check()
+            self._environment.start()
+            for part in self._template.generate(values, add_generation_prompt=add_generation_prompt):
+                self._environment.check()
                 length += len(part)
                 if length > MAX_OUTPUT_CHARACTERS:
                     raise jinja2.TemplateRuntimeError(f"the prompt exceeds {MAX_OUTPUT_CHARACTERS:,} characters")
@@ -162,7 +66,7 @@ class ChatTemplate:
             raise InputError(
                 f"the chat template refuses these messages: {_first_line(error)}", "change the roles or their order", field="messages"
             ) from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, OverflowError) as error:
+        except _FAULTS as error:
             raise InputError(
                 f"the chat template fails on these messages ({type(error).__name__}: {_first_line(error)})",
                 "give every message a role and a text content",
