@@ -1,0 +1,375 @@
+// One iteration of a decoder over a flat batch of tokens, in one call: embedding, every layer, the head for the sampled
+// rows. Phases are split over the pool's threads by output columns (products), by rows (norms) or by work items
+// (attention); a barrier stands between phases.
+#include <math.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "gemm.h"
+#include "pool.h"
+
+using namespace arm;
+
+namespace {
+
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+
+struct Layer {
+  Weight qkv, o, gate_up, down;
+  const float *attention_norm, *mlp_norm;            // [hidden]
+  const float *post_attention_norm, *post_mlp_norm;  // [hidden] or null (sandwich norms)
+  const float *q_norm, *k_norm;                      // [head_dim] or null
+  Cache cache;
+  int32_t window;  // 0: none
+  int32_t rope;    // which of the model's two rotary embeddings
+};
+
+struct Model {
+  int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, activation;
+  float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
+  int32_t embedding_half;  // the embedding table is fp16
+  const void* embedding;   // [vocabulary][hidden]
+  const float* final_norm;
+  const Layer* layer;
+  Weight head;
+  const float* inverse_frequencies[2];  // [head_dim/2]; the second may be null
+  float rope_scaling[2];                // what cosines and sines are multiplied by
+};
+
+struct Batch {
+  int32_t tokens, sequences, sampled, reserved;
+  const int32_t* token;        // [tokens]
+  const int32_t* position;     // [tokens]
+  const Sequence* sequence;    // [sequences]
+  const int32_t* sampled_row;  // [sampled] rows whose logits are wanted
+  float* logits;               // [sampled][vocabulary]
+};
+
+struct Buffers {
+  int rows = 0;
+  std::vector<float> x, normed, qkv, attended, hidden, scales;
+  std::vector<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
+  std::vector<int8_t> quants;
+  std::vector<int32_t> sums;
+  std::vector<int32_t> item_sequence, item_head, item_first, item_rows;
+};
+
+struct Engine {
+  explicit Engine(int threads) : pool(threads) {}
+  Pool pool;
+  Buffers buffers;
+};
+
+void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
+  f32x16 total = f32x16{};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    f32x16 v = load(x + i);
+    total += v * v;
+  }
+  float sum = horizontal_sum(total);
+  for (; i < n; i++) sum += x[i] * x[i];
+  const float scale = 1.0f / sqrtf(sum / (float)n + eps);
+  for (i = 0; i + 16 <= n; i += 16) store(out + i, load(x + i) * scale * load(weight + i));
+  for (; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+inline f32x16 activate(f32x16 x, int kind) {
+  if (kind == SILU) return x / (exp16(-x) + 1.0f);
+  f32x16 inner = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
+  return x * 0.5f * (tanh16(inner) + 1.0f);
+}
+
+// What of [0, n) belongs to `thread`.
+inline void share(int n, int thread, int threads, int& begin, int& end) {
+  begin = (int)((int64_t)n * thread / threads);
+  end = (int)((int64_t)n * (thread + 1) / threads);
+}
+
+inline bool is_integer(const Weight& w) { return w.format > F16; }
+
+inline void put(float* out, int column, int n, f32x16 v) {
+  if (column + 16 <= n) return store(out + column, v);
+  for (int i = 0; column + i < n; i++) out[column + i] = v[i];
+}
+inline f32x16 get(const float* in, int column, int n) {
+  if (column + 16 <= n) return load(in + column);
+  f32x16 v = {};
+  for (int i = 0; column + i < n; i++) v[i] = in[column + i];
+  return v;
+}
+
+struct Run {
+  Engine& engine;
+  const Model& m;
+  const Batch& b;
+  const int thread, threads;
+  Buffers& u;
+
+  void barrier() { engine.pool.barrier(); }
+
+  // Rows of `source` made ready for `w`: normed by `weight` when given (only then may `pick` choose rows), quantised when
+  // the format wants it. Ends with a barrier.
+  Rows ready(const Weight& w, const float* source, int stride, int rows, const float* weight, const int32_t* pick = nullptr) {
+    const int k = w.k;
+    int begin, end;
+    share(rows, thread, threads, begin, end);
+    for (int r = begin; r < end; r++) {
+      const float* x = source + (size_t)(pick ? pick[r] : r) * stride;
+      float* normed = u.normed.data() + (size_t)r * k;
+      if (weight) {
+        rms_norm(x, weight, k, m.norm_eps, normed);
+        x = normed;
+      }
+      if (is_integer(w)) quantise_row(x, k, r, sum_factor(w.format), u.quants.data(), u.scales.data(), u.sums.data());
+    }
+    barrier();
+    return {weight ? u.normed.data() : source, u.quants.data(), u.scales.data(), u.sums.data()};
+  }
+
+  // out = rows W^T + bias, added to what is there when `add`. Ends with a barrier.
+  void multiply(const Weight& w, const Rows& x, int rows, float* out, int stride, bool add) {
+    int begin, end;
+    share(tiles(w), thread, threads, begin, end);
+    for (int t = begin; t < end; t++)
+      multiply_tile(w, t, x, rows, [&](int r, int column, f32x16 y) {
+        if (column >= w.n) return;
+        float* to = out + (size_t)r * stride;
+        if (w.bias) y += get(w.bias, column, w.n);
+        if (add) y += get(to, column, w.n);
+        put(to, column, w.n, y);
+      });
+    barrier();
+  }
+
+  // hidden = activation(gate) * up; the weight holds gate's and up's tiles in turn, 16 (or 48) columns each.
+  void gated(const Weight& w, const Rows& x, int rows) {
+    const int width = tile_width(w), pairs = tiles(w) / 2, n = m.intermediate;
+    int begin, end;
+    share(pairs, thread, threads, begin, end);
+    for (int t = begin; t < end; t++) {
+      multiply_tile(w, 2 * t, x, rows, [&](int r, int column, f32x16 y) {
+        const int at = column - width * t;
+        if (at >= n) return;
+        if (w.bias) y += load(w.bias + column);
+        put(u.hidden.data() + (size_t)r * n, at, n, activate(y, m.activation));
+      });
+      multiply_tile(w, 2 * t + 1, x, rows, [&](int r, int column, f32x16 y) {
+        const int at = column - width * (t + 1);
+        if (at >= n) return;
+        if (w.bias) y += load(w.bias + column);
+        float* to = u.hidden.data() + (size_t)r * n;
+        put(to, at, n, y * get(to, at, n));
+      });
+    }
+    barrier();
+  }
+
+  void rotate(float* head, const float* norm, const float* cosines, const float* sines) {
+    const int d = m.head_dim, h = d / 2;
+    if (norm) rms_norm(head, norm, d, m.norm_eps, head);
+    int i = 0;
+    for (; i + 16 <= h; i += 16) {
+      f32x16 a = load(head + i), c = load(head + h + i), cs = load(cosines + i), sn = load(sines + i);
+      store(head + i, a * cs - c * sn);
+      store(head + h + i, c * cs + a * sn);
+    }
+    for (; i < h; i++) {
+      float a = head[i], c = head[h + i];
+      head[i] = a * cosines[i] - c * sines[i];
+      head[h + i] = c * cosines[i] + a * sines[i];
+    }
+  }
+
+  void rope_and_store(const Layer& l) {
+    const int d = m.head_dim, width = (m.heads + 2 * m.kv_heads) * d;
+    for (int s = 0; s < b.sequences; s++) {
+      const Sequence& seq = b.sequence[s];
+      int begin, end;
+      share(seq.count * (m.heads + m.kv_heads), thread, threads, begin, end);
+      for (int i = begin; i < end; i++) {
+        const int t = i / (m.heads + m.kv_heads), head = i % (m.heads + m.kv_heads), position = seq.start + t;
+        float* row = u.qkv.data() + (size_t)(seq.row + t) * width;
+        const size_t angle = (size_t)(seq.row + t) * (d / 2);
+        const float *cosines = u.cosines[l.rope].data() + angle, *sines = u.sines[l.rope].data() + angle;
+        if (head < m.heads) {
+          rotate(row + (size_t)head * d, l.q_norm, cosines, sines);
+        } else {
+          const int kv = head - m.heads;
+          float* key = row + (size_t)(m.heads + kv) * d;
+          rotate(key, l.k_norm, cosines, sines);
+          write_cache(l.cache, slot_of(seq, l.cache.block_size, position), kv, key, row + (size_t)(m.heads + m.kv_heads + kv) * d);
+        }
+      }
+    }
+    barrier();
+  }
+
+  void attention(const Layer& l, std::atomic<int>& next) {
+    const int d = m.head_dim, width = (m.heads + 2 * m.kv_heads) * d, group = m.heads / m.kv_heads;
+    const AttentionOptions options = {m.attention_scale, m.attention_softcap, l.window};
+    const int items = (int)u.item_sequence.size();
+    for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
+      const Sequence& s = b.sequence[u.item_sequence[i]];
+      const int kv = u.item_head[i], rows = u.item_rows[i];
+      int position[6];
+      const float* q[6];
+      float* out[6];
+      for (int r = 0; r < rows; r++) {
+        const int index = u.item_first[i] + r, t = index / group, head = kv * group + index % group;
+        position[r] = s.start + t;
+        q[r] = u.qkv.data() + (size_t)(s.row + t) * width + (size_t)head * d;
+        out[r] = u.attended.data() + (size_t)(s.row + t) * m.heads * d + (size_t)head * d;
+      }
+      attend(rows, l.cache, s, kv, options, position, q, out);
+    }
+    barrier();
+  }
+
+  void add_normed(const float* source, const float* norm) {  // x += norm(source)
+    int begin, end;
+    share(b.tokens, thread, threads, begin, end);
+    for (int r = begin; r < end; r++) {
+      float* normed = u.normed.data() + (size_t)r * m.hidden;
+      rms_norm(source + (size_t)r * m.hidden, norm, m.hidden, m.norm_eps, normed);
+      float* x = u.x.data() + (size_t)r * m.hidden;
+      for (int i = 0; i < m.hidden; i++) x[i] += normed[i];
+    }
+    barrier();
+  }
+
+  void operator()(std::atomic<int>* next) {
+    const int h = m.hidden, rows = b.tokens, qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    int begin, end;
+    share(rows, thread, threads, begin, end);
+    for (int r = begin; r < end; r++) {
+      float* x = u.x.data() + (size_t)r * h;
+      for (int i = 0; i < h; i += 16) {
+        f32x16 e = {};
+        const size_t at = (size_t)b.token[r] * h + i;
+        if (i + 16 <= h) {
+          e = load_cached(m.embedding, at, m.embedding_half);
+        } else if (m.embedding_half) {
+          uint16_t tail[16] = {};
+          memcpy(tail, (const uint16_t*)m.embedding + at, (size_t)(h - i) * 2);
+          e = load_half(tail);
+        } else {
+          e = get((const float*)m.embedding + (size_t)b.token[r] * h, i, h);
+        }
+        put(x, i, h, e * m.embedding_scale);
+      }
+      for (int rope = 0; rope < 2 && m.inverse_frequencies[rope]; rope++)
+        for (int i = 0; i < m.head_dim / 2; i++) {
+          const float angle = (float)b.position[r] * m.inverse_frequencies[rope][i];
+          const size_t at = (size_t)r * (m.head_dim / 2) + i;
+          u.cosines[rope][at] = cosf(angle) * m.rope_scaling[rope];
+          u.sines[rope][at] = sinf(angle) * m.rope_scaling[rope];
+        }
+    }
+    barrier();
+    for (int i = 0; i < m.layers; i++) {
+      const Layer& l = m.layer[i];
+      multiply(l.qkv, ready(l.qkv, u.x.data(), h, rows, l.attention_norm), rows, u.qkv.data(), qkv_width, false);
+      rope_and_store(l);
+      attention(l, next[i]);
+      Rows attended = ready(l.o, u.attended.data(), m.heads * m.head_dim, rows, nullptr);
+      if (l.post_attention_norm) {
+        multiply(l.o, attended, rows, u.qkv.data(), h, false);
+        add_normed(u.qkv.data(), l.post_attention_norm);
+      } else {
+        multiply(l.o, attended, rows, u.x.data(), h, true);
+      }
+      gated(l.gate_up, ready(l.gate_up, u.x.data(), h, rows, l.mlp_norm), rows);
+      Rows hidden = ready(l.down, u.hidden.data(), m.intermediate, rows, nullptr);
+      if (l.post_mlp_norm) {
+        multiply(l.down, hidden, rows, u.qkv.data(), h, false);
+        add_normed(u.qkv.data(), l.post_mlp_norm);
+      } else {
+        multiply(l.down, hidden, rows, u.x.data(), h, true);
+      }
+    }
+    if (b.sampled) {
+      multiply(m.head, ready(m.head, u.x.data(), h, b.sampled, m.final_norm, b.sampled_row), b.sampled, b.logits, m.vocabulary, false);
+      if (m.logit_softcap > 0.0f) {
+        share(b.sampled, thread, threads, begin, end);
+        for (size_t i = (size_t)begin * m.vocabulary; i < (size_t)end * m.vocabulary; i++) b.logits[i] = tanhf(b.logits[i] / m.logit_softcap) * m.logit_softcap;
+      }
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void* arm_engine_create(int threads) { return new Engine(threads); }
+void arm_engine_destroy(void* engine) { delete (Engine*)engine; }
+
+// Sizes of the structs, so that the caller can check that both sides agree.
+void arm_struct_sizes(int32_t out[6]) {
+  out[0] = sizeof(Weight), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Batch), out[4] = sizeof(Sequence), out[5] = sizeof(Cache);
+}
+
+// Attention alone, on the calling thread: stores the new keys and values (rows [count][kv_heads][head_dim]) of one
+// sequence and attends with q [count][heads][head_dim] into out.
+void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, const float* q, const float* keys, const float* values, float* out) {
+  const int d = cache->head_dim, kv_heads = cache->kv_heads, group = heads / kv_heads;
+  for (int t = 0; t < sequence->count; t++)
+    for (int kv = 0; kv < kv_heads; kv++)
+      write_cache(*cache, slot_of(*sequence, cache->block_size, sequence->start + t), kv, keys + ((size_t)t * kv_heads + kv) * d, values + ((size_t)t * kv_heads + kv) * d);
+  for (int kv = 0; kv < kv_heads; kv++)
+    for (int first = 0; first < sequence->count * group; first += 6) {
+      const int rows = std::min(6, sequence->count * group - first);
+      int position[6];
+      const float* query[6];
+      float* to[6];
+      for (int r = 0; r < rows; r++) {
+        const int t = (first + r) / group, head = kv * group + (first + r) % group;
+        position[r] = sequence->start + t;
+        query[r] = q + ((size_t)t * heads + head) * d;
+        to[r] = out + ((size_t)t * heads + head) * d;
+      }
+      attend(rows, *cache, *sequence, kv, {scale, softcap, window}, position, query, to);
+    }
+}
+
+void arm_forward(void* handle, const Model* model, const Batch* batch) {
+  Engine& e = *(Engine*)handle;
+  Buffers& u = e.buffers;
+  const int rows = padded_rows(std::max(batch->tokens, batch->sampled));
+  const int width = padded_k(std::max({model->hidden, model->intermediate, model->heads * model->head_dim}));
+  const int qkv = std::max((model->heads + 2 * model->kv_heads) * model->head_dim, model->hidden);
+  if (rows > u.rows) {
+    u.rows = rows;
+    u.x.resize((size_t)rows * model->hidden);
+    u.normed.resize((size_t)rows * width);
+    u.qkv.resize((size_t)rows * qkv);
+    u.attended.resize((size_t)rows * model->heads * model->head_dim);
+    u.hidden.resize((size_t)rows * model->intermediate);
+    for (int rope = 0; rope < 2; rope++) u.cosines[rope].resize((size_t)rows * model->head_dim / 2), u.sines[rope].resize((size_t)rows * model->head_dim / 2);
+    u.quants.resize((size_t)rows * width);
+    u.scales.resize((size_t)rows * width / kGroup);
+    u.sums.resize((size_t)rows * width / kGroup);
+  }
+  // Attention's work items: as many query rows of one kv head as one pass takes, longest context first within a sequence.
+  u.item_sequence.clear(), u.item_head.clear(), u.item_first.clear(), u.item_rows.clear();
+  const int group = model->heads / model->kv_heads, step = group >= 6 ? 6 : 6 / group * group;
+  for (int s = 0; s < batch->sequences; s++) {
+    const int count = batch->sequence[s].count * group;
+    for (int first = (count - 1) / step * step; first >= 0; first -= step)
+      for (int kv = 0; kv < model->kv_heads; kv++) {
+        u.item_sequence.push_back(s), u.item_head.push_back(kv), u.item_first.push_back(first);
+        u.item_rows.push_back(std::min(step, count - first));
+      }
+  }
+  std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[model->layers]);
+  for (int i = 0; i < model->layers; i++) next[i].store(0, std::memory_order_relaxed);
+  e.pool.run([&](int thread) { Run{e, *model, *batch, thread, e.pool.size(), u}(next.get()); });
+}
+
+}  // extern "C"

@@ -1,0 +1,157 @@
+"""Packed products against their exact meaning, on every instruction set that this machine can run."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armillary.core.errors import InputError
+from armillary.kernels import cpu_step
+from armillary.kernels.cpu_step import PackedWeight
+
+pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+
+FORMATS = ("fp32", "fp16", "int8", "int4", "int4m")
+INTEGER = ("int8", "int4", "int4m")
+
+
+def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The plainest int8 quantisation of rows in groups of 32: levels and scales, padded to whole groups."""
+    rows, k = x.shape
+    padded = np.zeros((rows, -(-k // 32) * 32), np.float32)
+    padded[:, :k] = x
+    groups = padded.reshape(rows, -1, 32)
+    biggest = np.abs(groups).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), biggest, out=np.zeros_like(biggest), where=biggest > 0)
+    scaled = groups * inverse
+    levels = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
+    return levels, (biggest / np.float32(127)).squeeze(-1)
+
+
+def levels_of(weight: PackedWeight, scales: np.ndarray) -> np.ndarray:
+    """The integer levels of an int8 or int4 weight, relative to its zero: [n, k/32, 32]."""
+    n, k = weight.shape
+    values = weight.unpack().numpy().reshape(n, k // 32, 32).astype(np.float64)
+    return np.rint(values / np.where(scales == 0, 1, scales)[..., None]).astype(np.int64)
+
+
+def exact_dot(weight: PackedWeight, x: np.ndarray) -> np.ndarray:
+    """Product of the unpacked weight with the quantised rows in float64: the integer sums inside it are exact."""
+    levels, scales = quantised(x)
+    meaning = np.zeros((weight.shape[0], levels.shape[1] * 32))
+    meaning[:, : weight.shape[1]] = weight.unpack().numpy()
+    rows = levels.astype(np.float64) * scales[..., None].astype(np.float64)
+    return rows.reshape(x.shape[0], -1) @ meaning.T
+
+
+@settings(max_examples=60, deadline=None)
+@given(format=st.sampled_from(FORMATS), n=st.integers(1, 130), k=st.integers(1, 200), rows=st.integers(1, 37), seed=st.integers(0, 2**31))
+def test_every_shape_tail(format: str, n: int, k: int, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator)
+    x = torch.randn(rows, k, generator=generator)
+    weight = PackedWeight([w], format)
+    expected = x.double().numpy() @ weight.unpack().double().numpy().T if format in ("fp32", "fp16") else exact_dot(weight, x.numpy())
+    np.testing.assert_allclose(weight.multiply(x).numpy(), expected, rtol=0, atol=2e-6 * k + 1e-5)
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_inputs_do_not_saturate(format: str, sign: int) -> None:
+    """All weights at their largest level and all activations at +-127: sums that 16 bits would not hold."""
+    k = 512
+    w = torch.full((17, k), 1.0) * sign
+    w[:, ::32] = -sign * 1.0  # so that the range is used at both ends
+    for x in (torch.full((3, k), 5.0), torch.full((3, k), -5.0)):
+        weight = PackedWeight([w], format)
+        np.testing.assert_allclose(weight.multiply(x).numpy(), exact_dot(weight, x.numpy()), rtol=3e-6)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_bit_equal_to_the_integer_reference(format: str) -> None:
+    """With power-of-two scales every step after the integer dot product is exact, so the result must be equal bit for bit."""
+    rng = np.random.default_rng(0)
+    top = {"int8": 127, "int4": 8}[format]
+    levels = rng.integers(-top + (format == "int4"), top, (33, 4, 32), endpoint=format == "int8")
+    levels[..., 0] = -top  # the group's extreme, so that the scale is exactly 2^-6
+    w = torch.from_numpy((levels * 2.0**-6).reshape(33, 128).astype(np.float32))
+    activations = rng.integers(-127, 128, (19, 4, 32))
+    activations[..., 0] = 127
+    x = torch.from_numpy((activations * 2.0**-3).reshape(19, 128).astype(np.float32))
+    exact = np.einsum("rgi,ngi->rn", activations, levels) * 2.0**-9
+    np.testing.assert_array_equal(PackedWeight([w], format).multiply(x).numpy(), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("format", INTEGER)
+def test_requantising_what_a_file_holds_is_lossless(format: str) -> None:
+    """Weights that already lie on a format's grid (as dequantised Q4_0, Q4_1 or Q8_0 do) come back unchanged."""
+    w = torch.randn(48, 96)
+    once = PackedWeight([w], format).unpack()
+    torch.testing.assert_close(PackedWeight([once], format).unpack(), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("format", "bound"), [("fp32", 0.0), ("fp16", 2.0**-11), ("int8", 0.5 / 127 * 1.01), ("int4m", 1 / 15 * 1.01), ("int4", 1 / 8 * 1.01)]
+)
+def test_quantisation_error_is_bounded_by_half_a_step(format: str, bound: float) -> None:
+    w = torch.randn(40, 128)
+    error = (PackedWeight([w], format).unpack() - w).abs().view(40, -1, 32)
+    assert bool((error <= bound * w.view(40, -1, 32).abs().amax(-1, keepdim=True) + 1e-7).all())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_are_batch_invariant(format: str) -> None:
+    weight = PackedWeight([torch.randn(100, 160)], format)
+    x = torch.randn(45, 160)
+    together = weight.multiply(x)
+    for rows in (slice(0, 1), slice(3, 8), slice(7, 29), slice(44, 45)):
+        assert torch.equal(weight.multiply(x[rows]), together[rows])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_matrices_side_by_side_equal_each_alone(format: str) -> None:
+    parts = [torch.randn(n, 64) for n in (50, 7, 96)]
+    biases = [torch.randn(50), None, torch.randn(96)]
+    x = torch.randn(5, 64)
+    got = PackedWeight(parts, format, biases).multiply(x)
+    expected = [PackedWeight([p], format).multiply(x) + (b if b is not None else 0) for p, b in zip(parts, biases, strict=True)]
+    torch.testing.assert_close(got, torch.cat(expected, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
+    w = torch.randn(4, 32)
+    w[2, 5] = bad
+    with pytest.raises(InputError, match="NaN or infinite"):
+        PackedWeight([w], "int8")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_not_finite_show_in_their_row_alone(format: str, bad: float) -> None:
+    weight = PackedWeight([torch.rand(20, 64) + 0.5], format)
+    x = torch.randn(3, 64)
+    x[1, 7] = bad
+    y = weight.multiply(x)
+    assert not torch.isfinite(y[1]).any()
+    assert bool(torch.isfinite(y[[0, 2]]).all())
+
+
+def test_half_conversion_is_exact_on_every_value() -> None:
+    """fp16 storage keeps every half-precision number, subnormals included, on every instruction set."""
+    every = torch.arange(0, 1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    every = every[torch.isfinite(every)].view(-1, 32)
+    assert torch.equal(PackedWeight([every], "fp16").unpack(), every)
+
+
+def test_struct_sizes_agree() -> None:
+    lib = cpu_step.library()
+    assert lib is not None
+    sizes = (ctypes.c_int32 * 6)()
+    lib.arm_struct_sizes(sizes)
+    assert sizes[0] == ctypes.sizeof(cpu_step._Weight)

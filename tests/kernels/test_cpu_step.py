@@ -1,0 +1,91 @@
+"""The native decoder step against the plain torch decoder, in every option a family has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from armillary.core.errors import InputError
+from armillary.kernels import cpu_step
+from armillary.kernels.cpu_step import DecoderStep, StepCache
+
+pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+
+
+def attention64(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """The definition in float64: q [T, Hq, D], k, v [T, Hkv, D], causal."""
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        s = torch.tanh(s / softcap) * softcap
+    at = torch.arange(q.shape[0])
+    hidden = at[None] > at[:, None]
+    if window:
+        hidden |= at[None] <= at[:, None] - window
+    return torch.einsum("hqk,khd->qhd", s.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    block=st.sampled_from([1, 4, 16, 64, 5]),
+    heads=st.sampled_from([(1, 1), (3, 1), (6, 2), (9, 3), (8, 8), (7, 1), (16, 2)]),
+    d=st.sampled_from([16, 64, 80, 128]),
+    chunks=st.lists(st.integers(1, 130), min_size=1, max_size=4),
+    window=st.sampled_from([None, 1, 7, 96, 100]),
+    softcap=st.sampled_from([None, 2.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_paged_attention_equals_float64(
+    block: int, heads: tuple[int, int], d: int, chunks: list[int], window: int | None, softcap: float | None, dtype: torch.dtype, seed: int
+) -> None:
+    """Any block size, grouping, chunking, window: within 1e-5 of the definition (of what fp16 storage holds, when it is fp16)."""
+    torch.manual_seed(seed)
+    total, (hq, hkv) = sum(chunks), heads
+    q, k, v = torch.randn(total, hq, d), torch.randn(total, hkv, d).to(dtype).float(), torch.randn(total, hkv, d).to(dtype).float()
+    blocks = -(-total // block) + 3
+    cache = StepCache(1, blocks, block, hkv, d, dtype)
+    table = torch.randperm(blocks).int()
+    out, at = [], 0
+    for count in chunks:
+        part = slice(at, at + count)
+        out.append(cpu_step.attention(cache, q[part], k[part], v[part], at, table, scale=d**-0.5, window=window, softcap=softcap))
+        at += count
+    expected = attention64(q, k, v, d**-0.5, window, softcap)
+    torch.testing.assert_close(torch.cat(out).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_query_does_not_depend_on_its_chunk() -> None:
+    """Bit for bit: the sums run in one order whether a token is computed alone or in a chunk."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(250, 9, 64), torch.randn(250, 3, 64), torch.randn(250, 3, 64)
+    results = []
+    for chunks in ([250], [1] * 250, [100, 3, 147]):
+        cache, at, out = StepCache(1, 20, 16, 3, 64), 0, []
+        for count in chunks:
+            out.append(
+                cpu_step.attention(
+                    cache, q[at : at + count], k[at : at + count], v[at : at + count], at, torch.arange(20).int(), scale=0.125
+                )
+            )
+            at += count
+        results.append(torch.cat(out))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_cache_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(InputError, match="float32 or float16"):
+        StepCache(1, 4, 16, 1, 16, torch.bfloat16)
+
+
+def test_head_dim_must_be_whole_vectors() -> None:
+    class Shape:
+        head_dim = 24
+
+    with pytest.raises(InputError, match="head_dim is 24"):
+        DecoderStep(Shape(), StepCache(1, 1, 16, 1, 16), 1)  # type: ignore[arg-type]
