@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +36,9 @@ class EngineConfig(Config):
     """Most requests that may wait; more are refused."""
     context: int | None = Field(None, ge=1, le=1 << 30)
     """Most tokens of one sequence, prompt and answer; none leaves it to the model."""
+    backend: Literal["auto", "native", "torch"] = Field("auto", description="who computes: the CPU kernels (native), or plain torch")
+    quantize: Literal["none", "fp16", "int8", "int4"] = Field("none", description="weights in memory; needs the native backend")
+    kv_dtype: Literal["fp32", "fp16"] = Field("fp32", description="keys and values in memory; fp16 needs the native backend")
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)

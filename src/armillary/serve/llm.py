@@ -10,20 +10,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from armillary.core.clock import Clock
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
 from armillary.models.config import ModelConfig
+from armillary.models.decoder import Decoder
 from armillary.models.load import LoadedModel, load
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
+from armillary.serve.executors.forward import Forward
 from armillary.serve.executors.local import LocalExecutor, kv_capacity
+from armillary.serve.executors.native_forward import NativeForward, unsupported
+from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
 from armillary.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
+KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 POOL_SHARE = 4  # the default pool takes one part in four of the free memory ...
 POOL_LIMIT = 4 * 10**9  # ... and at most this many bytes
 
@@ -51,40 +58,58 @@ def build_engine(
     *,
     clock: Clock | None = None,
     trace: Trace | None = None,
-    library: str | None = None,
     keep_weights: bool = False,
 ) -> Engine:
     """An engine that runs `loaded` on this machine; the pool's size and the context are settled and logged.
 
-    Packs the weights of `loaded.decoder` in place: it still computes, but no longer trains or saves. `keep_weights` packs
-    a copy instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError
-    for a KV pool that does not fit the memory.
+    `config.backend` "auto" takes the native kernels where they can run this model. With torch, the weights of
+    `loaded.decoder` are packed in place: it still computes, but no longer trains or saves; `keep_weights` packs a copy
+    instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError for a
+    KV pool that does not fit the memory.
     """
     model = loaded.config
     config = settle(config if config is not None else EngineConfig.model_validate({}), model, available_memory())
     assert config.kv_blocks is not None
-    executor = LocalExecutor(
-        loaded.decoder,
-        num_blocks=config.kv_blocks,
-        block_size=config.block_size,
-        threads=config.threads,
-        seed=config.seed,
-        library=library,
-        in_place=not keep_weights,
-        clock=clock,
-    )
+    threads = config.threads if config.threads is not None else torch.get_num_threads()
+    forward = build_forward(loaded.decoder, config, threads, in_place=not keep_weights)
+    executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
     log.info(
-        "%s: weights %s (linear layers by %s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
+        "%s: %s, weights %s, KV cache %s: %d blocks of %d tokens, context %d, %d threads",
         loaded.name,
-        format_bytes(executor.weight_bytes),
-        executor.library,
-        format_bytes(executor.cache.nbytes),
+        forward.name,
+        format_bytes(forward.weight_bytes),
+        format_bytes(forward.cache_bytes),
         config.kv_blocks,
         config.block_size,
         config.context,
-        executor.threads,
+        threads,
     )
     return Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids)
+
+
+def build_forward(decoder: Decoder, config: EngineConfig, threads: int, *, in_place: bool = False) -> Forward:
+    """Who computes batches: the native kernels when `config.backend` is "native", or "auto" and they can; else torch.
+
+    Raises InputError when `config` asks for what only the native kernels have, and they cannot run here.
+    """
+    assert config.kv_blocks is not None
+    why = unsupported(decoder.config)
+    if config.backend == "native" or (config.backend == "auto" and why is None):
+        return NativeForward(
+            decoder,
+            num_blocks=config.kv_blocks,
+            block_size=config.block_size,
+            threads=threads,
+            quantisation=config.quantize,
+            kv_dtype=KV_DTYPES[config.kv_dtype],
+        )
+    wanted = [
+        name for name, value, plain in (("quantize", config.quantize, "none"), ("kv_dtype", config.kv_dtype, "fp32")) if value != plain
+    ]
+    if wanted:
+        reason = why or "the torch backend was asked for"
+        raise InputError(f"{wanted[0]} needs the native backend, but {reason}", f"leave {wanted[0]} out", field=wanted[0])
+    return TorchForward(decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
 
 
 def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> EngineConfig:
@@ -100,12 +125,14 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> Engi
             f"serve with --context {model.max_context} or less",
             field="context",
         )
-    per_token = model.kv_bytes_per_token()
+    per_token = model.kv_bytes_per_token(KV_DTYPES[config.kv_dtype].itemsize)
     if config.kv_blocks is None and config.kv_memory is None:
         most = config.max_running * -(-context // config.block_size)
         size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)
         least = config.block_size * per_token
-        config = config.model_copy(update={"kv_blocks": min(most, kv_capacity(model, max(size, least), config.block_size))})
+        config = config.model_copy(
+            update={"kv_blocks": min(most, kv_capacity(model, max(size, least), config.block_size, KV_DTYPES[config.kv_dtype]))}
+        )
     config = config.with_pool(per_token).model_copy(update={"context": context})
     assert config.kv_blocks is not None
     needed = config.kv_blocks * config.block_size * per_token

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from armillary.core.clock import Clock, RealClock
 from armillary.core.errors import InputError
-from armillary.kernels.packed_linear import choose_library, pack
-from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span
 from armillary.models.config import ModelConfig
-from armillary.models.decoder import Decoder
+from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.sampling import SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
@@ -37,42 +32,15 @@ class LocalExecutor:
     """`Executor[Plan, Outcome]` on this machine.
 
     The batch is the scheduled tokens of all sequences one after another, without padding; logits are computed only for
-    tokens whose successor is drawn or scored. `decoder` stays as it is: its weights are packed into a copy that shares
-    the embedding and the norms, unless `in_place` says that nobody else needs the plain ones (half the memory).
-    `threads` sets torch's thread count for the whole process; `library` as in `kernels.packed_linear`; `seed` is for
-    requests that bring none.
+    tokens whose successor is drawn or scored. `forward` is how the batch is computed: `TorchForward` or `NativeForward`.
+    `threads` sets torch's thread count for the whole process (sampling uses it too); `seed` is for requests that bring none.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        num_blocks: int,
-        block_size: int,
-        threads: int | None = None,
-        seed: int | None = None,
-        library: str | None = None,
-        in_place: bool = False,
-        clock: Clock | None = None,
-    ) -> None:
-        config = decoder.config
+    def __init__(self, forward: Forward, *, threads: int | None = None, seed: int | None = None, clock: Clock | None = None) -> None:
         self.threads = threads if threads is not None else torch.get_num_threads()
-        self._set_threads()
-        weight = decoder.embed_tokens.weight
-        self.library = choose_library() if library is None else library
-        model = decoder if in_place else _sharing_copy(decoder)
-        self.packed_bytes = pack(model, self.library)
-        self.decoder = model.eval()
-        self.cache = PagedCache(
-            config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
-        )
+        self.forward = forward
         self._seed = seed
         self._clock = clock if clock is not None else RealClock()
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights that this executor holds: packed ones and those it shares with the decoder it was given."""
-        return self.packed_bytes + sum(parameter.nbytes for parameter in self.decoder.parameters())
 
     def run(self, plan: Plan) -> Outcome:
         start = self._clock.now()
@@ -103,8 +71,8 @@ class LocalExecutor:
         for _, first, targets in scored:
             rows += range(first, first + len(targets))
 
-        attend = PagedAttend(self.cache, [Span(entries[i].start, entries[i].count, plan.block_tables[i]) for i in order])
-        logits = self._logits(_index(tokens), _index(positions), attend, rows)
+        spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i]) for i in order]
+        logits = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
 
         sampled: list[TokenLogprob | None] = [None] * len(entries)
         scores: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
@@ -124,16 +92,6 @@ class LocalExecutor:
                 failed.append((i, SamplingError(f"the prompt of request '{requests[i].id}' has logits that are not numbers")))
         return sampled, scores, list(dict(failed).items())
 
-    def _logits(self, tokens: Tensor, positions: Tensor, attend: PagedAttend, rows: Sequence[int]) -> Tensor:
-        """Logits of the batch rows `rows` [len(rows), vocab]."""
-        device = self.decoder.embed_tokens.weight.device
-        tokens, positions = tokens.to(device), positions.to(device)
-        if not rows:  # chunks that end within their prompts: only the cache is wanted
-            self.decoder.hidden(tokens, positions, attend)
-            return torch.empty(0, self.decoder.config.vocab_size)
-        every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
-        return self.decoder(tokens, positions, attend, None if every else _index(rows).to(device))
-
     def _set_threads(self) -> None:
         """torch counts threads for the process: another executor, or a test, may have changed it."""
         if torch.get_num_threads() != self.threads:
@@ -146,13 +104,3 @@ def _tokens(request: Request, entry: Entry) -> Sequence[int]:
         return (request.token(entry.start),)
     start, end, prompt = entry.start, entry.start + entry.count, len(request.prompt)
     return (*request.prompt[start:end], *request.output[max(0, start - prompt) : max(0, end - prompt)])
-
-
-def _index(values: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.array(values, np.int64))
-
-
-def _sharing_copy(decoder: Decoder) -> Decoder:
-    """A copy of the module tree with the same tensors."""
-    shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
-    return copy.deepcopy(decoder, shared)

@@ -1,0 +1,38 @@
+"""A flat, padding-free batch, and who computes its logits: torch (`TorchForward`) or the CPU kernels (`NativeForward`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from armillary.kernels.paged_attention import Span
+
+__all__ = ["FlatBatch", "Forward", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatBatch:
+    """The tokens of all sequences one after another. `spans` say whose they are, in order; `rows` whose logits are wanted."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    spans: Sequence[Span]
+    rows: Sequence[int]
+
+
+class Forward(Protocol):
+    """A model with its KV pool: computes a batch, stores its keys and values, gives the logits [len(rows), vocab]."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def cache_bytes(self) -> int: ...
+
+    def logits(self, batch: FlatBatch) -> Tensor: ...

@@ -1,0 +1,62 @@
+"""The forward pass in plain torch: the reference, and the way where the native kernels cannot run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armillary.kernels.packed_linear import choose_library, pack
+from armillary.kernels.paged_attention import PagedAttend, PagedCache
+from armillary.models.decoder import Decoder
+from armillary.serve.executors.forward import FlatBatch
+
+
+class TorchForward:
+    """`Forward` on the decoder itself.
+
+    `decoder` stays as it is: its weights are packed into a copy that shares the embedding and the norms, unless `in_place`
+    says that nobody else needs the plain ones (half the memory). `library` as in `kernels.packed_linear`.
+    """
+
+    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int, library: str | None = None, in_place: bool = False) -> None:
+        config = decoder.config
+        weight = decoder.embed_tokens.weight
+        self.library = choose_library() if library is None else library
+        self.name = f"torch ({self.library})"
+        model = decoder if in_place else _sharing_copy(decoder)
+        self.packed_bytes = pack(model, self.library)
+        self.decoder = model.eval()
+        self.cache = PagedCache(
+            config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
+        )
+        self.cache_bytes = self.cache.nbytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that are held: packed ones and those shared with the decoder that was given."""
+        return self.packed_bytes + sum(parameter.nbytes for parameter in self.decoder.parameters())
+
+    def logits(self, batch: FlatBatch) -> Tensor:
+        device = self.decoder.embed_tokens.weight.device
+        tokens, positions = _index(batch.tokens).to(device), _index(batch.positions).to(device)
+        attend = PagedAttend(self.cache, batch.spans)
+        rows = batch.rows
+        if not rows:  # chunks that end within their prompts: only the cache is wanted
+            self.decoder.hidden(tokens, positions, attend)
+            return torch.empty(0, self.decoder.config.vocab_size)
+        every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
+        return self.decoder(tokens, positions, attend, None if every else _index(rows).to(device))
+
+
+def _index(values: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int64))
+
+
+def _sharing_copy(decoder: Decoder) -> Decoder:
+    """A copy of the module tree with the same tensors."""
+    shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
+    return copy.deepcopy(decoder, shared)

@@ -1,0 +1,126 @@
+"""The native forward pass equals the plain decoder in every option that a family has, however the tokens are cut up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from armillary.core.errors import InputError
+from armillary.kernels import cpu_step
+from armillary.kernels.attention import CausalAttend
+from armillary.models.config import ModelConfig, RopeConfig
+from armillary.models.decoder import Decoder
+from armillary.serve.executors.forward import FlatBatch, Span
+from armillary.serve.executors.native_forward import NativeForward, unsupported
+
+pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+
+BASE = ModelConfig("llama", 101, 64, 96, 3, 4, 2, 16, 512)
+CASES = {
+    "llama": BASE,
+    "biases": replace(BASE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk norm, tied": replace(BASE, qk_norm=True, tie_embeddings=True),
+    "windows": replace(BASE, windows=(20, None, 20)),
+    "multi-head": replace(BASE, num_kv_heads=4),
+    "multi-query": replace(BASE, num_heads=12, num_kv_heads=1, head_dim=32),
+    "gemma": replace(
+        BASE,
+        windows=(None, 17, None),
+        attention_softcap=5.0,
+        logit_softcap=3.0,
+        embedding_scale=8.0,
+        norm_offset=1.0,
+        sandwich_norms=True,
+        activation="gelu_tanh",
+        attention_scale=0.3,
+        local_rope=RopeConfig(500.0),
+        qk_norm=True,
+    ),
+    "odd sizes": replace(BASE, hidden_size=50, intermediate_size=70, vocab_size=53),
+    "llama3 rope": replace(BASE, rope=RopeConfig(500_000.0, "llama3", 8.0, 64)),
+    "yarn": replace(BASE, rope=RopeConfig(10_000.0, "yarn", 4.0, 64)),
+}
+
+
+def decoder_of(config: ModelConfig) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return decoder
+
+
+def run(forward: NativeForward, tokens: list[int], table: list[int], chunks: tuple[int, ...]) -> torch.Tensor:
+    out, at = [], 0
+    for count in chunks:
+        span = Span(at, count, table)
+        out.append(forward.logits(FlatBatch(tokens[at : at + count], range(at, at + count), [span], range(count))))
+        at += count
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_every_option_equals_the_plain_decoder(case: str, block_size: int) -> None:
+    decoder = decoder_of(CASES[case])
+    tokens = torch.randint(0, decoder.config.vocab_size, (150,))
+    with torch.no_grad():
+        expected = decoder(tokens, torch.arange(150), CausalAttend([150]))
+    blocks = 150 // block_size + 10
+    forward = NativeForward(decoder, num_blocks=blocks, block_size=block_size, threads=2)
+    got = run(forward, tokens.tolist(), torch.randperm(blocks).tolist(), (1, 30, 70, 1, 48))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantisation", ["none", "fp16", "int8", "int4"])
+def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str) -> None:
+    """Neither the number of threads, nor the chunking, nor other sequences in the batch change one bit of a logit."""
+    decoder = decoder_of(BASE)
+    tokens = torch.randint(0, 101, (90,)).tolist()
+    results = []
+    for threads, chunks in ((1, (90,)), (2, (90,)), (3, (1,) * 90), (2, (33, 57))):
+        forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=threads, quantisation=quantisation)
+        results.append(run(forward, tokens, list(range(20)), chunks))
+    forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=2, quantisation=quantisation)
+    other = torch.randint(0, 101, (37,)).tolist()
+    batch = FlatBatch(other + tokens, [*range(37), *range(90)], [Span(0, 37, [9, 3, 14]), Span(0, 90, [0, 1, 2, 4, 5, 6])], range(37, 127))
+    results.append(forward.logits(batch))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_the_error_of_quantised_weights_follows_their_bits() -> None:
+    """Root mean square error of the logits over their spread: a misplaced scale or offset would break the order at once."""
+    decoder = decoder_of(BASE)
+    tokens = torch.randint(0, 101, (60,))
+    with torch.no_grad():
+        expected = decoder(tokens, torch.arange(60), CausalAttend([60]))
+    errors = []
+    for quantisation in ("fp16", "int8", "int4"):
+        forward = NativeForward(decoder, num_blocks=8, block_size=16, threads=1, quantisation=quantisation)
+        difference = run(forward, tokens.tolist(), list(range(8)), (60,)) - expected
+        errors.append(float(difference.square().mean().sqrt() / expected.std()))
+    fp16, int8, int4 = errors
+    assert fp16 < 2e-3
+    assert 2 * fp16 < int8 < 0.05
+    assert 2 * int8 < int4 < 0.5
+
+
+def test_half_precision_cache_is_close_and_half_the_size() -> None:
+    decoder = decoder_of(BASE)
+    tokens = torch.randint(0, 101, (60,)).tolist()
+    full = NativeForward(decoder, num_blocks=8, block_size=16, threads=1)
+    half = NativeForward(decoder, num_blocks=8, block_size=16, threads=1, kv_dtype=torch.float16)
+    assert half.cache_bytes * 2 == full.cache_bytes
+    a, b = (run(f, tokens, list(range(8)), (60,)) for f in (full, half))
+    assert 0 < float((a - b).abs().max()) < 0.02
+
+
+def test_an_unsupported_head_size_is_named() -> None:
+    config = replace(BASE, head_dim=24)
+    assert "head_dim 24" in (unsupported(config) or "")
+    with pytest.raises(InputError, match="head_dim 24"):
+        NativeForward(Decoder(config), num_blocks=1, block_size=16, threads=1)
