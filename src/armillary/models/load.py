@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from armillary.core.errors import InputError, NotFoundError
+from armillary.core.errors import NotFoundError
 from armillary.core.units import format_bytes
 from armillary.models import hub
 from armillary.models.chat_template import ChatTemplate
@@ -60,15 +60,15 @@ def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32, progress:
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> LoadedModel:
     from armillary.models.hf import load_hf
 
+    try:
+        tokenizer = Tokenizer.from_json(folder)
+    except NotFoundError as error:
+        raise NotFoundError(f"{folder} has no tokenizer.json", "copy the tokenizer's files into the model's folder") from error
     decoder = load_hf(folder)
     stored: Counter[str] = Counter()
     for parameter in decoder.parameters():
         stored[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     decoder = decoder.to(dtype)
-    try:
-        tokenizer = Tokenizer.from_json(folder)
-    except NotFoundError as error:
-        raise NotFoundError(f"{folder} has no tokenizer.json", "copy the tokenizer's files into the model's folder") from error
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return _loaded(name, decoder, tokenizer, folder, folder.resolve().name, stored, "", size)
 
@@ -77,11 +77,7 @@ def _loaded(
     name: str, decoder: Decoder, tokenizer: Tokenizer, path: Path, title: str, stored: Counter[str], licence: str, size: int
 ) -> LoadedModel:
     config = decoder.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model's vocabulary {config.vocab_size:,}",
-            "use the tokenizer that the model was trained with",
-        )
+    tokenizer.limit_ids(config.vocab_size)
     template = ChatTemplate(tokenizer.chat_template, tokenizer) if tokenizer.chat_template else None
     if template is not None and (turn := template.end_of_turn()) is not None and turn not in tokenizer.stop_ids:
         warnings.warn(

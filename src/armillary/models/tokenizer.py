@@ -68,6 +68,7 @@ class Tokenizer:
         self._tokens = list(tokens)
         self._space_prefix = space_prefix
         self._gguf_keys = gguf_keys
+        self._limit: int | None = None
         # Some byte-level vocabularies were trained without the bytes that their corpus lacked (SmolLM2 lacks six control characters).
         single = {piece for piece in self._pieces if len(piece) == 1}
         self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in single) if byte_level else b""
@@ -78,7 +79,7 @@ class Tokenizer:
         """Token ids of `text`. With `special`, what the model wants around a text (bos, eos) is added unless it is already there.
 
         Control tokens written in the text (`<|im_end|>`) become their ids, as a chat template needs.
-        Raises `InputError` for text that is not valid Unicode (lone surrogates).
+        Raises `InputError` for text that is not valid Unicode (lone surrogates) and for tokens beyond `limit_ids`.
         """
         if not isinstance(text, str):
             raise InputError(f"the text is of type {type(text).__name__}", "give a string")
@@ -92,11 +93,20 @@ class Tokenizer:
         if self.missing_bytes and (lost := len(raw) - len(raw.translate(None, self.missing_bytes))):
             warnings.warn(f"the vocabulary has no token for {lost} bytes of the text, which are left out", stacklevel=2)
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        if self._limit is not None and ids and (highest := max(ids)) >= self._limit:
+            raise InputError(
+                f"the text contains {self.token_text(highest)!r}, token {highest}; the model knows {self._limit:,} tokens",
+                "leave it out: it belongs to a part that this model does not have",
+            )
         if special and self.add_bos and self.bos is not None and (not ids or ids[0] != self.bos):
             ids.insert(0, self.bos)
         if special and self.add_eos and self.eos is not None and ids[-1:] != [self.eos]:
             ids.append(self.eos)
         return ids
+
+    def limit_ids(self, vocabulary: int) -> None:
+        """Makes `encode` refuse tokens that a model of this vocabulary has no embedding for (Gemma 3's image token in a text model)."""
+        self._limit = vocabulary if vocabulary < self.vocab_size else None
 
     # -- ids to text ------------------------------------------------------------------------------------------
 
