@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -66,3 +68,44 @@ def test_quoted_make_targets_exist(document: str) -> None:
     quoted = {command.split()[1] for command in quoted_commands(document) if command.startswith("make ")}
     assert quoted, f"{document} quotes no make command"
     assert quoted <= make_targets(), f"{document} quotes targets that the Makefile lacks"
+
+
+def armillary(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "armillary", *arguments)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_quoted_verbs_exist(document: str) -> None:
+    words = [re.sub(r"^\S*/", "", command).split() for command in quoted_commands(document)]
+    for verb in sorted({command[1] for command in words if command[0] == "armillary"}):
+        answer = armillary(verb, "--help")
+        assert answer.returncode == 0, f"{document} quotes `armillary {verb}`: {answer.stderr}"
+        assert answer.stdout.startswith(f"Usage: armillary {verb}"), f"{document} quotes `armillary {verb}`, which the command lacks"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, armillary.cli.main as cli; cli.run(['--help']); print(*sys.modules, file=sys.stderr)"
+    loaded = set(run_python("-c", code).stderr.split())
+    assert "armillary.cli.main" in loaded
+    assert loaded & {"torch", "numpy", "fastapi", "pydantic", "tokenizers", "matplotlib", "armillary.serve.llm"} == set()
+
+
+def examples() -> list[object]:
+    """The README's Python blocks, each with the output that is quoted below it."""
+    found = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [pytest.param(code, output, marks=[pytest.mark.slow] if "smollm2" in code else []) for code, output in found]
+
+
+def test_every_python_example_of_the_readme_quotes_its_output() -> None:
+    assert len(examples()) == len(re.findall(r"^```python", (ROOT / "README.md").read_text(), re.MULTILINE)) > 0
+
+
+@pytest.mark.parametrize(("code", "output"), examples())
+def test_the_readmes_examples_print_what_they_say(code: str, output: str) -> None:
+    answer = run_python("-c", code)
+    assert (answer.stdout, answer.returncode) == (output, 0), answer.stderr
