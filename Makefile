@@ -15,6 +15,7 @@ help: ## what each command does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## everything in .venv, with .venv/bin/armillary (quick when nothing changed)
+	@echo "ready: $(BIN)/armillary --help"
 
 # torch first and alone: the package's range then already holds, so pip pulls nothing larger.
 $(READY): pyproject.toml
@@ -25,33 +26,32 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@test -x $(BIN)/armillary
 	@touch $(READY)
-	@echo "ready: $(BIN)/armillary --help"
 
-demo: setup ## fetch SmolLM2, serve 16 chats, report, then the chat page (ONCE=1: exit after the report)
+demo: $(READY) ## fetch SmolLM2, serve 16 chats, report, then the chat page (ONCE=1: exit after the report)
 	$(BIN)/armillary demo $(if $(filter-out 0,$(ONCE)),--once)
 
-lint: setup ## ruff, mypy, and the order of the rings
+lint: $(READY) ## ruff, mypy, and the order of the rings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-format: setup ## rewrite the code the way ruff likes it
+format: $(READY) ## rewrite the code the way ruff likes it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quick: setup ## the tests that take seconds
+quick: $(READY) ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
-test: setup ## all of CI: Chromium where it may be installed, lint, then every test, slow ones too
+test: $(READY) ## all of CI: Chromium where it may be installed, lint, then every test, slow ones too
 	@.ci/chromium
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest --durations=10
 
-bench: setup ## serving on this machine's CPU (wants a quiet machine)
+bench: $(READY) ## serving on this machine's CPU (wants a quiet machine)
 	$(BIN)/python bench/serve_cpu.py
 
-bench-peers: setup ## the same beside transformers, llama.cpp and vLLM (set up by bench/peers/setup.sh)
+bench-peers: $(READY) ## the same beside transformers, llama.cpp and vLLM (set up by bench/peers/setup.sh)
 	$(BIN)/python bench/serve_cpu.py --peers
 
 clean: ## remove .venv and every tool's cache (downloads in the user cache stay)
