@@ -7,9 +7,9 @@ import difflib
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 from cyclopts import Parameter
 
@@ -25,7 +25,9 @@ _COMMANDS = {
     "/clear": "forget the conversation",
     "/help": "this list",
 }
-_MAX_STDIN_BYTES = 10_000_000
+_MAX_STDIN_BYTES: Final = 10_000_000
+_DEFAULTS: Final[dict[str, Any]] = {"engine.max_running": 1}
+"""One conversation: the KV pool need not hold more than one full context."""
 
 
 def chat(
@@ -49,7 +51,7 @@ def chat(
     from armillary.core.errors import InputError
     from armillary.serve.request import SamplingParams
 
-    settled = settle(model, engine, file=config)
+    settled = settle(model, engine, file=config, defaults=_DEFAULTS)
     if not 0 <= temperature <= 100 or not 0 < top_p <= 1 or max_tokens < 1:
         raise InputError(
             f"temperature {temperature:g}, top_p {top_p:g}, max_tokens {max_tokens} do not fit",
@@ -95,7 +97,8 @@ class Conversation:
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
         pieces: list[str] = []
         self.tokens, self.last = 0, None
-        with contextlib.closing(self.service.stream(messages, sampling, whole_context=False)) as events:
+        events = cast("Generator[Event, None, None]", self.service.stream(messages, sampling, whole_context=False))
+        with contextlib.closing(events):
             for event in events:
                 self.tokens += event.token is not None
                 self.last = event
