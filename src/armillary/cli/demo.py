@@ -193,7 +193,7 @@ def _raw(running: Running, latencies: Latencies, trace: Trace) -> dict[str, Any]
         "tokens_per_second": (latencies.prompt_tokens + latencies.output_tokens) * S / max(1, latencies.duration),
         "kv_blocks_peak": peak,
         "kv_blocks_total": limits.total_blocks,
-        "kv_bytes_peak": peak * limits.block_size * running.loaded.config.kv_bytes_per_token(),
+        "kv_bytes_peak": peak * running.forward.cache_bytes // limits.total_blocks,
         "iterations": stats.iterations,
         "preemptions": stats.preemptions,
     }
@@ -253,6 +253,7 @@ def _write(
     engine = running.engine
     facts = {
         "model": running.loaded.description,
+        "computed by": running.computing,
         "KV pool": running.pool,
         "policy": f"{engine.policy.name}, at most {engine.limits.max_batch_tokens} tokens an iteration",
         "machine": f"{machine.cpu}, {machine.physical_cores} cores"

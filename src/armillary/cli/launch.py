@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from armillary.cli.terminal import byte_progress, note, timed
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from armillary.core.trace import Trace
     from armillary.models.load import LoadedModel
     from armillary.serve.engine import Engine
+    from armillary.serve.executors.forward import Forward
+    from armillary.serve.executors.local import LocalExecutor
     from armillary.serve.service import Service
 
 
@@ -24,14 +26,25 @@ class Running:
     service: Service  # tokens and requests from chats
 
     @property
+    def forward(self) -> Forward:
+        """Who computes the batches."""
+        return cast("LocalExecutor", self.engine.executor).forward
+
+    @property
+    def computing(self) -> str:
+        """Who computes, in words."""
+        from armillary.core.units import format_bytes
+
+        return f"{self.forward.name}, weights {format_bytes(self.forward.weight_bytes)} in memory"
+
+    @property
     def pool(self) -> str:
         """The KV pool in words."""
         from armillary.core.units import format_bytes
 
         limits = self.engine.limits
         tokens = limits.total_blocks * limits.block_size
-        size = format_bytes(tokens * self.loaded.config.kv_bytes_per_token())
-        return f"{size}: {limits.total_blocks:,} blocks of {limits.block_size} tokens, {tokens:,} tokens in all"
+        return f"{format_bytes(self.forward.cache_bytes)}: {limits.total_blocks:,} blocks of {limits.block_size} tokens, {tokens:,} tokens in all"
 
 
 def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
@@ -50,6 +63,7 @@ def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
         done(f"loaded {name}")
     running = Running(loaded, engine, Service(engine, loaded))
     note(loaded.description)
+    note(f"computed by {running.computing}")
     note(f"KV cache {running.pool}; policy {engine.policy.name}, at most {engine.limits.max_batch_tokens} tokens an iteration")
     return running
 

@@ -38,6 +38,13 @@ class EngineFlags:
     max_running: Annotated[int | None, _flag("Most sequences in flight (default 64).", _ENGINE)] = None
     max_queue: Annotated[int | None, _flag("Most requests that may wait; more are refused (default 16384).", _ENGINE)] = None
     context: Annotated[int | None, _flag("Most tokens of one sequence, prompt and answer (default: the model's).", _ENGINE)] = None
+    backend: Annotated[str | None, _flag("Who computes: auto (default), native (the CPU kernels) or torch.", _ENGINE)] = None
+    quantize: Annotated[str | None, _flag("Weights in memory: none (default), fp16, int8 or int4; needs the native backend.", _ENGINE)] = (
+        None
+    )
+    kv_dtype: Annotated[
+        str | None, _flag("Keys and values in memory: fp32 (default) or fp16, which needs the native backend.", _ENGINE)
+    ] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 
