@@ -45,8 +45,17 @@ void quantise_group(const float* x, int32_t format, uint8_t* level, uint16_t& sc
 extern "C" {
 
 // Rows [n][k] go to columns `column`, `column + 1`, ... of a weight of `format` whose arrays are zeroed and padded.
-// Columns never share a byte, so that pieces may be packed by several threads at once.
-void arm_pack(int32_t format, const float* w, int32_t n, int32_t k, int64_t stride, int32_t column, void* data, uint16_t* scales, uint16_t* minimums) {
+// Columns never share a byte, so that pieces may be packed by several threads at once. Returns 0 when a weight is not finite.
+int32_t arm_pack(int32_t format, const float* w, int32_t n, int32_t k, int64_t stride, int32_t column, void* data, uint16_t* scales, uint16_t* minimums) {
+  float poison = 0.0f;  // becomes NaN with the first NaN or infinity
+  for (int j = 0; j < n; j++) {
+    f32x16 row = {};
+    int i = 0;
+    for (; i + 16 <= k; i += 16) row += load(w + (size_t)j * stride + i) * 0.0f;
+    for (; i < k; i++) poison += w[(size_t)j * stride + i] * 0.0f;
+    poison += horizontal_sum(row);
+  }
+  if (poison != 0.0f) return 0;
   if (format <= F16) {
     constexpr int kRun = 64;  // of k at a time: the panel's part that is being written stays in the first-level cache
     for (int first = 0; first < k; first += kRun)
@@ -61,7 +70,7 @@ void arm_pack(int32_t format, const float* w, int32_t n, int32_t k, int64_t stri
             ((uint16_t*)data)[panel + (size_t)i * kPanel] = to_half(x);
         }
       }
-    return;
+    return 1;
   }
   const int groups = padded_k(k) / kGroup;
   for (int j = 0; j < n; j++) {
@@ -86,6 +95,7 @@ void arm_pack(int32_t format, const float* w, int32_t n, int32_t k, int64_t stri
       }
     }
   }
+  return 1;
 }
 
 // What the packed weight stands for, as fp32 rows [n][k]: the law that the products are tested against.
