@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Protocol
 
 from armillary.serve.request import Event, Request
@@ -112,7 +112,7 @@ class BlockingStream:
     def put(self, event: Event) -> None:
         self._events.put(event)
 
-    def events(self, request: Request) -> Iterator[Event]:
+    def events(self, request: Request) -> Generator[Event]:
         """Yield until the request finishes; closing the iterator early cancels it in the engine."""
         finished = False
         try:
