@@ -181,7 +181,9 @@ class Service:
                 self.observer.submitted(request)
         return stream
 
-    def stream(self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, whole_context: bool = True) -> Generator[Event]:
+    def stream(
+        self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, whole_context: bool = True
+    ) -> Generator[Event]:
         """Chat from a program without an event loop: yields the answer's events; close the iterator to cancel.
 
         `whole_context`: let the answer run to the end of the context, whatever `sampling.max_tokens` says.
