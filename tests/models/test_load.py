@@ -57,7 +57,7 @@ def test_a_file_and_a_folder_are_the_same_model(gguf_path: Path, tmp_path: Path)
     file = load(gguf_path)
     save_hf(file.decoder, tmp_path / "folder", file.tokenizer)
     folder = load(tmp_path / "folder")
-    again = load(write_gguf(folder.decoder, tmp_path / "again.gguf", "F32", tokenizer=file.tokenizer))
+    again = load(write_gguf(folder.decoder, tmp_path / "again.gguf", "F32", tokenizer=folder.tokenizer))
     for other in (folder, again):
         assert torch.equal(logits(other.decoder), logits(file.decoder))
         assert other.tokenizer.encode("the <turn> é") == file.tokenizer.encode("the <turn> é")

@@ -2,18 +2,19 @@
 
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from armillary.core.errors import FormatError, InputError, NotFoundError
+from armillary.core.errors import ArmillaryError, FormatError, InputError, NotFoundError
 from armillary.models.gguf.pretokenizer import KINDS
 from armillary.models.gguf.reader import GGUFFile
 from armillary.models.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
@@ -331,7 +332,7 @@ def test_the_chat_template_is_found(tmp_path: Path, where: str) -> None:
 def test_bad_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"tokenizer\.json does not exist"):
         Tokenizer.from_json(tmp_path)
-    for raw, message in [("{", "not JSON"), ("[]", "holds a list"), ("{}", "cannot be built"), ("[" * 10**5, "not JSON")]:
+    for raw, message in [("{", "not JSON"), ("[]", "holds a list"), ("{}", "are inconsistent"), ("[" * 10**5, "not JSON")]:
         (tmp_path / "tokenizer.json").write_text(raw)
         with pytest.raises(FormatError, match=message):
             Tokenizer.from_json(tmp_path)
@@ -341,6 +342,50 @@ def test_bad_json_is_named(tmp_path: Path) -> None:
         Tokenizer.from_json(folder_of(tmp_path, words))
 
 
+ANY_VALUE = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=8), st.lists(st.text(max_size=3), max_size=4),
+    st.lists(st.integers(-5, 5), max_size=4).map(np.array), st.just(np.zeros(342, np.float32)), st.just(np.full(342, 9)),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(kind=st.sampled_from([byte_level_metadata(), sentencepiece_metadata()]), data=st.data())
+def test_any_metadata_is_read_or_refused(kind: dict[str, Any], data: st.DataObject) -> None:
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(kind)), ANY_VALUE, min_size=1, max_size=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tokenizer = from_metadata(kind | changes)
+            tokenizer.decode(tokenizer.encode("the data"))
+        except ArmillaryError:
+            pass
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    raw = json.loads(sentencepiece_json("prepend").to_str())
+    places = [
+        raw,
+        raw["model"],
+        raw["decoder"],
+        raw["decoder"]["decoders"][0],
+        raw["normalizer"],
+        raw["post_processor"],
+        *raw["added_tokens"],
+    ]
+    value = st.one_of(st.none(), st.booleans(), st.integers(-1, 2**70), st.text(max_size=4), st.just([]), st.just({}), st.just([[]]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from(places))
+        place[data.draw(st.sampled_from(sorted(place)))] = data.draw(value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    try:
+        tokenizer = Tokenizer.from_json(tmp_path)
+        tokenizer.decode(tokenizer.encode("the data"))
+    except ArmillaryError:
+        pass
+
+
 def test_a_vocabulary_survives_a_gguf_file(tmp_path: Path) -> None:
     for tokenizer in (BYTES, PIECES):
         path = write_file(tmp_path / "v.gguf", tokenizer.gguf_metadata(), [])
@@ -348,6 +393,49 @@ def test_a_vocabulary_survives_a_gguf_file(tmp_path: Path) -> None:
         for text in [*TRICKY, *CORPUS]:
             assert again.encode(text) == tokenizer.encode(text)
         assert (again.bos, again.eos, again.stop_ids) == (tokenizer.bos, tokenizer.eos, tokenizer.stop_ids)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "tekken", "gpt-4o", "deepseek-v3", "qwen35", "falcon", "default"]
+)
+def test_a_byte_level_json_is_written_as_gguf(tmp_path: Path, kind: str) -> None:
+    backend = from_metadata(byte_level_metadata(kind)).backend
+    config = {"eos_token": "<|end|>", "chat_template": "plain"}
+    ours = Tokenizer.from_json(folder_of(tmp_path, backend, tokenizer_config=config, config={"eos_token_id": BYTES.id_of("<|start|>")}))
+    metadata = ours.gguf_metadata()
+    assert KINDS[metadata["tokenizer.ggml.pre"]] == KINDS[kind]
+    path = write_file(tmp_path / "v.gguf", metadata, [])
+    again = Tokenizer.from_gguf(GGUFFile.open(path))
+    assert (again.eos, again.stop_ids, again.chat_template) == (ours.eos, ours.stop_ids, "plain")
+    for text in [*TRICKY, *CORPUS, "a<|end|>b"]:
+        assert again.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "no prefix"])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("the data is schedule a.é "), max_size=40))
+def test_a_json_with_pieces_is_written_as_gguf(tmp_path: Path, kind: str, text: str) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    ours = Tokenizer.from_json(folder_of(tmp_path, sentencepiece_json(kind), tokenizer_config=config))
+    again = from_metadata(ours.gguf_metadata())
+    assert again.encode(text) == ours.encode(text)
+    assert again.decode(again.encode(text)) == text
+
+
+def test_a_json_that_gguf_would_change_is_refused(tmp_path: Path) -> None:
+    # Metaspace puts a space before the first word only, GGUF also after each control token.
+    ours = Tokenizer.from_json(folder_of(tmp_path, sentencepiece_json("metaspace"), tokenizer_config={"bos_token": "<s>"}))
+    with pytest.raises(InputError, match=r"would encode .* differently"):
+        ours.gguf_metadata()
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("x", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(InputError, match="no name for the way"):
+        Tokenizer.from_json(folder_of(tmp_path, backend)).gguf_metadata()
+    three = {"eos_token_id": [5, 6, 7]}
+    with pytest.raises(InputError, match="would be lost"):
+        Tokenizer.from_json(folder_of(tmp_path, BYTES.backend, tokenizer_config={"eos_token": "<|end|>"}, config=three)).gguf_metadata()
 
 
 # -- the real model -------------------------------------------------------------------------------------------------

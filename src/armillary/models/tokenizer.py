@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from armillary.core.errors import FormatError, InputError, NotFoundError
+from armillary.core.errors import ArmillaryError, FormatError, InputError, NotFoundError
 from armillary.models.gguf.reader import GGUFFile
 from armillary.models.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_vocabulary
+from armillary.models.gguf.vocabulary_writer import vocabulary_metadata
 
 MAX_JSON_BYTES = 256 * 1024 * 1024
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -66,7 +67,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._pieces = list(pieces)
         self._tokens = list(tokens)
-        self._space_prefix = space_prefix
+        self.space_prefix, self.byte_level = space_prefix, byte_level
         self._gguf_keys = gguf_keys
         self._limit: int | None = None
         # Some byte-level vocabularies were trained without the bytes that their corpus lacked (SmolLM2 lacks six control characters).
@@ -92,7 +93,7 @@ class Tokenizer:
             ) from None
         if self.missing_bytes and (lost := len(raw) - len(raw.translate(None, self.missing_bytes))):
             warnings.warn(f"the vocabulary has no token for {lost} bytes of the text, which are left out", stacklevel=2)
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _guarded(lambda: self.backend.encode(text, add_special_tokens=False).ids, "encoding")
         if self._limit is not None and ids and (highest := max(ids)) >= self._limit:
             raise InputError(
                 f"the text contains {self.token_text(highest)!r}, token {highest}; the model knows {self._limit:,} tokens",
@@ -120,7 +121,7 @@ class Tokenizer:
         """The text of the tokens; bytes that do not form UTF-8 become U+FFFD."""
         skipped = self.special_ids if skip_special else frozenset()
         raw = b"".join(self.token_bytes(token) for token in ids if token not in skipped)
-        if self._space_prefix and raw.startswith(b" "):
+        if self.space_prefix and raw.startswith(b" "):
             raw = raw[1:]  # the space that encoding put before the text
         return raw.decode("utf-8", errors="replace")
 
@@ -139,10 +140,10 @@ class Tokenizer:
         return len(self._pieces)
 
     def gguf_metadata(self) -> dict[str, Any]:
-        """The `tokenizer.*` keys of a GGUF file. Raises `InputError` for a tokenizer that did not come from one."""
-        if self._gguf_keys is None:
-            raise InputError("this tokenizer cannot be written as GGUF", "write a Hugging Face folder, or leave the tokenizer out")
-        return dict(self._gguf_keys)
+        """The `tokenizer.*` keys of a GGUF file. Raises `InputError` for a tokenizer that the format would change."""
+        if self._gguf_keys is not None:
+            return dict(self._gguf_keys)
+        return vocabulary_metadata(self)
 
     # -- where they come from ---------------------------------------------------------------------------------
 
@@ -177,10 +178,14 @@ class Tokenizer:
         """From a `tokenizer.json` or the folder that holds it; the files beside it say what is special and what ends a text."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
+        return _guarded(lambda: cls._from_json(file), file.name)
+
+    @classmethod
+    def _from_json(cls, file: Path) -> Tokenizer:
         raw = _read_json(file)
         if raw is None:
             raise NotFoundError(f"{file} does not exist", "give a tokenizer.json or a model folder that has one")
-        backend = _guarded(lambda: tokenizers.Tokenizer.from_str(json.dumps(raw)), file.name)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
         backend.no_truncation()
         backend.no_padding()
         style = _decoder_style(raw, file.name)
@@ -259,12 +264,13 @@ def _decoder_style(raw: dict[str, Any], source: str) -> str:
     """'bytes' (byte-level) or 'spaces' (▁ and byte fallback), by the decoder that the file names."""
     decoder = raw.get("decoder") or {}
     parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-    kinds = {part.get("type") for part in parts if isinstance(part, dict)}
+    parts = parts if isinstance(parts, list) else []
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
     if "ByteLevel" in kinds:
         return "bytes"
     if kinds & {"Metaspace", "ByteFallback", "Replace"}:
         return "spaces"
-    raise InputError(f"{source}: decoder {sorted(map(str, kinds))} is not supported", "byte-level and SentencePiece-like tokenizers are")
+    raise InputError(f"{source}: decoder {sorted(kinds)} is not supported", "byte-level and SentencePiece-like tokenizers are")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -300,7 +306,7 @@ def _guarded(build: Callable[[], T], source: str) -> T:
     """Runs what calls into the Rust library, whose faults are bare `Exception`s and, for a panic, a `BaseException`."""
     try:
         return build()
-    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
+    except (ArmillaryError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise FormatError(f"{source}: the tokenizer cannot be built ({str(error)[:160]})", "fetch the file again") from error
+        raise FormatError(f"{source}: the tokenizer's data are inconsistent ({str(error)[:160]})", "fetch the file again") from error
