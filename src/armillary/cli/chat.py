@@ -7,9 +7,9 @@ import difflib
 import os
 import stat
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter
 
@@ -97,8 +97,7 @@ class Conversation:
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
         pieces: list[str] = []
         self.tokens, self.last = 0, None
-        events = cast("Generator[Event, None, None]", self.service.stream(messages, sampling, whole_context=False))
-        with contextlib.closing(events):
+        with contextlib.closing(self.service.stream(messages, sampling, whole_context=False)) as events:
             for event in events:
                 self.tokens += event.token is not None
                 self.last = event
