@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -54,6 +55,10 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(404, str(error), param=error.field, code="model_not_found" if error.field == "model" else "not_found")
     if isinstance(error, ArmillaryError):
         return APIError(500, str(error), type="server_error", code="server_error")
+    if isinstance(error, RequestValidationError):  # a path or query parameter; bodies are checked in `body`
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return APIError(400, f"{name}: {first['msg']}", param=name, code="invalid_value")
     if isinstance(error, HTTPException):
         words = {404: "no such path: the API lives under /v1", 405: "this path does not answer that method"}
         return APIError(error.status_code, words.get(error.status_code, str(error.detail)), code="http_error", headers=error.headers)
@@ -67,5 +72,5 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (APIError, ArmillaryError, HTTPException, Exception):
+    for kind in (APIError, ArmillaryError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
