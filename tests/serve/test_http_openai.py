@@ -292,6 +292,8 @@ def test_closing_a_stream_frees_its_request_and_blocks(client, world):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_before_the_first_token_cancels_all_its_choices(client, world, stream):
+    world.typist.delay = 0.02
+    world.typist.reply = lambda request: "z" * 10_000  # longer than any cancelling takes
     cancelled = world.engine.stats.finished["cancelled"]
 
     async def hang_up():
