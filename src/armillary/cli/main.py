@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -21,6 +22,7 @@ from armillary.core.errors import ArmillaryError
 FAILED = 1  # it ran, and what it checked does not hold
 MISUSED = 2  # it could not do what was asked: bad input, missing files, no room
 INTERRUPTED = 130  # Ctrl-C, as shells number it
+TERMINATED = 143  # SIGTERM, likewise
 
 _VERBS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API, with a chat page at /.",
@@ -39,7 +41,9 @@ app = App(
     help_formatter="default" if sys.stdout.isatty() else PlainFormatter(max_width=200),
     default_parameter=Parameter(show_default=lambda value: str(value) if value not in (None, False, ()) else None),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False  # ours to tell
 app["--help"].group = app["--version"].group = "Options"
 for _name, _line in _VERBS.items():
     app.command(f"armillary.cli.{_name}:{_name}", name=_name, help=_line)
@@ -90,8 +94,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point. SIGTERM unwinds like Ctrl-C, so that engines stop and half-written files go."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(TERMINATED)
 
 
 def _tell(problem: str, fix: str) -> None:

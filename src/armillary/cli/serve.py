@@ -36,7 +36,7 @@ def serve(
         with_http.run()
     finally:
         running.engine.stop()
-    note("stopped")
+        note("stopped")
 
 
 def refuse_open_door(server: Any) -> None:

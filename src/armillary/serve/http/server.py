@@ -91,6 +91,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind(address)
+            bound.listen(BACKLOG)  # whoever is told the URL may connect at once, and no one else can bind beside us
         except OSError:
             bound.close()
             raise
