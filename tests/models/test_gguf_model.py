@@ -22,6 +22,7 @@ from armillary.models.gguf.quant import dequantise
 from armillary.models.gguf.reader import GGUFFile
 from armillary.models.gguf.rope_factors import fit_llama3, llama3_factors
 from armillary.models.gguf.writer import write_gguf
+from armillary.models.hf import load_hf
 from armillary.models.weights import hf_parameters
 
 LLAMA = ModelConfig(
@@ -87,6 +88,17 @@ def test_a_model_survives_the_file_unchanged(tmp_path: Path, name: str) -> None:
     assert config == decoder.config
 
 
+def test_every_family_of_transformers_survives_gguf(peer: Any, tmp_path: Path) -> None:
+    peer.save_pretrained(tmp_path / "hf")
+    decoder = load_hf(tmp_path / "hf")
+    back = load_gguf(write_gguf(decoder, tmp_path / "m.gguf", "F32"))
+    tokens = torch.arange(24) * 5 % 131
+    with torch.inference_mode():
+        theirs = peer(tokens[None]).logits[0]
+        ours = back(tokens, torch.arange(24), CausalAttend([24]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
 def test_the_peer_reads_the_same_values(tmp_path: Path, kind: str) -> None:
     path = write_gguf(model(LLAMA), tmp_path / "m.gguf", kind, metadata={"general.name": "tiny", "test.list": [1, -2]})
@@ -131,6 +143,16 @@ def test_llama3_factors_give_their_parameters_back(factor: float, original: int,
     fitted = fit_llama3(llama3_factors(rope, 128), 500_000.0, 128, "test")
     np.testing.assert_allclose(llama3_factors(fitted, 128), llama3_factors(rope, 128), rtol=1e-4)
     assert fitted.factor == factor
+
+
+@given(theta=st.sampled_from([5000.0, 500_000.0]), original=st.integers(16, 4096), head_dim=st.sampled_from([8, 12, 64]))
+def test_few_pairs_are_enough(theta: float, original: int, head_dim: int) -> None:
+    # One pair or none between the two regimes leaves a choice of parameters; any that gives the same factors is right.
+    rope = RopeConfig(theta, "llama3", 4.0, original, 1.0, 4.0)
+    factors = llama3_factors(rope, head_dim)
+    fitted = fit_llama3(factors, theta, head_dim, "test")
+    again = np.ones_like(factors) if fitted.kind == "default" else llama3_factors(fitted, head_dim)
+    np.testing.assert_allclose(again, factors, rtol=1e-3)
 
 
 def test_factors_of_another_form_are_refused() -> None:

@@ -47,18 +47,27 @@ def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _candidates(factors: np.ndarray, factor: float, wavelength: np.ndarray) -> list[tuple[int, float]]:
-    """(original context, high) pairs worth trying: the published one, then the line through the pairs that lie in between."""
+    """(original context, high) pairs worth trying: the published one, then what the pairs between the two regimes say."""
     found = [(8192, 4.0)]
-    between = (factors > 1.0 + 1e-6) & (factors < factor * (1 - 1e-6))
-    if between.sum() >= 2 and factor > 1.0:
-        smooth = (1.0 / factors[between] - 1.0 / factor) / (1.0 - 1.0 / factor)
-        slope, offset = np.polyfit(1.0 / wavelength[between], smooth, 1)  # s = original / (high - 1) / w - 1 / (high - 1)
+    kept, stretched = factors <= 1.0 + 1e-6, factors >= factor * (1 - 1e-6)
+    between = ~kept & ~stretched
+    if factor <= 1.0:
+        return found
+    smooth = (1.0 / factors[between] - 1.0 / factor) / (1.0 - 1.0 / factor)
+    waves = wavelength[between]
+    if between.sum() >= 2:  # s = original / (high - 1) / w - 1 / (high - 1) is a line in 1 / w
+        slope, offset = np.polyfit(1.0 / waves, smooth, 1)
         if offset < 0:
             high = 1.0 - 1.0 / offset
-            original = slope * (high - 1.0)
-            if 1 <= original < 2**31:
-                found += [(round(original), _rounded(high)), (round(original), high)]
-    return found
+            found += [(round(slope * (high - 1.0)), _rounded(high)), (round(slope * (high - 1.0)), high)]
+    elif between.any():  # one point: take the published high, then the one that makes up for rounding the context
+        original = round(float((smooth[0] * 3.0 + 1.0) * waves[0]))
+        found += [(original, 4.0), (original, float(1.0 + (original / waves[0] - 1.0) / smooth[0]))]
+    else:  # any step between the longest kept wave and the shortest stretched one
+        longest = float(wavelength[kept].max()) if kept.any() else 0.0
+        original = math.floor(wavelength[stretched].min())
+        found.append((original, original / longest * (1 - 1e-6) if longest else 4.0))
+    return [(original, high) for original, high in found if 1 <= original < 2**31 and high > 1.0]
 
 
 def _rounded(value: float) -> float:
