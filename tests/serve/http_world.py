@@ -17,11 +17,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from armillary.core.clock import RealClock
 from armillary.models.chat_template import ChatTemplate
 from armillary.models.config import ModelConfig
+from armillary.models.load import LoadedModel
 from armillary.models.tokenizer import Tokenizer
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.http.app import create_app
 from armillary.serve.http.server import Server
+from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.schedule import Outcome, Plan
 from armillary.serve.service import Service
@@ -100,27 +102,34 @@ def scored(token: int, tops: int) -> TokenLogprob:
 
 
 class World:
-    """A server on a free loopback port, its engine and its executor."""
+    """A server on a free loopback port, its engine and its executor: the typist, or whatever runs `loaded`."""
 
-    def __init__(self, folder: Path, *, app: Callable[..., Any] = create_app, config: dict[str, Any] | None = None, **options: Any) -> None:
-        self.tokenizer = byte_tokenizer(folder)
-        self.typist = Typist(self.tokenizer)
-        model = ModelConfig("llama", self.tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, max_context=512)
-        settings = {"kv_blocks": 256, "block_size": 16, "max_batch_tokens": 256, **(config or {})}
-        self.engine = Engine(self.typist, EngineConfig(**settings), eos_ids=self.tokenizer.stop_ids)
-        loaded = SimpleNamespace(
-            name="typist",
-            config=model,
-            tokenizer=self.tokenizer,
-            chat_template=ChatTemplate(TEMPLATE, self.tokenizer),
-            description="a typist",
-        )
-        self.service = Service(self.engine, loaded)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        app: Callable[..., Any] = create_app,
+        config: dict[str, Any] | None = None,
+        loaded: LoadedModel | None = None,
+        **options: Any,
+    ) -> None:
+        settings = EngineConfig(**{"kv_blocks": 256, "block_size": 16, "max_batch_tokens": 256, **(config or {})})
+        if loaded is None:
+            self.tokenizer = byte_tokenizer(folder)
+            self.typist = Typist(self.tokenizer)
+            model = ModelConfig("llama", self.tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, max_context=512)
+            template = ChatTemplate(TEMPLATE, self.tokenizer)
+            loaded = SimpleNamespace(name="typist", config=model, tokenizer=self.tokenizer, chat_template=template, description="a typist")  # type: ignore[assignment]
+            self.engine = Engine(self.typist, settings, eos_ids=self.tokenizer.stop_ids)
+        else:
+            self.tokenizer = loaded.tokenizer
+            self.engine = build_engine(loaded, settings, keep_weights=True)
+        self.service = Service(self.engine, loaded)
         self.engine.start()
         self.server = Server(app(self.service, **options), port=0, grace_seconds=1)
         self.server.start()
         self.url = self.server.url
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def close(self) -> None:
         self.http.close()
