@@ -119,6 +119,10 @@ def test_metrics_count_what_happened(world):
         assert grew(f"{prefix}prompt_tokens_total") == 4 * 21
         assert grew(f"{prefix}{tokens}_tokens_total") == generated
         assert grew(f"{prefix}request_{tokens}_tokens_sum") == generated
+        iterations = f"{prefix}iteration_tokens" + ("_total" if prefix == "vllm:" else "")
+        assert grew(f"{iterations}_sum") == 4 * 21 + generated - 4  # every token but the last drawn of each request is computed
+        assert after[f"{iterations}_count"] == after["armillary_iterations_total"]
+        assert after[f"{prefix}cache_config_info"] == 1
     assert grew("armillary_requests_finished_totallength") == grew("vllm:request_success_totallength") == 3
     assert grew("armillary_requests_finished_totalstop") == grew("vllm:request_success_totalstop") == 1
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == after["vllm:kv_cache_usage_perc"] == 0

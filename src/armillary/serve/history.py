@@ -28,6 +28,8 @@ class EngineStats:
     preemptions: int = 0
     recomputed_tokens: int = 0  # cached tokens that preemption threw away
     failed_iterations: int = 0
+    scheduled_tokens: int = 0  # over all iterations
+    iteration_sizes: list[int] = field(default_factory=lambda: [0] * 32)  # iterations with over 2^(i-1) and up to 2^i tokens
     finished: dict[FinishReason, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0})
 
 
@@ -101,6 +103,8 @@ class History:
         """An iteration was carried out."""
         schedule = plan.schedule
         self.stats.iterations += 1
+        self.stats.scheduled_tokens += schedule.tokens
+        self.stats.iteration_sizes[min(31, (max(1, schedule.tokens) - 1).bit_length())] += 1
         entries = tuple((entry.request_id, entry.count) for entry in schedule.entries)
         preempted = tuple(preemption.request_id for preemption in schedule.preempted)
         self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted, blocks_used))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from armillary.serve.request import Event, Request
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+
+LARGEST_ITERATION = 15  # as a power of two: the last finite bucket of iteration tokens is 16,384
 
 # Ours -> vLLM's. Histograms and counters alike; Prometheus appends `_total` to counters.
 VLLM_NAMES = {
@@ -27,6 +29,8 @@ VLLM_NAMES = {
     "armillary_request_decode_seconds": "vllm:request_decode_time_seconds",
     "armillary_request_prompt_tokens": "vllm:request_prompt_tokens",
     "armillary_request_generated_tokens": "vllm:request_generation_tokens",
+    "armillary_iteration_tokens": "vllm:iteration_tokens_total",
+    "armillary_cache_config_info": "vllm:cache_config_info",
     "armillary_prompt_tokens": "vllm:prompt_tokens",
     "armillary_generated_tokens": "vllm:generation_tokens",
     "armillary_preemptions": "vllm:num_preemptions",
@@ -125,6 +129,18 @@ class _EngineState(Collector):
             counter = CounterMetricFamily(f"armillary_{name}", help_text, labels=["model_name"])
             counter.add_metric([model], value)
             yield counter
+        sizes, below, buckets = stats["iteration_sizes"], 0, []
+        for power, count in enumerate(sizes[:LARGEST_ITERATION]):
+            below += count
+            buckets.append((str(float(2**power)), below))
+        buckets.append(("+Inf", sum(sizes)))
+        iteration = HistogramMetricFamily("armillary_iteration_tokens", "Tokens computed in an iteration", labels=["model_name"])
+        iteration.add_metric([model], buckets, stats["scheduled_tokens"])
+        yield iteration
+        config = {"block_size": engine.limits.block_size, "num_blocks": engine.limits.total_blocks, "policy": engine.policy.name}
+        info = GaugeMetricFamily("armillary_cache_config_info", "How the KV cache is set up", labels=["model_name", *config])
+        info.add_metric([model, *map(str, config.values())], 1)
+        yield info
         finished = CounterMetricFamily(
             "armillary_requests_finished", "Requests that ended, by reason", labels=["model_name", "finished_reason"]
         )
