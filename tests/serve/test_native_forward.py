@@ -57,7 +57,7 @@ def run(forward: NativeForward, tokens: list[int], table: list[int], chunks: tup
     out, at = [], 0
     for count in chunks:
         span = Span(at, count, table)
-        out.append(forward.logits(FlatBatch(tokens[at : at + count], range(at, at + count), [span], range(count))))
+        out.append(forward.logits(FlatBatch(tokens[at : at + count], range(at, at + count), [span], range(count))).values.clone())
         at += count
     return torch.cat(out)
 
@@ -87,7 +87,7 @@ def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str) -> None
     forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=2, quantisation=quantisation)
     other = torch.randint(0, 101, (37,)).tolist()
     batch = FlatBatch(other + tokens, [*range(37), *range(90)], [Span(0, 37, [9, 3, 14]), Span(0, 90, [0, 1, 2, 4, 5, 6])], range(37, 127))
-    results.append(forward.logits(batch))
+    results.append(forward.logits(batch).values.clone())
     for result in results[1:]:
         assert torch.equal(result, results[0])
 
@@ -124,3 +124,18 @@ def test_an_unsupported_head_size_is_named() -> None:
     assert "head_dim 24" in (unsupported(config) or "")
     with pytest.raises(InputError, match="head_dim 24"):
         NativeForward(Decoder(config), num_blocks=1, block_size=16, threads=1)
+
+
+def test_the_peak_of_every_row_comes_with_it() -> None:
+    decoder = decoder_of(BASE)
+    forward = NativeForward(decoder, num_blocks=4, block_size=16, threads=2)
+    found = forward.logits(FlatBatch(list(range(40)), range(40), [Span(0, 40, range(3))], range(40)))
+    assert found.peak is not None
+    assert found.best is not None
+    assert torch.equal(found.peak, found.values.amax(-1))
+    assert torch.equal(found.best.long(), found.values.argmax(-1))
+    with torch.no_grad():
+        decoder.norm.weight.fill_(float("nan"))
+    found = NativeForward(decoder, num_blocks=1, block_size=16, threads=1).logits(FlatBatch([1], [0], [Span(0, 1, [0])], [0]))
+    assert found.peak is not None
+    assert bool(torch.isnan(found.peak).all())

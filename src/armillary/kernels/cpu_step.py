@@ -111,6 +111,8 @@ class _Batch(ctypes.Structure):
         ("sequence", ctypes.c_void_p),
         ("sampled_row", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("peak", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
     )
 
 
@@ -447,6 +449,7 @@ class DecoderStep:
             (ctypes.c_void_p * 2)(*(pointer(frequencies) for frequencies, _ in model.ropes)),
             (ctypes.c_float * 2)(*(scaling for _, scaling in model.ropes)),
         )
+        self._logits = torch.empty(0, model.vocabulary)
         self._handle = self._lib.arm_engine_create(threads)
 
     def __del__(self) -> None:
@@ -456,18 +459,21 @@ class DecoderStep:
 
     def forward(
         self, tokens: Tensor, positions: Tensor, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Tensor], rows: Tensor
-    ) -> Tensor:
-        """Compute a flat batch and return the logits of `rows`: fp32 [len(rows), vocabulary].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute a flat batch; logits of `rows` (fp32 [len(rows), vocabulary]), each row's peak (NaN if any is NaN) and its token.
 
         tokens, positions: int32 [tokens]; sequence i owns the next `counts[i]` rows, its first at position `starts[i]`, and
         `tables[i]` (int32) holds its block table; rows: int32 indices into the batch. The caller vouches for the ranges.
+        The logits are a view of a buffer that the next call overwrites.
         """
         sequences = (_Sequence * len(starts))()
         row = 0
         for i, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
             sequences[i] = _Sequence(table.data_ptr(), start, count, row)
             row += count
-        logits = torch.empty(rows.shape[0], self.model.vocabulary)
+        if rows.shape[0] > self._logits.shape[0]:
+            self._logits = torch.empty(rows.shape[0], self.model.vocabulary)
+        logits, peak, best = self._logits[: rows.shape[0]], torch.empty(rows.shape[0]), torch.empty(rows.shape[0], dtype=torch.int32)
         batch = _Batch(
             tokens.shape[0],
             len(starts),
@@ -478,6 +484,8 @@ class DecoderStep:
             ctypes.addressof(sequences),
             rows.data_ptr(),
             logits.data_ptr(),
+            peak.data_ptr(),
+            best.data_ptr(),
         )
         self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch))
-        return logits
+        return logits, peak, best

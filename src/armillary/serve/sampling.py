@@ -30,11 +30,14 @@ class SamplingError(ArmillaryError):
     """One row of logits from which no token can be drawn; other rows are not affected."""
 
 
-def sample(logits: Tensor, requests: Sequence[Request], seed: int | None = None) -> list[TokenLogprob | SamplingError]:
+def sample(
+    logits: Tensor, requests: Sequence[Request], seed: int | None = None, peaks: tuple[Tensor, Tensor] | None = None
+) -> list[TokenLogprob | SamplingError]:
     """Draw the next token of each request from its row of `logits` [rows, vocab], on the logits' device.
 
     The draw is for position `request.known`. Requests without a seed of their own draw from `seed` and their id (None:
-    from this process's own salt). A row with NaN or +inf, or without any finite value, gives a SamplingError in its place.
+    from this process's own salt). `peaks` are the rows' largest logits (NaN where any is NaN) and the first tokens that have
+    them, when whoever computed the logits found them on the way. A row with NaN or +inf, or without any finite value, gives a SamplingError in its place.
     """
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
@@ -42,13 +45,16 @@ def sample(logits: Tensor, requests: Sequence[Request], seed: int | None = None)
         return []
     logits = logits.float()
     # The plain maximum is vectorised and lets NaN through; max with indices is ten times slower.
-    peaks = logits.amax(-1)
-    healthy = torch.isfinite(peaks)
+    peak = logits.amax(-1) if peaks is None else peaks[0]
+    healthy = torch.isfinite(peak)
     chosen: list[int | SamplingError] = [0] * len(requests)
     plain = [i for i, request in enumerate(requests) if _is_plain_greedy(request.sampling)]
     if plain:
-        rows = logits if len(plain) == len(requests) else logits[plain]
-        for i, token in zip(plain, rows.argmax(-1).tolist(), strict=True):
+        if peaks is None:
+            best = (logits if len(plain) == len(requests) else logits[plain]).argmax(-1)
+        else:
+            best = peaks[1] if len(plain) == len(requests) else peaks[1][plain]
+        for i, token in zip(plain, best.tolist(), strict=True):
             chosen[i] = token
     shaped = [i for i, request in enumerate(requests) if not _is_plain_greedy(request.sampling)]
     for i, result in zip(shaped, _draw(logits[shaped], [requests[i] for i in shaped], seed) if shaped else [], strict=True):
@@ -56,7 +62,7 @@ def sample(logits: Tensor, requests: Sequence[Request], seed: int | None = None)
     if not bool(healthy.all()):
         for i, ok in enumerate(healthy.tolist()):
             if not ok:
-                chosen[i] = _unusable(requests[i], float(peaks[i]))
+                chosen[i] = _unusable(requests[i], float(peak[i]))
     scored = [i for i, request in enumerate(requests) if request.sampling.logprobs is not None and not isinstance(chosen[i], SamplingError)]
     scores: dict[int, TokenLogprob] = {}
     if scored:

@@ -48,6 +48,8 @@ struct Batch {
   const Sequence* sequence;    // [sequences]
   const int32_t* sampled_row;  // [sampled] rows whose logits are wanted
   float* logits;               // [sampled][vocabulary]
+  float* peak;                 // [sampled] the largest logit; NaN when any is NaN
+  int32_t* best;               // [sampled] the first token that has it
 };
 
 struct Buffers {
@@ -102,6 +104,27 @@ inline f32x16 get(const float* in, int column, int n) {
   f32x16 v = {};
   for (int i = 0; column + i < n; i++) v[i] = in[column + i];
   return v;
+}
+
+// The largest of n numbers and where it first stands; NaN if any is NaN.
+void find_peak(const float* x, int n, float& peak, int32_t& best) {
+  f32x16 top = splat(-INFINITY), poison = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x16 v = load(x + i);
+    top = vmax(top, v);
+    poison = v == v ? poison : v;
+  }
+  peak = horizontal_max(top);
+  bool nan = false;
+  for (int j = 0; j < 16; j++) nan |= poison[j] != poison[j];
+  for (; i < n; i++) peak = x[i] > peak ? x[i] : peak, nan |= x[i] != x[i];
+  best = 0;
+  if (nan) {
+    peak = NAN;
+    return;
+  }
+  while (best < n - 1 && x[best] != peak) best++;
 }
 
 struct Run {
@@ -299,6 +322,8 @@ struct Run {
         share(b.sampled, thread, threads, begin, end);
         for (size_t i = (size_t)begin * m.vocabulary; i < (size_t)end * m.vocabulary; i++) b.logits[i] = tanhf(b.logits[i] / m.logit_softcap) * m.logit_softcap;
       }
+      share(b.sampled, thread, threads, begin, end);
+      for (int r = begin; r < end; r++) find_peak(b.logits + (size_t)r * m.vocabulary, m.vocabulary, b.peak[r], b.best[r]);
     }
   }
 };

@@ -23,8 +23,20 @@ class FlatBatch:
     rows: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Logits of a batch's rows [rows, vocab], valid until the next batch, and what greedy sampling needs, when it is known.
+
+    `peak` [rows] is each row's largest logit (NaN when any is NaN), `best` [rows] the first token that has it.
+    """
+
+    values: Tensor
+    peak: Tensor | None = None
+    best: Tensor | None = None
+
+
 class Forward(Protocol):
-    """A model with its KV pool: computes a batch, stores its keys and values, gives the logits [len(rows), vocab]."""
+    """A model with its KV pool: computes a batch, stores its keys and values, gives the logits of the rows that are wanted."""
 
     @property
     def name(self) -> str: ...
@@ -35,4 +47,4 @@ class Forward(Protocol):
     @property
     def cache_bytes(self) -> int: ...
 
-    def logits(self, batch: FlatBatch) -> Tensor: ...
+    def logits(self, batch: FlatBatch) -> Logits: ...

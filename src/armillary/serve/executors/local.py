@@ -72,12 +72,16 @@ class LocalExecutor:
             rows += range(first, first + len(targets))
 
         spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i]) for i in order]
-        logits = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
+        computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
+        logits = computed.values
 
         sampled: list[TokenLogprob | None] = [None] * len(entries)
         scores: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
         failed: list[tuple[int, Exception]] = []
-        for i, result in zip(drawn, sample(logits[: len(drawn)], [requests[i] for i in drawn], self._seed), strict=True):
+        known = (
+            (computed.peak[: len(drawn)], computed.best[: len(drawn)]) if computed.peak is not None and computed.best is not None else None
+        )
+        for i, result in zip(drawn, sample(logits[: len(drawn)], [requests[i] for i in drawn], self._seed, known), strict=True):
             if isinstance(result, SamplingError):
                 failed.append((i, result))
             else:

@@ -15,7 +15,7 @@ from armillary.kernels.norm import RMSNorm
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Block, Decoder
 from armillary.models.rope import Rope, inverse_frequencies
-from armillary.serve.executors.forward import FlatBatch
+from armillary.serve.executors.forward import FlatBatch, Logits
 
 Quantisation = Literal["none", "fp16", "int8", "int4"]
 _FORMATS: dict[Quantisation, Format] = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4m"}
@@ -49,9 +49,9 @@ class NativeForward:
         self.weight_bytes = model.nbytes + model.embedding.nbytes
         self.cache_bytes = self.cache.nbytes
 
-    def logits(self, batch: FlatBatch) -> Tensor:
+    def logits(self, batch: FlatBatch) -> Logits:
         spans = batch.spans
-        return self.step.forward(
+        found = self.step.forward(
             _int32(batch.tokens),
             _int32(batch.positions),
             [span.start for span in spans],
@@ -59,6 +59,7 @@ class NativeForward:
             [_int32(span.blocks) for span in spans],
             _int32(batch.rows),
         )
+        return Logits(*found)
 
 
 def _int32(values: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from armillary.kernels.packed_linear import choose_library, pack
 from armillary.kernels.paged_attention import PagedAttend, PagedCache
 from armillary.models.decoder import Decoder
-from armillary.serve.executors.forward import FlatBatch
+from armillary.serve.executors.forward import FlatBatch, Logits
 
 
 class TorchForward:
@@ -40,16 +40,16 @@ class TorchForward:
         """Memory of the weights that are held: packed ones and those shared with the decoder that was given."""
         return self.packed_bytes + sum(parameter.nbytes for parameter in self.decoder.parameters())
 
-    def logits(self, batch: FlatBatch) -> Tensor:
+    def logits(self, batch: FlatBatch) -> Logits:
         device = self.decoder.embed_tokens.weight.device
         tokens, positions = _index(batch.tokens).to(device), _index(batch.positions).to(device)
         attend = PagedAttend(self.cache, batch.spans)
         rows = batch.rows
         if not rows:  # chunks that end within their prompts: only the cache is wanted
             self.decoder.hidden(tokens, positions, attend)
-            return torch.empty(0, self.decoder.config.vocab_size)
+            return Logits(torch.empty(0, self.decoder.config.vocab_size))
         every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
-        return self.decoder(tokens, positions, attend, None if every else _index(rows).to(device))
+        return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
 
 
 def _index(values: Sequence[int]) -> Tensor:
