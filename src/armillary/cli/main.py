@@ -27,10 +27,11 @@ TERMINATED = 143  # SIGTERM, likewise
 _VERBS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API, with a chat page at /.",
     "chat": "Talk to a model in the terminal.",
-    "demo": "Serve 16 chats at once with a real model, measure them, write a report, keep the chat page open.",
+    "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "models": "Models by name: list, pull, show.",
     "trace": "Look into a saved trace: show, png, html.",
+    "reproduce": "Run a published system's headline experiment; compare with its figure.",
 }
 
 app = App(

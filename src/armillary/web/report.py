@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from armillary.core.trace import Span, Trace
+from armillary.core.trace_gantt import plotly_js
 from armillary.core.units import MS, format_duration
 from armillary.serve.latency import RequestTiming
 
@@ -143,11 +144,6 @@ def write_report(
     # One pass, so that what is filled in is never searched for marks itself.
     page = re.sub(r"%%([A-Z]+)%%", lambda mark: fields[mark[1]], _resource("report.html"))
     Path(path).write_text(page, encoding="utf-8")
-
-
-def plotly_js() -> str:
-    """The plotly.js file that the plotly package carries."""
-    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _resource(name: str) -> str:
