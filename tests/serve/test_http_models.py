@@ -82,7 +82,9 @@ def test_greedy_answers_are_the_plain_loops_streamed_or_whole_alone_or_together(
         return answer.choices[0].text
 
     async def streamed(client, prompt):
-        chunks = await client.completions.create(model=world.service.model_name, prompt=prompt, max_tokens=count, temperature=0, stream=True)
+        chunks = await client.completions.create(
+            model=world.service.model_name, prompt=prompt, max_tokens=count, temperature=0, stream=True
+        )
         return "".join([chunk.choices[0].text async for chunk in chunks])
 
     async def together():

@@ -57,6 +57,7 @@ def test_health_says_when_the_engine_is_down(tmp_path):
     response = world.http.get("/health")
     assert response.status_code == 503
     assert error_of(response)["code"] == "engine_stopped"
+    assert world.http.post(CHAT, json=HELLO).status_code == 503  # and nobody waits for an answer that cannot come
     world.close()
 
 
@@ -468,6 +469,24 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_others(world):
         world.wait_idle()  # the engine has finished the lazy reader's request too
     world.typist.reply = lambda request: GREETING
     assert world.http.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_client_that_never_reads_is_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("armillary.serve.http.sse.WRITE_TIMEOUT_SECONDS", 0.5)
+    world = World(tmp_path, config={"kv_blocks": 4096})
+    world.typist.reply = lambda request: "y" * 10_000
+    world.typist.delay = 0.02
+    body = json.dumps({"prompt": "a", "max_tokens": 500, "stream": True, "logprobs": 20, "n": 64})  # some 40 MB, over what sockets hold
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", world.server.port))
+        lazy.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        world.wait_for(lambda state: state["running"] >= 1)
+        world.wait_idle(60)
+    assert world.engine.stats.finished["cancelled"] > 0
+    world.close()
 
 
 def test_stopping_ends_what_is_in_flight(tmp_path):

@@ -224,6 +224,51 @@ def test_the_servers_own_words_reach_the_reader(browser, world):
     assert all("400" in entry["message"] for entry in logged)
 
 
+def test_a_stream_is_cut_into_the_same_events_wherever_its_bytes_are_cut(browser):
+    script = """
+        const [text, cuts, done] = arguments;
+        import("/static/api.js").then(async ({ events }) => {
+            const bytes = new TextEncoder().encode(text);
+            const edges = [0, ...cuts.map((cut) => cut % (bytes.length + 1)).sort((a, b) => a - b), bytes.length];
+            const body = new ReadableStream({ start(controller) {
+                edges.slice(1).forEach((edge, i) => controller.enqueue(bytes.slice(edges[i], edge)));
+                controller.close();
+            } });
+            const found = [];
+            for await (const event of events(body)) found.push(event);
+            done(found);
+        });
+    """
+    wanted = ['{"a": "né 👋"}', "two\nlines", "[DONE]"]
+    text = 'data: {"a": "né 👋"}\n\n: a comment\n\ndata: two\ndata: lines\n\ndata: [DONE]\n\n'
+    for cuts in ([], *([cut] for cut in range(1, 70)), list(range(70))):
+        assert browser.execute_async_script(script, text, cuts) == wanted, cuts
+
+
+def test_each_running_request_has_a_row_of_its_own_and_rows_are_reused(browser):
+    script = """
+        const done = arguments[0];
+        import("/static/history.js").then(({ History }) => {
+            const history = new History();
+            let seed = 7, next = 0, index = 0, most = 0, clash = 0, running = [];
+            const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+            for (let poll = 0; poll < 300; poll += 1) {
+                const iterations = [];
+                for (let k = random(40); k >= 0; k -= 1) {
+                    running = running.filter(() => random(10));
+                    while (running.length < 12 && random(3)) running.push(`r${next++}`);
+                    most = Math.max(most, running.length);
+                    iterations.push({ index: index++, entries: running.map((id) => [id, 1]), preempted: [], blocks_used: 1, start: 0, end: 1 });
+                }
+                history.add({ iteration: index, now: index, iterations, requests: running.map((id) => ({ id })), stats: { generated_tokens: index } });
+                for (const { rows } of history.iterations) if (new Set(rows.map((cell) => cell.row)).size !== rows.length) clash += 1;
+            }
+            done([clash, history.rows <= most, history.iterations.length, history.numbers.size < 300, history.last === index - 1]);
+        });
+    """
+    assert browser.execute_async_script(script) == [0, True, 120, True, True]
+
+
 def test_themes_and_panels_by_keyboard(browser):
     engine = browser.find_element(By.ID, "engine")
     assert engine.is_displayed()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from armillary.core.errors import ArmillaryError, InputError, NotFoundError
+from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
 from armillary.serve.request import Event, Request, SamplingParams
 from armillary.serve.streams import AsyncStream, BlockingStream, LoopBridge, Observer
 from armillary.serve.text import TextStream
@@ -147,8 +147,10 @@ class Service:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
         Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`).
-        All are admitted or none: `CapacityError` when the queue is full. Call it on the loop that will read the stream.
+        All are admitted or none: `CapacityError` when the queue is full or the engine does not run. Call it on the loop that will read the stream.
         """
+        if not self.alive:
+            raise CapacityError("the engine does not run", "start it (Engine.start), or come back when the server has restarted")
         bridge = self._bridge(asyncio.get_running_loop())
         stream = AsyncStream(self.engine.cancel, self.observer)
 

@@ -16,6 +16,7 @@ from armillary.serve.http.answers import Answer, failure
 from armillary.serve.streams import AsyncStream
 
 DONE = b"data: [DONE]\n\n"
+WRITE_TIMEOUT_SECONDS = 60.0  # how long a client may leave an answer unread
 
 
 def frame(data: Any) -> bytes:
@@ -44,7 +45,8 @@ class EventStream(Response):
     """A `text/event-stream` of an answer's chunks, ended by `[DONE]`.
 
     Everything that piled up since the last write goes out as one write. `send` waits while the client reads slowly;
-    the engine does not: what it adds meanwhile is bounded by the requests' `max_tokens`.
+    the engine does not: what it adds meanwhile is bounded by the requests' `max_tokens`, and a client that reads
+    nothing for `WRITE_TIMEOUT_SECONDS` is let go.
     """
 
     media_type = "text/event-stream"
@@ -58,9 +60,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with cancelled_with_client(receive, self._stream):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with contextlib.suppress(OSError):  # the client is gone
+            with contextlib.suppress(OSError):  # the client is gone, or (TimeoutError is one) as good as gone
                 async for payload in self._payloads():
-                    await send({"type": "http.response.body", "body": payload, "more_body": True})
+                    async with asyncio.timeout(WRITE_TIMEOUT_SECONDS):
+                        await send({"type": "http.response.body", "body": payload, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _payloads(self) -> AsyncIterator[bytes]:

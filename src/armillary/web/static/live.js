@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { History } from "./history.js";
-import { colour, drawBlocks, drawIterations, iterationAt } from "./picture.js";
+import { blocksShown, colour, drawBlocks, drawIterations, iterationAt } from "./picture.js";
 import { tell } from "./story.js";
 
 const BUSY_MS = 250;
@@ -57,7 +57,8 @@ function show(state) {
   $("tile-waiting").textContent = state.waiting;
   $("tile-step").textContent = history.step === null ? "–" : history.step < 10 ? `${history.step.toFixed(1)} ms` : `${Math.round(history.step)} ms`;
   const { used, total, block_size: size } = state.blocks;
-  $("blocks-text").textContent = `${used} of ${total} blocks of ${size} tokens`;
+  const shown = blocksShown(history);
+  $("blocks-text").textContent = `${used} of ${total} blocks of ${size} tokens${shown < total ? ` · the bar shows ${shown}` : ""}`;
   blocks.setAttribute("aria-label", `${used} of ${total} KV blocks in use`);
   picture.setAttribute("aria-label", `${history.iterations.length} iterations; ${state.running} requests running, ${state.waiting} waiting`);
   picture.dataset.columns = history.iterations.length;

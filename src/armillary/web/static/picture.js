@@ -95,13 +95,20 @@ export function drawIterations(canvas, history, selected) {
   context.fillText("tokens an iteration", GAP + 2, height - GAP - STRIP + 8);
 }
 
+/** How many blocks the bar is wide: the whole pool, or, while little of it is used, enough to see something. */
+export function blocksShown(history) {
+  const { used, total } = history.state.blocks;
+  const peak = history.iterations.reduce((most, iteration) => Math.max(most, iteration.blocks_used), used);
+  return Math.min(total, Math.max(64, 2 ** Math.ceil(Math.log2(1.25 * peak + 1))));
+}
+
 /** The KV pool as one bar: each request's blocks in its colour, and how full it was at each iteration behind it. */
 export function drawBlocks(canvas, history) {
   const { state } = history;
   if (!state || !canvas.clientWidth) return;
   const { context, width, height } = surface(canvas);
   const inner = width - 2 * GAP;
-  const total = state.blocks.total;
+  const total = blocksShown(history);
   const tall = 14;
   const top = height - GAP - tall + 2;
   context.fillStyle = ink("--line");
