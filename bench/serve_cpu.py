@@ -25,6 +25,7 @@ from typing import Any
 import cases
 import limits
 import table
+from ours import VARIANTS
 from peers.workload import Workload, results
 
 from armillary.cluster.machine import describe
@@ -55,30 +56,31 @@ def main() -> int:
         (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads)], options) or [None]
         if raw is None:
             return 1
-        found = run_side(table.OURS, sys.executable, ["ours", str(path)], options)
-        peers = []
+        found = []
+        for variant in options.variants:
+            found += run_side(f"armillary {variant}", sys.executable, ["ours", str(path), variant], options)
         for peer in options.peers:
             python = peer_python(peer)
             if python is None:
                 print(f"{peer}: not set up here, left out (bench/peers/setup.sh {peer})")
                 continue
-            rows = run_side(peer, python, [f"peers.{peer}", str(path)], options)
-            peers += [peer] if rows else []
-            found += rows
+            found += run_side(peer, python, [f"peers.{peer}", str(path)], options)
     machine_limits = limits.Limits(**raw)
     names = [case.name for case in workload.cases]
     bounds = {case.name: limits.bound(case, config, machine_limits) for case in workload.cases}
     after = os.getloadavg()
-    text = page(found, names, peers, bounds, machine_limits, options, before, after)
+    text = page(found, names, bounds, machine_limits, options, before, after)
     print(f"\n{text}")
     if options.publish:
         publish(text, found, bounds, machine_limits, before, after)
-    return 0 if {result["case"] for result in found if result["side"] == table.OURS} == set(names) else 1
+    complete = {(result["variant"], result["case"]) for result in found if result["side"] == "armillary"}
+    return 0 if complete == {(variant, name) for variant in options.variants for name in names} else 1
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=None, help="measure these peers too (without names: all)")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which of ours (default: all)")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every side (default: all cores)")
     parser.add_argument("--cases", default="*", help="only cases whose name matches, such as 'decode-*-after-32'")
@@ -162,7 +164,6 @@ def run_side(name: str, python: str, arguments: list[str], options: argparse.Nam
 def page(
     found: list[dict[str, Any]],
     names: list[str],
-    peers: list[str],
     bounds: dict[str, float],
     machine: limits.Limits,
     options: argparse.Namespace,
@@ -179,15 +180,19 @@ def page(
         f"Load average {' '.join(f'{load:.2f}' for load in before)} before, {' '.join(f'{load:.2f}' for load in after)} after"
         " (the bench's own threads included).",
         "",
-        table.markdown(table.rows(found, names, peers, bounds)),
+        table.fp32(found, names, bounds),
+        "",
+        table.small(found, names),
         "",
         f"`prefill-512`: prompt tokens a second until the first new token. `decode-B-after-P`: new tokens a second of B sequences with prompts"
         f" of P tokens, {cases.NEW} new tokens each, after the first. `offline-N`: new tokens a second of N requests with the lengths of real"
         " conversations (a quarter of them), all there at the start. Greedy, best of several.",
-        "The bound is fp32 arithmetic and memory traffic on this machine overlapped perfectly; a peer with quantised weights may pass it.",
+        "The bound is fp32 arithmetic and memory traffic on this machine overlapped perfectly.",
         "",
-        "Versions: " + ", ".join(sorted({f"{result['side']} {result['version']} ({result['variant']})" for result in found})) + ".",
-        *(f"- {line}" for line in table.agreement(found, names)),
+        "Greedy tokens equal to our fp32 side's, before the first difference of a case (smaller weights are other models): "
+        + "; ".join(table.agreement(found))
+        + ".",
+        "Versions: " + ", ".join(sorted({f"{result['side']} {result['version']}" for result in found})) + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -57,7 +57,7 @@ def main(path: str) -> None:
         return outputs
 
     for case in workload.cases:
-        report("transformers", transformers.__version__, case, *measure(generate, workload, case), variant="fp32, eager")
+        report("transformers", transformers.__version__, case, *measure(generate, workload, case), variant="fp32")
 
 
 if __name__ == "__main__":

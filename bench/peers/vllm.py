@@ -43,7 +43,7 @@ def main(path: str) -> None:
         return [list(output.outputs[0].token_ids) for output in llm.generate(requests, sampling, use_tqdm=False)]
 
     for case in workload.cases:
-        report("vllm", vllm.__version__, case, *measure(generate, workload, case), variant="fp32, compiled")
+        report("vllm", vllm.__version__, case, *measure(generate, workload, case), variant="fp32")
 
 
 if __name__ == "__main__":
