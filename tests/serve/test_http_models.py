@@ -10,6 +10,8 @@ import openai
 import pytest
 import torch
 from http_world import TEMPLATE, World, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from armillary.kernels.attention import CausalAttend
 from armillary.models.chat_template import ChatTemplate
@@ -155,3 +157,40 @@ def test_hanging_up_frees_the_cache(real, client):
         assert world.engine.snapshot()["blocks"]["used"] > 0
     world.wait_idle(60)
     assert world.engine.stats.finished["cancelled"] == cancelled + 2
+
+
+extremes = {
+    "temperature": st.sampled_from([0, 1e-300, 1e-6, 1e-4, 0.7, 2]) | st.floats(0, 2),
+    "top_p": st.sampled_from([1e-300, 1e-9, 0.5, 1]) | st.floats(0, 1, exclude_min=True),
+    "top_k": st.sampled_from([-1, 0, 1, 2, 10**9]),
+    "min_p": st.floats(0, 1),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.sampled_from([0.01, 10]) | st.floats(0.01, 10),
+    "seed": st.sampled_from([0, 2**63 - 1]),
+    "n": st.integers(1, 3),
+    "logprobs": st.integers(0, 20),
+    "echo": st.booleans(),
+    "ignore_eos": st.booleans(),
+    "stop": st.sampled_from(["a", ["\n", "é"], "zz"]),
+    "logit_bias": st.dictionaries(st.integers(0, 255).map(str), st.floats(-100, 100), max_size=5),
+    "max_tokens": st.integers(1, 6),
+}
+
+
+def test_every_setting_within_its_range_is_carried_out(tmp_path):
+    world = World(tmp_path, loaded=tiny(tmp_path))
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.fixed_dictionaries({}, optional=extremes))
+    def ask(fields):
+        response = world.http.post("/v1/completions", json={"prompt": "The stars", **fields})
+        assert response.status_code == 200, response.text
+        for choice in response.json()["choices"]:
+            assert choice["finish_reason"] in ("stop", "length")
+            for logprob in (choice["logprobs"] or {"token_logprobs": []})["token_logprobs"]:
+                assert logprob is None or -9999 <= logprob <= 0
+
+    ask()
+    world.wait_idle()
+    world.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from armillary.core.errors import InputError
+from armillary.serve.http.schemas.chat import ChatBody
+from armillary.serve.http.schemas.completions import CompletionBody
 from armillary.serve.http.server import Server
 
 CHAT = "/v1/chat/completions"
@@ -499,3 +503,15 @@ def test_stopping_ends_what_is_in_flight(tmp_path):
         world.server.stop()
         world.wait_idle()
     world.close()
+
+
+# -- what the manual says
+
+
+@pytest.mark.parametrize("schema", [ChatBody, CompletionBody])
+def test_the_manual_names_every_field_and_every_path(world, schema):
+    manual = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    named = set(re.findall(r"`([^`]+)`", manual))
+    assert {*schema.model_fields, *schema.IGNORED} <= named
+    for path in world.http.get("/openapi.json").json()["paths"]:
+        assert path.replace("{model_id}", "{id}") in manual, path
