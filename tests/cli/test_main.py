@@ -49,7 +49,8 @@ def test_version(armillary: Command) -> None:
         (["serve", "--kv-memory", "lots"], "engine.kv_memory", "2GB or 512 MiB"),
         (["serve", "--config", "absent.toml"], "absent.toml", "check the path"),
         (["serve", "--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines", "ARMILLARY_SERVER__API_KEY"),
-        (["serve", "smolm2"], "there is no model 'smolm2'", "did you mean smollm2?"),
+        (["serve", "--host", "999.1.1.1", "--api-key", "k"], "999.1.1.1", "--host"),
+        (["serve", "smolm2", "--port", "0"], "there is no model 'smolm2'", "did you mean smollm2?"),
         (["chat", "absent.gguf", "-m", "hi"], "there is no model 'absent.gguf'", "smollm2"),
         (["chat"], "there is no message", "-m TEXT"),
         (["models", "pull", "smolm2"], "there is no model named 'smolm2'", "did you mean smollm2?"),
@@ -82,6 +83,12 @@ def test_an_error_at_the_python_level_is_a_traceback_only_with_debug(armillary: 
     assert "Traceback" in variable.stderr
 
 
+def test_a_variable_that_nearly_names_an_option_is_warned_about_once(armillary: Command) -> None:
+    errors = armillary("chat", "nothing", "-m", "x", ARMILLARY_ENGINE__POLCY="orca").stderr.splitlines()
+    assert errors[0] == "warning: ARMILLARY_ENGINE__POLCY is set but names no option and is ignored: did you mean ARMILLARY_ENGINE__POLICY?"
+    assert [line.split(":")[0] for line in errors] == ["warning", "error", "  fix"]
+
+
 def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     def verb(*_: object, **__: object) -> None:
         raise error
@@ -95,6 +102,12 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     [
         (InputError("the port is taken", "choose another"), main.MISUSED, "error: the port is taken\n  fix: choose another\n"),
         (ArmillaryError("it broke"), main.MISUSED, "error: it broke\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/absent/out.png"),
+            main.MISUSED,
+            "error: /absent/out.png: No such file or directory\n"
+            "  fix: check the path, its permissions and the free space (--debug shows where it arose)\n",
+        ),
         (KeyboardInterrupt(), main.INTERRUPTED, "interrupted\n"),
         (
             ZeroDivisionError("by zero"),

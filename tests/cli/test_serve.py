@@ -103,6 +103,7 @@ def test_a_taken_port_is_an_error(armillary: Command, tiny_model: Path) -> None:
     assert ran.returncode == MISUSED
     assert f"127.0.0.1:{port}" in ran.stderr
     assert "choose another --port" in ran.stderr
+    assert "loading" not in ran.stderr
 
 
 @pytest.mark.parametrize(

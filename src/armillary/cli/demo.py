@@ -158,7 +158,7 @@ def _picture(running: Running, requests: Sequence[Request]) -> Any:
         bar.append(
             "━" * round(24 * len(request.output) / request.sampling.max_tokens), style=colours["done" if phase == "done" else "decode"]
         )
-        bar.append("─" * (32 - len(bar)), style="bright_black")
+        bar.append((" " if phase == "done" else "─") * (32 - len(bar)), style="bright_black")
         drawn.add_row(request.id, f"{len(request.prompt)}", bar, f"{len(request.output)}", Text(phase, style=colours.get(phase, "")))
     return drawn
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -84,6 +85,12 @@ def run(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # paths that the user gave: a full disk, a missing folder, no permission
+        if _debugging():
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _tell(f"{where}{error.strerror or error}", "check the path, its permissions and the free space (--debug shows where it arose)")
+        return MISUSED
     except Exception as error:
         if _debugging():
             raise
@@ -97,6 +104,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """The entry point. SIGTERM unwinds like Ctrl-C, so that engines stop and half-written files go."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     sys.exit(run(sys.argv[1:]))
 
 

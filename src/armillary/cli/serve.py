@@ -25,9 +25,11 @@ def serve(
     from armillary.cli.launch import launch
     from armillary.cli.terminal import note
     from armillary.core.trace import Trace
+    from armillary.serve.http.server import check_address
 
     settled = settle(model, engine, server, config)
     refuse_open_door(settled.value.server)
+    check_address(settled.value.server.host, settled.value.server.port)
     running = launch(settled, Trace("serve", capacity=200_000))
     with_http = http_server(running.service, settled.value.server)
     running.engine.start()

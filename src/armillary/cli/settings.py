@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,9 @@ def settle(
     own = {key: value for key, value in (defaults or {}).items() if settled.provenance[key] == "default"}
     if not own:
         return settled
-    again = resolve(RunConfig, file=file, flags={**flags, **own})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given the first time
+        again = resolve(RunConfig, file=file, flags={**flags, **own})
     return Resolved(again.value, {**again.provenance, **dict.fromkeys(own, "default of this verb")})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -82,6 +83,11 @@ class Server:
         self.stop()
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise InputError when nothing can listen there now: worth knowing before a model is loaded."""
+    _bind(host, port).close()
+
+
 def _bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise InputError(f"port {port} is outside 0..65535", "give a port, or 0 for a free one", field="port")
@@ -95,10 +101,13 @@ def _bind(host: str, port: int) -> socket.socket:
         except OSError:
             bound.close()
             raise
+    except socket.gaierror as error:
+        raise InputError(f"{host} is no address of this machine: {error.strerror}", "choose another --host", field="host") from error
     except OSError as error:
-        raise InputError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}", "stop what uses it, or choose another --port", field="port"
-        ) from error
+        fix = (
+            "choose a --host that this machine has" if error.errno == errno.EADDRNOTAVAIL else "stop what uses it, or choose another --port"
+        )
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror or error}", fix, field="port") from error
     return bound
 
 
