@@ -139,31 +139,38 @@ static inline __attribute__((always_inline)) void float_tile(const Weight& w, in
   const float* wf = (const float*)w.data + (size_t)tile * k * kPanel;
   const uint16_t* wh = (const uint16_t*)w.data + (size_t)tile * k * kPanel;
   const float* a = x.values + (size_t)row * k;
-  f32x16 acc[M * 3];
+  // Sums of kRun products are added up, not one sum of k: its rounding error grows with the root of its length.
+  constexpr int kRun = 128;
 #pragma GCC unroll 24
-  for (int i = 0; i < M * 3; i++) acc[i] = f32x16{};
-  for (int i = 0; i < k; i++) {
-    f32x16 w0, w1, w2;
-    // With few rows this loop only streams weights: ask for them well ahead, across page borders too.
-    if (M <= 2) {
-      constexpr int line = FORMAT == F32 ? 16 : 32;
-      for (int p = 0; p < kPanel; p += line) __builtin_prefetch(FORMAT == F32 ? (const void*)(wf + (size_t)i * kPanel + p + 2048) : (const void*)(wh + (size_t)i * kPanel + p + 4096));
-    }
-    if (FORMAT == F32) {
-      w0 = load(wf + (size_t)i * kPanel), w1 = load(wf + (size_t)i * kPanel + 16), w2 = load(wf + (size_t)i * kPanel + 32);
-    } else {
-      w0 = load_half(wh + (size_t)i * kPanel), w1 = load_half(wh + (size_t)i * kPanel + 16), w2 = load_half(wh + (size_t)i * kPanel + 32);
-    }
+  for (int i = 0; i < M * 3; i++) out[i] = f32x16{};
+  for (int first = 0; first < k; first += kRun) {
+    f32x16 acc[M * 3];
+#pragma GCC unroll 24
+    for (int i = 0; i < M * 3; i++) acc[i] = f32x16{};
+    const int last = first + kRun < k ? first + kRun : k;
+    for (int i = first; i < last; i++) {
+      f32x16 w0, w1, w2;
+      // With few rows this loop only streams weights: ask for them well ahead, across page borders too.
+      if (M <= 2) {
+        constexpr int line = FORMAT == F32 ? 16 : 32;
+        for (int p = 0; p < kPanel; p += line) __builtin_prefetch(FORMAT == F32 ? (const void*)(wf + (size_t)i * kPanel + p + 2048) : (const void*)(wh + (size_t)i * kPanel + p + 4096));
+      }
+      if (FORMAT == F32) {
+        w0 = load(wf + (size_t)i * kPanel), w1 = load(wf + (size_t)i * kPanel + 16), w2 = load(wf + (size_t)i * kPanel + 32);
+      } else {
+        w0 = load_half(wh + (size_t)i * kPanel), w1 = load_half(wh + (size_t)i * kPanel + 16), w2 = load_half(wh + (size_t)i * kPanel + 32);
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      f32x16 b = splat(a[(size_t)r * k + i]);
-      acc[r * 3] += w0 * b;
-      acc[r * 3 + 1] += w1 * b;
-      acc[r * 3 + 2] += w2 * b;
+      for (int r = 0; r < M; r++) {
+        f32x16 b = splat(a[(size_t)r * k + i]);
+        acc[r * 3] += w0 * b;
+        acc[r * 3 + 1] += w1 * b;
+        acc[r * 3 + 2] += w2 * b;
+      }
     }
-  }
 #pragma GCC unroll 24
-  for (int i = 0; i < M * 3; i++) out[i] = acc[i];
+    for (int i = 0; i < M * 3; i++) out[i] += acc[i];
+  }
 }
 
 // Calls sink(row, column, vector) for every 16 columns of `tile` and every row in [0, rows).
