@@ -93,9 +93,12 @@ class Lawful:
     def __init__(self, policy):
         self.policy, self.name, self.returns_together = policy, policy.name, policy.returns_together
         self.schedules = []
+        self.arrived = {}  # request id -> its place in the order of arrival
 
     def step(self, state):
         before = frozen(state)
+        places = [self.arrived.setdefault(request.id, len(self.arrived)) for request in (*state.running, *state.waiting)]
+        assert places == sorted(places), "who came first is served first, preempted or not"
         schedule = self.policy.step(state)
         assert frozen(state) == before, "the policy wrote its state"
         assert self.policy.step(without_identity(state)) == schedule, "equal states must give equal schedules"

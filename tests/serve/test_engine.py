@@ -192,6 +192,47 @@ def test_cancelling_the_last_running_request_returns_the_batch():
     assert engine.snapshot()["blocks"]["used"] == 0
 
 
+@pytest.mark.parametrize("outlives", [False, True])
+def test_a_request_cancelled_while_the_executor_works_on_it_leaves_at_once(outlives):
+    executor = TableExecutor(4)
+    engine = make(executor=executor)
+    victim, events = listened(engine, "victim", [1, 2], 9)
+    other, _ = listened(engine, "other", [3], 4)
+    seen = []
+
+    def interrupt(plan):
+        executor.on_run = None
+        executor.fail = outlives
+        assert engine.cancel("victim")
+        assert not engine.cancel("victim")
+        seen.append((victim.finish_reason, list(victim.blocks), engine.snapshot()["blocks"]["used"]))
+        engine.submit(request("victim", [4], 2))  # the name is free again, and the iteration's result is not the newcomer's
+
+    engine.step()
+    executor.on_run = interrupt
+    engine.run_until_idle()
+    assert seen == [("cancelled", [], 1)]
+    assert [event.finish_reason for event in events] == [None, "cancelled"]
+    assert len(victim.output) == 1
+    assert other.finish_reason == ("error" if outlives else "length")
+    assert engine.stats.finished["length"] == (1 if outlives else 2)
+
+
+def test_a_sequence_grows_into_the_block_after_its_last_when_that_is_free():
+    seen = []
+    executor = TableExecutor(4)
+    executor.on_run = lambda plan: seen.append(dict(zip([r.id for r in plan.requests], plan.block_tables, strict=True)))
+    engine = make(executor=executor)
+    for name in "abc":
+        engine.submit(request(name, range(4), 9))
+    engine.step()
+    engine.cancel("b")
+    engine.cancel("c")
+    engine.step()
+    assert seen[0] == {"a": (0,), "b": (1,), "c": (2,)}
+    assert seen[1] == {"a": (0, 1)}
+
+
 # -- failures
 
 

@@ -14,13 +14,14 @@ from armillary.core.clock import Clock, RealClock
 from armillary.core.contract import Executor
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.serve import policies
+from armillary.serve.admission import admissible
 from armillary.serve.block_pool import BlockPool
 from armillary.serve.config import EngineConfig
 from armillary.serve.history import EngineStats, History
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
 from armillary.serve.schedule import Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
-from armillary.serve.verify import verify
+from armillary.serve.verify import verify, verify_outcome
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
@@ -65,8 +66,6 @@ class Engine:
         self._waiting: deque[Request] = deque()  # queue order
         self._running: list[Request] = []  # admission order
         self._parked: list[tuple[Request, FinishReason, Event]] = []  # ended, returned when the batch ends
-        self._in_flight: frozenset[str] = frozenset()  # ids of the iteration that the executor is carrying out
-        self._cancelled: set[str] = set()  # of those, the ones to drop when it returns
         self._outbox: deque[tuple[Request, Event]] = deque()
         self._delivering = False
         self._broken_listeners: set[str] = set()
@@ -85,7 +84,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError when it could never run here, CapacityError when the queue is full."""
-        self._validate(request)
+        admissible(request, self.config, self.limits)
         with self._changed:
             if request.id in self._requests:
                 raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
@@ -103,15 +102,13 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """End a request wherever it is; False when it is unknown or has ended.
 
-        Its blocks are free at once, or, when the executor is working on it just now, as soon as that iteration returns.
+        Its blocks are free at once. An iteration that the executor is carrying out may still write to them; nobody else is
+        given them before it returns, because blocks are allocated between iterations only.
         """
         with self._changed:
             request = self._requests.get(request_id)
             if request is None:
                 return False
-            if request_id in self._in_flight:
-                self._cancelled.add(request_id)
-                return True
             self._drop(request)
             self._finish(request, "cancelled", self.clock.now())
             self._return_batch()
@@ -226,21 +223,15 @@ class Engine:
             state = State(self._index, self._waiting, tuple(self._running), self._pool.free_count, self.limits)
             schedule = self.policy.step(state)
             plan = self._apply(schedule, verify(schedule, state))
-            self._in_flight = frozenset(entry.request_id for entry in schedule.entries)
         start, failure, outcome = self.clock.now(), None, None
         try:
             outcome = self.executor.run(plan)
-            _verify_outcome(outcome, plan)
+            verify_outcome(outcome, plan)
         except Exception as error:
             failure = error
             log.exception("iteration %d failed; its %d requests end with an error", schedule.index, len(schedule.entries))
         finally:
             with self._changed:
-                self._in_flight = frozenset()
-                for request_id in self._cancelled:
-                    self._drop(self._requests[request_id])
-                    self._finish(self._requests[request_id], "cancelled", self.clock.now())
-                self._cancelled.clear()
                 if failure is not None:
                     self._fail(plan, failure, start)
                 elif outcome is not None:
@@ -440,32 +431,6 @@ class Engine:
 
     # -- small print -------------------------------------------------------------------------------------------------
 
-    def _validate(self, request: Request) -> None:
-        prompt, most = len(request.prompt), request.sampling.max_tokens
-        if not request.id:
-            raise InputError("a request has no id", "give it a non-empty id", field="id")
-        if prompt == 0:
-            raise InputError("the prompt is empty", "give at least one token", field="prompt")
-        if most < 0:
-            raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
-        if request.output or request.computed or request.blocks or request.finish_reason is not None:
-            raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
-        context = self.config.context
-        if context is not None and request.max_length > context:
-            raise InputError(
-                f"prompt of {prompt:,} tokens and max_tokens {most:,} make {request.max_length:,} tokens; the context is {context:,}",
-                "shorten the prompt, lower max_tokens, or serve with a larger --context if the model allows it",
-                field="prompt" if prompt >= context else "max_tokens",
-            )
-        blocks = self.limits.blocks_for(request.max_length)
-        if blocks > self.limits.total_blocks:
-            raise InputError(
-                f"prompt of {prompt:,} tokens and max_tokens {most:,} need {blocks:,} KV blocks of {self.limits.block_size} tokens; "
-                f"the pool has {self.limits.total_blocks:,}",
-                "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
-                field="prompt" if self.limits.blocks_for(prompt) > self.limits.total_blocks else "max_tokens",
-            )
-
     def _row(self, request: Request, phase: str) -> dict[str, Any]:
         return {
             "id": request.id,
@@ -502,18 +467,6 @@ class Engine:
                 owners[block] = request.id
         if len(owners) != self._pool.used_count:
             raise ArmillaryError(f"{self._pool.used_count} KV blocks are in use, {len(owners)} are in block tables")
-
-
-def _verify_outcome(outcome: Outcome, plan: Plan) -> None:
-    entries = plan.schedule.entries
-    if len(outcome.sampled) != len(entries) or len(outcome.prompt_logprobs) != len(entries):
-        raise ArmillaryError(f"the executor answered for {len(outcome.sampled)} entries of {len(entries)}")
-    if outcome.end < outcome.start:
-        raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
-    failed = {index for index, _ in outcome.failed}
-    for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
-        if entry.sample != (sampled is not None) and index not in failed:
-            raise ArmillaryError(f"the executor drew {'no token' if entry.sample else 'a token unasked'} for request '{entry.request_id}'")
 
 
 def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:

@@ -1,10 +1,10 @@
-"""Whether a schedule respects its state: a defective one is refused, never patched."""
+"""Whether a schedule respects its state, and an outcome its plan: a defective one is refused, never patched."""
 
 from __future__ import annotations
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Schedule, State
+from armillary.serve.schedule import Entry, Outcome, Plan, Schedule, State
 
 
 class ScheduleError(ArmillaryError):
@@ -81,3 +81,16 @@ def _verify_entry(entry: Entry, request: Request, state: State) -> None:
         raise ScheduleError(f"{name} must sample exactly when it reaches the last known token")
     if entry.blocks < max(len(request.blocks), state.limits.blocks_for(end)):
         raise ScheduleError(f"{name} owns {entry.blocks} KV blocks, {state.limits.blocks_for(end)} are needed")
+
+
+def verify_outcome(outcome: Outcome, plan: Plan) -> None:
+    """Raises ArmillaryError when an executor did not answer exactly what it was asked."""
+    entries = plan.schedule.entries
+    if len(outcome.sampled) != len(entries) or len(outcome.prompt_logprobs) != len(entries):
+        raise ArmillaryError(f"the executor answered for {len(outcome.sampled)} entries of {len(entries)}")
+    if outcome.end < outcome.start:
+        raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
+    failed = {index for index, _ in outcome.failed}
+    for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
+        if entry.sample != (sampled is not None) and index not in failed:
+            raise ArmillaryError(f"the executor drew {'no token' if entry.sample else 'a token unasked'} for request '{entry.request_id}'")

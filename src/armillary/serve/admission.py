@@ -1,0 +1,36 @@
+"""Whether a request can be served at all: what no waiting would cure is refused at the door."""
+
+from __future__ import annotations
+
+from armillary.core.errors import InputError
+from armillary.serve.config import EngineConfig
+from armillary.serve.request import Request
+from armillary.serve.schedule import Limits
+
+
+def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
+    """Raises InputError, naming both numbers, when `request` could never run to its end, however long it waited."""
+    prompt, most = len(request.prompt), request.sampling.max_tokens
+    if not request.id:
+        raise InputError("a request has no id", "give it a non-empty id", field="id")
+    if prompt == 0:
+        raise InputError("the prompt is empty", "give at least one token", field="prompt")
+    if most < 0:
+        raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
+    if request.output or request.computed or request.blocks or request.finish_reason is not None:
+        raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
+    context = config.context
+    if context is not None and request.max_length > context:
+        raise InputError(
+            f"prompt of {prompt:,} tokens and max_tokens {most:,} make {request.max_length:,} tokens; the context is {context:,}",
+            "shorten the prompt, lower max_tokens, or serve with a larger --context if the model allows it",
+            field="prompt" if prompt >= context else "max_tokens",
+        )
+    blocks = limits.blocks_for(request.max_length)
+    if blocks > limits.total_blocks:
+        raise InputError(
+            f"prompt of {prompt:,} tokens and max_tokens {most:,} need {blocks:,} KV blocks of {limits.block_size} tokens; "
+            f"the pool has {limits.total_blocks:,}",
+            "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
+            field="prompt" if limits.blocks_for(prompt) > limits.total_blocks else "max_tokens",
+        )
