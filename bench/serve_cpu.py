@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which of ours (default: all)")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every side (default: all cores)")
-    parser.add_argument("--cases", default="*", help="only cases whose name matches, such as 'decode-*-after-32'")
+    parser.add_argument("--cases", nargs="+", default=["*"], help="only cases whose name matches one, such as 'decode-*-after-32'")
     parser.add_argument("--requests", type=int, default=32, help="conversations of the offline case, at most 32")
     parser.add_argument("--repeats", type=int, default=5, help="best of at most this many")
     parser.add_argument("--seconds", type=float, default=20.0, help="no further repeat of a case after this long")
@@ -106,9 +106,13 @@ def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         save_hf(loaded.decoder, folder, loaded.tokenizer)
     tokens = loaded.tokenizer.encode(cases.TEXT.read_text(), special=False)
-    chosen = [case for case in cases.build(tokens, options.requests) if fnmatch.fnmatch(case.name, options.cases)]
+    chosen = [
+        case for case in cases.build(tokens, options.requests) if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)
+    ]
     if not chosen:
-        raise SystemExit(f"no case is called {options.cases!r}: {', '.join(case.name for case in cases.build(tokens, options.requests))}")
+        raise SystemExit(
+            f"no case is called {' or '.join(options.cases)}: {', '.join(case.name for case in cases.build(tokens, options.requests))}"
+        )
     workload = Workload(
         cases=tuple(chosen),
         hf_folder=str(folder),

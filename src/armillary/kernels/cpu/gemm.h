@@ -113,6 +113,12 @@ static inline __attribute__((always_inline)) void int_tile(const Weight& w, int 
   for (int r = 0; r < M; r++) acc[r] = f32x16{};
   for (int g = 0; g < groups; g++, quants += kRowBlock * kGroup, row_scales += kRowBlock, sums += kRowBlock) {
     Group group;
+    if (row == 0) {  // as in float_tile: the first rows stream the weights
+      constexpr int size = FORMAT == Q8 ? 512 : 256;
+      for (int line = 0; line < size; line += 64) __builtin_prefetch(data + (size_t)g * size + 4096 + line);
+      __builtin_prefetch(scales + g * 16 + 512);
+      if (FORMAT == Q4M) __builtin_prefetch(minimums + g * 16 + 512);
+    }
     if (FORMAT == Q8) {
       for (int j = 0; j < 8; j++) group.w[j] = ((const u8x64*)(data + (size_t)g * 512))[j];
     } else {
@@ -139,6 +145,11 @@ static inline __attribute__((always_inline)) void float_tile(const Weight& w, in
   const float* wf = (const float*)w.data + (size_t)tile * k * kPanel;
   const uint16_t* wh = (const uint16_t*)w.data + (size_t)tile * k * kPanel;
   const float* a = x.values + (size_t)row * k;
+  // Weights are asked for before they are needed, across page borders too: the first rows stream this panel, a little ahead
+  // of themselves; later rows, which find it in the cache, fetch the next panel in shares of a line a step.
+  constexpr size_t bytes = kPanel * (FORMAT == F32 ? 4 : 2);
+  const bool first_rows = row == 0, fetch_next = row / 8 <= (int)bytes / 64;
+  const char* ahead = (const char*)w.data + (size_t)tile * k * bytes + (first_rows ? 8192 : (size_t)k * bytes + (size_t)(row / 8 - 1) * k * 64);
   // Sums of kRun products are added up, not one sum of k: its rounding error grows with the root of its length.
   constexpr int kRun = 128;
 #pragma GCC unroll 24
@@ -150,11 +161,10 @@ static inline __attribute__((always_inline)) void float_tile(const Weight& w, in
     const int last = first + kRun < k ? first + kRun : k;
     for (int i = first; i < last; i++) {
       f32x16 w0, w1, w2;
-      // With few rows this loop only streams weights: ask for them well ahead, across page borders too.
-      if (M <= 2) {
-        constexpr int line = FORMAT == F32 ? 16 : 32;
-        for (int p = 0; p < kPanel; p += line) __builtin_prefetch(FORMAT == F32 ? (const void*)(wf + (size_t)i * kPanel + p + 2048) : (const void*)(wh + (size_t)i * kPanel + p + 4096));
-      }
+      if (first_rows)
+        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + (size_t)i * bytes + line);
+      else if (fetch_next)
+        __builtin_prefetch(ahead + (size_t)i * 64, 0, 2);
       if (FORMAT == F32) {
         w0 = load(wf + (size_t)i * kPanel), w1 = load(wf + (size_t)i * kPanel + 16), w2 = load(wf + (size_t)i * kPanel + 32);
       } else {

@@ -65,7 +65,7 @@ class Pool {
 
  private:
   static constexpr int kSpins = 4000;
-  static constexpr std::chrono::microseconds kWatch{50};
+  static constexpr std::chrono::microseconds kWatch{300};
 
   void loop(int index) {
     unsigned seen = 0;
