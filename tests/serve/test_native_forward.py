@@ -139,3 +139,14 @@ def test_the_peak_of_every_row_comes_with_it() -> None:
     found = NativeForward(decoder, num_blocks=1, block_size=16, threads=1).logits(FlatBatch([1], [0], [Span(0, 1, [0])], [0]))
     assert found.peak is not None
     assert bool(torch.isnan(found.peak).all())
+
+
+def test_released_weights_are_gone_and_the_answers_are_the_same() -> None:
+    decoder = decoder_of(replace(BASE, tie_embeddings=True))
+    tokens = torch.randint(0, 101, (30,)).tolist()
+    kept = run(NativeForward(decoder, num_blocks=8, block_size=16, threads=1), tokens, list(range(8)), (30,))
+    forward = NativeForward(decoder, num_blocks=8, block_size=16, threads=1, release=True)
+    assert torch.equal(run(forward, tokens, list(range(8)), (30,)), kept)
+    linears = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears
+    assert all(linear.weight.numel() == 0 for linear in linears)

@@ -62,9 +62,9 @@ def build_engine(
 ) -> Engine:
     """An engine that runs `loaded` on this machine; the pool's size and the context are settled and logged.
 
-    `config.backend` "auto" takes the native kernels where they can run this model. With torch, the weights of
-    `loaded.decoder` are packed in place: it still computes, but no longer trains or saves; `keep_weights` packs a copy
-    instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError for a
+    `config.backend` "auto" takes the native kernels where they can run this model. The weights of
+    `loaded.decoder` are packed in place: it no longer trains or saves, and with the native kernels no longer computes;
+    `keep_weights` packs a copy instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError for a
     KV pool that does not fit the memory.
     """
     model = loaded.config
@@ -102,6 +102,7 @@ def build_forward(decoder: Decoder, config: EngineConfig, threads: int, *, in_pl
             threads=threads,
             quantisation=config.quantize,
             kv_dtype=KV_DTYPES[config.kv_dtype],
+            release=in_place,
         )
     wanted = [
         name for name, value, plain in (("quantize", config.quantize, "none"), ("kv_dtype", config.kv_dtype, "fp32")) if value != plain

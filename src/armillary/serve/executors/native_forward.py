@@ -25,8 +25,8 @@ class NativeForward:
     """`Forward` in C++: packed weights, a pool of its own layout, `threads` threads that sleep between iterations.
 
     Results do not depend on the number of threads nor on what else is in the batch. `quantisation`: "none" is fp32 weights
-    and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. Raises InputError
-    where the kernels cannot run (`unsupported` says why).
+    and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. `release` as in
+    `step_model`. Raises InputError where the kernels cannot run (`unsupported` says why).
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class NativeForward:
         threads: int,
         quantisation: Quantisation = "none",
         kv_dtype: torch.dtype = torch.float32,
+        release: bool = False,
     ) -> None:
         config = decoder.config
         if (why := unsupported(config)) is not None:
             raise InputError(why, "serve with --backend torch", field="backend")
         self.name = f"native ({quantisation if quantisation != 'none' else 'fp32'})"
-        model = step_model(decoder, quantisation)
+        model = step_model(decoder, quantisation, release=release)
         self.cache = StepCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, kv_dtype)
         self.step = DecoderStep(model, self.cache, threads)
         self.weight_bytes = model.nbytes + model.embedding.nbytes
@@ -75,8 +76,12 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def step_model(decoder: Decoder, quantisation: Quantisation = "none") -> StepModel:
-    """A decoder's weights laid out for the kernels. The decoder keeps its own; drop it to free them."""
+def step_model(decoder: Decoder, quantisation: Quantisation = "none", *, release: bool = False) -> StepModel:
+    """A decoder's weights laid out for the kernels.
+
+    The decoder keeps its own, unless `release` says that nobody needs them any more: its linear layers are then emptied as
+    they are packed, and it computes no longer.
+    """
     config = decoder.config
     format = _FORMATS[quantisation]
     arena = Arena()
@@ -87,7 +92,11 @@ def step_model(decoder: Decoder, quantisation: Quantisation = "none") -> StepMod
     def pack(*linears: nn.Module, interleave: bool = False) -> PackedWeight:
         parts = [linear for linear in linears if isinstance(linear, nn.Linear)]
         assert len(parts) == len(linears)
-        return PackedWeight([part.weight for part in parts], format, [part.bias for part in parts], interleave=interleave, arena=arena)
+        packed = PackedWeight([part.weight for part in parts], format, [part.bias for part in parts], interleave=interleave, arena=arena)
+        if release:
+            for part in parts:
+                part.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        return packed
 
     layers = []
     for index, block in enumerate(decoder.layers):
