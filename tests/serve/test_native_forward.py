@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from armillary.core.errors import InputError
+from armillary.core.errors import ArmillaryError, InputError
 from armillary.kernels import cpu_step
 from armillary.kernels.attention import CausalAttend
 from armillary.models.config import ModelConfig, RopeConfig
@@ -124,6 +125,39 @@ def test_an_unsupported_head_size_is_named() -> None:
     assert "head_dim 24" in (unsupported(config) or "")
     with pytest.raises(InputError, match="head_dim 24"):
         NativeForward(Decoder(config), num_blocks=1, block_size=16, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [5, 101]}, r"token 101 is outside 0 \.\. 100"),
+        ({"tokens": [-1, 5]}, "token -1 is outside"),
+        ({"rows": [2]}, "row 2 is outside"),
+        ({"spans": [Span(0, 2, [4])]}, r"KV block 4 is outside 0 \.\. 3"),
+        ({"spans": [Span(0, 2, [-1])]}, "KV block -1 is outside"),
+        ({"spans": [Span(15, 2, [0])]}, "2 tokens from position 15 do not fit a table of 1 KV blocks of 16"),
+        ({"spans": [Span(-1, 2, [0])]}, "position -1"),
+        ({"spans": [Span(0, 1, [0])]}, "the sequences have 1 tokens, the batch 2"),
+        ({"positions": [0]}, "2 and 1 positions"),
+        ({"tokens": [], "positions": [], "spans": [Span(0, 0, [0])], "rows": []}, "0 tokens from position 0"),
+    ],
+)
+def test_an_index_out_of_range_is_an_error_and_never_an_address(change: dict[str, Any], message: str) -> None:
+    forward = NativeForward(decoder_of(BASE), num_blocks=4, block_size=16, threads=1)
+    batch = FlatBatch([5, 6], [0, 1], [Span(0, 2, [3])], [1])
+    forward.logits(batch)
+    with pytest.raises(InputError, match=message):
+        forward.logits(replace(batch, **change))
+
+
+def test_two_threads_cannot_be_inside_one_step() -> None:
+    forward = NativeForward(decoder_of(BASE), num_blocks=4, block_size=16, threads=1)
+    batch = FlatBatch([5], [0], [Span(0, 1, [3])], [0])
+    assert forward.step._busy.acquire(blocking=False)
+    with pytest.raises(ArmillaryError, match="another thread"):
+        forward.logits(batch)
+    forward.step._busy.release()
+    forward.logits(batch)
 
 
 def test_the_peak_of_every_row_comes_with_it() -> None:

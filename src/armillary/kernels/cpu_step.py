@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from armillary.core import native
-from armillary.core.errors import InputError
+from armillary.core.errors import ArmillaryError, InputError
 
 Format = Literal["fp32", "fp16", "int8", "int4", "int4m"]
 _CODES: dict[Format, int] = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int4m": 4}
@@ -378,7 +379,7 @@ def attention(
 
 
 class DecoderStep:
-    """Runs batches through a packed decoder with `threads` threads of its own (they sleep between calls)."""
+    """Runs batches through a packed decoder with `threads` threads of its own (they sleep between calls). One caller at a time."""
 
     def __init__(self, model: StepModel, cache: StepCache, threads: int) -> None:
         if model.head_dim % 16 or model.head_dim > MAX_HEAD_DIM:
@@ -450,6 +451,7 @@ class DecoderStep:
             (ctypes.c_float * 2)(*(scaling for _, scaling in model.ropes)),
         )
         self._logits = torch.empty(0, model.vocabulary)
+        self._busy = threading.Lock()
         self._handle = self._lib.arm_engine_create(threads)
 
     def __del__(self) -> None:
@@ -463,20 +465,40 @@ class DecoderStep:
         """Compute a flat batch; logits of `rows` (fp32 [len(rows), vocabulary]), each row's peak (NaN if any is NaN) and its token.
 
         tokens, positions: int32 [tokens]; sequence i owns the next `counts[i]` rows, its first at position `starts[i]`, and
-        `tables[i]` (int32) holds its block table; rows: int32 indices into the batch. The caller vouches for the ranges.
-        The logits are a view of a buffer that the next call overwrites.
+        `tables[i]` (int32) holds its block table; rows: int32 indices into the batch.
+        The logits are a view of a buffer that the next call overwrites. Raises InputError for an index out of its range,
+        which the kernel would follow into memory that is not its own, and ArmillaryError while another thread is inside.
         """
+        _check("token", tokens, self.model.vocabulary)
+        _check("row", rows, tokens.shape[0])
+        _check("KV block", torch.cat(list(tables)) if tables else rows[:0], self.cache.blocks)
         sequences = (_Sequence * len(starts))()
         row = 0
         for i, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
+            if start < 0 or count < 1 or start + count > table.shape[0] * self.cache.block_size:
+                raise InputError(
+                    f"{count} tokens from position {start} do not fit a table of {table.shape[0]} KV blocks of {self.cache.block_size}"
+                )
             sequences[i] = _Sequence(table.data_ptr(), start, count, row)
             row += count
+        if row != tokens.shape[0] or row != positions.shape[0]:
+            raise InputError(f"the sequences have {row} tokens, the batch {tokens.shape[0]} and {positions.shape[0]} positions")
+        if not self._busy.acquire(blocking=False):
+            raise ArmillaryError("this DecoderStep is computing another thread's batch", "give each thread a DecoderStep of its own")
+        try:
+            return self._forward(tokens, positions, sequences, rows)
+        finally:
+            self._busy.release()
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, sequences: ctypes.Array[_Sequence], rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[0] > self._logits.shape[0]:
             self._logits = torch.empty(rows.shape[0], self.model.vocabulary)
         logits, peak, best = self._logits[: rows.shape[0]], torch.empty(rows.shape[0]), torch.empty(rows.shape[0], dtype=torch.int32)
         batch = _Batch(
             tokens.shape[0],
-            len(starts),
+            len(sequences),
             rows.shape[0],
             0,
             tokens.data_ptr(),
@@ -489,3 +511,11 @@ class DecoderStep:
         )
         self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch))
         return logits, peak, best
+
+
+def _check(what: str, indices: Tensor, bound: int) -> None:
+    """Raises InputError for an index outside [0, bound)."""
+    if indices.numel():
+        low, high = (int(end) for end in indices.aminmax())
+        if low < 0 or high >= bound:
+            raise InputError(f"{what} {low if low < 0 else high} is outside 0 .. {bound - 1}")
