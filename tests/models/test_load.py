@@ -121,6 +121,25 @@ def test_a_token_that_the_model_lacks_is_refused_where_it_is_written(tmp_path: P
         loaded.tokenizer.encode("the <end>")
 
 
+def test_a_bos_that_the_model_lacks_never_reaches_it(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=len(TOKENS) - 2)
+    keys = {**KEYS, "tokenizer.chat_template": "", "tokenizer.ggml.bos_token_id": 260, "tokenizer.ggml.add_bos_token": True}
+    loaded = load(write_gguf(model(config), tmp_path / "m.gguf", metadata=keys))
+    with pytest.raises(InputError, match=r"token 260; the model knows 259 tokens"):
+        loaded.tokenizer.encode("the")
+
+
+def test_ids_of_padded_embeddings_are_no_text_and_no_error(tmp_path: Path) -> None:
+    """Qwen 2.5 has 151,936 rows and 151,665 tokens: a row without a token can be drawn like any other."""
+    config = dataclasses.replace(CONFIG, vocab_size=len(TOKENS) + 3)
+    tokenizer = load(write_gguf(model(config), tmp_path / "m.gguf", metadata={**KEYS, "tokenizer.chat_template": ""})).tokenizer
+    pad, the = len(TOKENS) + 2, tokenizer.encode("the")
+    assert (tokenizer.token_bytes(pad), tokenizer.token_text(pad)) == (b"", f"[PAD{pad}]")
+    assert tokenizer.decode([pad, *the, pad]) == "the"
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        tokenizer.token_bytes(pad + 1)
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, gguf_path: Path) -> None:
     with pytest.raises(NotFoundError, match="did you mean smollm2"):
         load("smollm")

@@ -70,6 +70,7 @@ class Tokenizer:
         self.space_prefix, self.byte_level = space_prefix, byte_level
         self._gguf_keys = gguf_keys
         self._limit: int | None = None
+        self._padded = 0
         # Some byte-level vocabularies were trained without the bytes that their corpus lacked (SmolLM2 lacks six control characters).
         single = {piece for piece in self._pieces if len(piece) == 1}
         self.missing_bytes = bytes(byte for byte in range(256) if bytes([byte]) not in single) if byte_level else b""
@@ -94,25 +95,32 @@ class Tokenizer:
         if self.missing_bytes and (lost := len(raw) - len(raw.translate(None, self.missing_bytes))):
             warnings.warn(f"the vocabulary has no token for {lost} bytes of the text, which are left out", stacklevel=2)
         ids: list[int] = _guarded(lambda: self.backend.encode(text, add_special_tokens=False).ids, "encoding")
+        if special and self.add_bos and self.bos is not None and (not ids or ids[0] != self.bos):
+            ids.insert(0, self.bos)
+        if special and self.add_eos and self.eos is not None and ids[-1:] != [self.eos]:
+            ids.append(self.eos)
         if self._limit is not None and ids and (highest := max(ids)) >= self._limit:
             raise InputError(
                 f"the text contains {self.token_text(highest)!r}, token {highest}; the model knows {self._limit:,} tokens",
                 "leave it out: it belongs to a part that this model does not have",
             )
-        if special and self.add_bos and self.bos is not None and (not ids or ids[0] != self.bos):
-            ids.insert(0, self.bos)
-        if special and self.add_eos and self.eos is not None and ids[-1:] != [self.eos]:
-            ids.append(self.eos)
         return ids
 
     def limit_ids(self, vocabulary: int) -> None:
-        """Makes `encode` refuse tokens that a model of this vocabulary has no embedding for (Gemma 3's image token in a text model)."""
+        """Fits the ids to a model of this vocabulary.
+
+        `encode` refuses tokens that it has no embedding for (Gemma 3's image token in a text model). Ids that only the model
+        has (Qwen's embeddings are padded to a round number) can be drawn: they stand for no text, as in `transformers`.
+        """
         self._limit = vocabulary if vocabulary < self.vocab_size else None
+        self._padded = vocabulary
 
     # -- ids to text ------------------------------------------------------------------------------------------
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for; a special token's are its written form."""
+        if len(self._pieces) <= token < self._padded:
+            return b""
         if not 0 <= token < len(self._pieces):
             raise InputError(f"token id {token} is outside the vocabulary of {len(self._pieces):,}", "give ids that this model produced")
         return self._pieces[token]
@@ -128,7 +136,7 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """A token as the vocabulary writes it (`Ġthe`, `▁the`, `<|im_end|>`), for showing to people."""
         self.token_bytes(token)
-        return self._tokens[token]
+        return self._tokens[token] if token < len(self._pieces) else f"[PAD{token}]"
 
     def id_of(self, text: str) -> int | None:
         """The id of a token by its written form in the vocabulary."""
