@@ -1,5 +1,6 @@
 """`LLM`: prompts in, answers out, in order; the pool and the context are settled within what the machine and the model have."""
 
+import os
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from models import VOCABULARY, greedy, loaded, tiny
 
 from armillary.core.errors import CapacityError, InputError
 from armillary.serve.config import EngineConfig
-from armillary.serve.llm import LLM, settle
+from armillary.serve.llm import LLM, available_memory, settle
 from armillary.serve.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -85,6 +86,17 @@ def test_a_bad_prompt_leaves_nothing_behind(llm):
     assert len(llm.generate([[1, 2]], GREEDY)) == 1
 
 
+def test_ids_that_the_model_lacks_never_reach_it(llm):
+    """The kernels look embeddings up by id: no server stands before this door."""
+    for token in (VOCABULARY, -1, 2**31, 2**70):
+        with pytest.raises(InputError, match=f"prompt: token {token} is outside the vocabulary of {VOCABULARY}"):
+            llm.generate([[1, 2], [3, token]], GREEDY)
+        with pytest.raises(InputError, match=f"logit_bias: token {token} is outside"):
+            llm.generate([[1, 2]], SamplingParams(max_tokens=3, logit_bias=((token, 1.0),)))
+    assert llm.engine.snapshot()["blocks"]["used"] == 0
+    assert len(llm.generate([[1, 2]], GREEDY)) == 1
+
+
 def test_a_failing_request_raises(decoder):
     broken = tiny(seed=3)
     with torch.no_grad():
@@ -129,3 +141,17 @@ def test_the_pool_is_settled_within_memory_and_use():
         settle(EngineConfig(context=257), model, 10**9)
     with pytest.raises(CapacityError, match="KV pool would take"):
         settle(EngineConfig(kv_blocks=1000), model, 10**6)
+
+
+def test_memory_is_what_the_container_may_still_take(tmp_path):
+    for folder in ("proc/self", "sys/fs/cgroup"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable: 32000000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "proc/self/statm").write_text("9000 1000 500 1 0 400 0\n")
+    assert available_memory(tmp_path) == 32_000_000 * 1024
+    limit = tmp_path / "sys/fs/cgroup/memory.max"
+    limit.write_text("2000000000\n")
+    assert available_memory(tmp_path) == 2_000_000_000 - 1000 * os.sysconf("SC_PAGE_SIZE")
+    limit.write_text("1000000\n")
+    assert available_memory(tmp_path) == 0

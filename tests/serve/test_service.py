@@ -127,3 +127,10 @@ def test_a_closed_loop_does_not_harm_the_engine():
     bridge = LoopBridge(loop)
     loop.close()
     bridge.post(AsyncStream(lambda request_id: None), 0, Event("", 1, "", None, "stop", 0))
+
+
+def test_an_engine_that_does_not_run_is_told_and_not_waited_for(tmp_path):
+    world = World(tmp_path)
+    world.close()
+    with pytest.raises(CapacityError, match="the engine does not run"):
+        world.service.stream(HELLO)

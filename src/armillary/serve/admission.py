@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
 from armillary.serve.request import Request
@@ -34,3 +36,12 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
             "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
             field="prompt" if limits.blocks_for(prompt) > limits.total_blocks else "max_tokens",
         )
+
+
+def known_tokens(ids: Iterable[int], vocabulary: int, field: str) -> None:
+    """Raises InputError naming the first of `ids` that the model has no embedding for."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise InputError(
+                f"{field}: token {token} is outside the vocabulary of {vocabulary} tokens", "send ids that /tokenize gives", field=field
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from armillary.cluster.cgroup import cgroup_limits
 from armillary.core.clock import Clock
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.core.trace import Trace
@@ -19,6 +21,7 @@ from armillary.core.units import format_bytes
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.load import LoadedModel, load
+from armillary.serve.admission import known_tokens
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.forward import Forward
@@ -146,15 +149,28 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> Engi
     return config
 
 
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not say."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be taken without swapping and within the container's limit; None where the system does not say."""
+    limit = cgroup_limits(root).memory
+    left = None if limit is None else max(0, limit - _resident(root))
+    return min((size for size in (_available(root), left) if size is not None), default=None)
+
+
+def _available(root: Path) -> int | None:
     with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     with suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _resident(root: Path) -> int:
+    """Bytes that this process holds already; 0 where the system does not say."""
+    with suppress(AttributeError, OSError, ValueError, IndexError):
+        return int((root / "proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 class LLM:
@@ -167,7 +183,7 @@ class LLM:
         self.loaded = model if isinstance(model, LoadedModel) else load(model)
         # A model that was handed in may be used for something else too.
         self.engine = build_engine(self.loaded, EngineConfig(**options), trace=trace, keep_weights=isinstance(model, LoadedModel))
-        self._calls = 0
+        self._calls = itertools.count()
 
     def generate(
         self,
@@ -216,12 +232,15 @@ class LLM:
             raise InputError(
                 f"{len(sampling)} sampling parameters for {len(tokens)} prompts", "give one for all or one each", field="sampling"
             )
-        self._calls += 1
+        for prompt, params in zip(tokens, sampling, strict=True):
+            known_tokens(prompt, self.loaded.config.vocab_size, "prompt")
+            known_tokens((token for token, _ in params.logit_bias), self.loaded.config.vocab_size, "logit_bias")
+        call = next(self._calls)  # callers may be several threads
         run = _Run(len(tokens), progress)
         requests = []
         for i, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):
             stream = TextStream(self.loaded.tokenizer, params.stop)
-            requests.append(Request(f"llm-{self._calls}-{i}", prompt, params, text=stream, on_event=run.listen))
+            requests.append(Request(f"llm-{call}-{i}", prompt, params, text=stream, on_event=run.listen))
         try:
             for request in requests:
                 self.engine.submit(request)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
+from armillary.serve.admission import known_tokens
 from armillary.serve.request import Event, Request, SamplingParams
 from armillary.serve.streams import AsyncStream, BlockingStream, LoopBridge, Observer
 from armillary.serve.text import TextStream
@@ -96,13 +97,7 @@ class Service:
         return sampling
 
     def _check_ids(self, tokens: Sequence[int], field: str) -> None:
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise InputError(
-                    f"{field}: token {token} is outside the vocabulary of {self.vocab_size} tokens",
-                    "send ids that /tokenize gives",
-                    field=field,
-                )
+        known_tokens(tokens, self.vocab_size, field)
 
     def room(self, prompt_tokens: int, max_tokens: int | None, field: str = "prompt") -> int:
         """How many tokens may be generated: `max_tokens`, or all that remains of the context when it is None.
@@ -149,8 +144,7 @@ class Service:
         Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`).
         All are admitted or none: `CapacityError` when the queue is full or the engine does not run. Call it on the loop that will read the stream.
         """
-        if not self.alive:
-            raise CapacityError("the engine does not run", "start it (Engine.start), or come back when the server has restarted")
+        self._check_alive()
         bridge = self._bridge(asyncio.get_running_loop())
         stream = AsyncStream(self.engine.cancel, self.observer)
 
@@ -190,6 +184,7 @@ class Service:
 
         `whole_context`: let the answer run to the end of the context, whatever `sampling.max_tokens` says.
         """
+        self._check_alive()
         prompt = self.chat_tokens(messages)
         sampling = sampling or SamplingParams()
         sampling = replace(sampling, max_tokens=self.room(len(prompt), None if whole_context else sampling.max_tokens, "messages"))
@@ -197,6 +192,11 @@ class Service:
         request = self._request(self.new_id("chat"), prompt, sampling, 0, None, inbox.put)
         self.engine.submit(request)
         return inbox.events(request)
+
+    def _check_alive(self) -> None:
+        """Without its thread the engine would queue a request and never answer it."""
+        if not self.alive:
+            raise CapacityError("the engine does not run", "start it (Engine.start), or come back when the server has restarted")
 
     def _request(
         self,
