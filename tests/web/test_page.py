@@ -175,6 +175,21 @@ def test_stop_cancels_in_the_engine_and_keeps_the_text(browser, world):
     assert browser.find_element(By.ID, "send").is_displayed()
 
 
+def test_a_new_chat_knows_nothing_of_the_answer_that_it_cut_short(browser, world):
+    seen = []
+    world.typist.reply = lambda request: seen.append(request) or "on and on " * 1000
+    world.typist.delay = 0.02
+    say(browser, "go")
+    until(browser, lambda: answers(browser) and "on and" in answers(browser)[0].text)
+    browser.find_element(By.ID, "new-chat").click()
+    world.wait_idle()
+    world.typist.reply = lambda request: seen.append(request) or "noted"
+    say(browser, "hello")
+    done(browser)
+    prompt = world.tokenizer.decode(seen[-1].prompt, skip_special=False)
+    assert [part.partition("<|im_end|>")[0] for part in prompt.split("<|im_start|>")[1:]] == ["user\nhello", "assistant\n"]
+
+
 def test_what_a_model_says_is_never_html(browser, world):
     world.typist.reply = lambda request: HOSTILE
     say(browser, "<b>attack</b>")

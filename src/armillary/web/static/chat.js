@@ -55,6 +55,7 @@ function busy(controller) {
 }
 
 async function answer() {
+  const said = history; // a new chat begins another list: what is still being written belongs to this one
   const { system, fields } = current();
   const view = bubble("assistant");
   view.item.classList.add("writing");
@@ -70,7 +71,7 @@ async function answer() {
     if (follow) toEnd();
   };
   try {
-    const asked = system ? [{ role: "system", content: system }, ...history] : history;
+    const asked = system ? [{ role: "system", content: system }, ...said] : said;
     for await (const chunk of chat({ messages: asked, ...fields }, controller.signal)) {
       id = chunk.id;
       usage = chunk.usage ?? usage;
@@ -93,7 +94,7 @@ async function answer() {
   if (running === controller) busy(null);
   const stopped = controller.signal.aborted;
   if (failure && !stopped) fail(view, failure);
-  if (text || !failure) history.push({ role: "assistant", content: text });
+  if (text || !failure) said.push({ role: "assistant", content: text });
   finish(view, { text, id, usage, reason, stopped, failure, waited: first && first - sent, wrote: first && last - first });
   if (!document.activeElement || document.activeElement === document.body) prompt.focus({ preventScroll: true });
 }
