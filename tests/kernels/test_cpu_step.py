@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,3 +92,15 @@ def test_head_dim_must_be_whole_vectors() -> None:
 
     with pytest.raises(InputError, match="head_dim is 24"):
         DecoderStep(Shape(), StepCache(1, 1, 16, 1, 16), 1)  # type: ignore[arg-type]
+
+
+def test_more_threads_than_the_system_gives_is_an_error() -> None:
+    """In a process whose stacks may not be had: the threads that did start are joined, and the caller is told."""
+    program = (
+        "import resource, sys\n"
+        "from armillary.kernels import cpu_step\n"
+        "lib = cpu_step.library()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "sys.exit(0 if lib.arm_engine_create(20_000) is None else 1)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0

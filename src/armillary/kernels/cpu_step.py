@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from armillary.core import native
-from armillary.core.errors import ArmillaryError, InputError
+from armillary.core.errors import ArmillaryError, CapacityError, InputError
 
 Format = Literal["fp32", "fp16", "int8", "int4", "int4m"]
 _CODES: dict[Format, int] = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int4m": 4}
 _GROUP, _PANEL, _TILE = 32, 48, 16
-_SOURCES = ("step.cpp", "pack.cpp")  # and the headers beside them
+FOLDER = Path(__file__).parent / "cpu"
+SOURCES = ("step.cpp", "pack.cpp")  # and the headers beside them
 # What ARMILLARY_ISA may ask for instead of the best that this machine has: the tests run all of them.
 _ISAS = {
     "native": native.FLAGS[1:3],
@@ -117,15 +118,18 @@ class _Batch(ctypes.Structure):
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had (no compiler, switched off)."""
-    folder = Path(__file__).parent / "cpu"
+def flags() -> tuple[str, ...]:
+    """The compiler's flags, for the instruction set that ARMILLARY_ISA names (default: this machine's best)."""
     isa = os.environ.get("ARMILLARY_ISA", "native")
     if isa not in _ISAS:
         raise InputError(f"ARMILLARY_ISA is {isa!r}", f"choose one of {', '.join(_ISAS)}")
-    flags = (*(flag for flag in native.FLAGS if flag not in _ISAS["native"]), *_ISAS[isa], "-pthread")
-    lib = native.load("decoder_step", [folder / name for name in _SOURCES], flags)
+    return (*(flag for flag in native.FLAGS if flag not in _ISAS["native"]), *_ISAS[isa], "-pthread")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had (no compiler, switched off)."""
+    lib = native.load("decoder_step", [FOLDER / name for name in SOURCES], flags())
     if lib is None:
         return None
     lib.arm_engine_create.restype = ctypes.c_void_p
@@ -453,6 +457,8 @@ class DecoderStep:
         self._logits = torch.empty(0, model.vocabulary)
         self._busy = threading.Lock()
         self._handle = self._lib.arm_engine_create(threads)
+        if not self._handle:
+            raise CapacityError(f"the system does not give {threads:,} threads", "ask for as many as there are cores", field="threads")
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -509,7 +515,8 @@ class DecoderStep:
             peak.data_ptr(),
             best.data_ptr(),
         )
-        self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch))
+        if not self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch)):
+            raise CapacityError(f"no memory for the buffers of a batch of {tokens.shape[0]:,} tokens", "lower max_batch_tokens")
         return logits, peak, best
 
 

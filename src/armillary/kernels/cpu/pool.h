@@ -24,17 +24,14 @@ static inline void relax() {
 class Pool {
  public:
   explicit Pool(int threads) : size_(threads < 1 ? 1 : threads) {
-    for (int i = 1; i < size_; i++) workers_.emplace_back([this, i] { loop(i); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      generation_.fetch_add(1);
+    try {
+      for (int i = 1; i < size_; i++) workers_.emplace_back([this, i] { loop(i); });
+    } catch (...) {  // the system gives no more threads: a started one must be joined before it is destroyed
+      stop();
+      throw;
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
   }
+  ~Pool() { stop(); }
   int size() const { return size_; }
 
   // Runs job(thread) on every thread, the caller being thread 0; returns when all are done.
@@ -54,7 +51,7 @@ class Pool {
   // All threads of a run meet here. After kSpins it yields, so that a machine with fewer free cores than threads moves on.
   void barrier() {
     if (size_ == 1) return;
-    int phase = phase_.load(std::memory_order_relaxed);
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
@@ -64,6 +61,16 @@ class Pool {
   }
 
  private:
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   static constexpr int kSpins = 4000;
   static constexpr std::chrono::microseconds kWatch{300};
 
@@ -94,7 +101,7 @@ class Pool {
   alignas(64) std::atomic<unsigned> generation_{0};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<unsigned> phase_{0};
 };
 
 }  // namespace arm

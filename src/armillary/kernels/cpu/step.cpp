@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "attention.h"
@@ -332,7 +334,13 @@ struct Run {
 
 extern "C" {
 
-void* arm_engine_create(int threads) { return new Engine(threads); }
+// Null when the threads or their memory cannot be had.
+void* arm_engine_create(int threads) try {
+  return new Engine(threads);
+} catch (const std::exception&) {
+  return nullptr;
+}
+
 void arm_engine_destroy(void* engine) { delete (Engine*)engine; }
 
 // Sizes of the structs, so that the caller can check that both sides agree.
@@ -363,14 +371,14 @@ void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, 
     }
 }
 
-void arm_forward(void* handle, const Model* model, const Batch* batch) {
+// Returns 0 when there is no memory for the batch's buffers; nothing has been computed then.
+int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
   Engine& e = *(Engine*)handle;
   Buffers& u = e.buffers;
   const int rows = padded_rows(std::max(batch->tokens, batch->sampled));
   const int width = padded_k(std::max({model->hidden, model->intermediate, model->heads * model->head_dim}));
   const int qkv = std::max((model->heads + 2 * model->kv_heads) * model->head_dim, model->hidden);
   if (rows > u.rows) {
-    u.rows = rows;
     u.x.resize((size_t)rows * model->hidden);
     u.normed.resize((size_t)rows * width);
     u.qkv.resize((size_t)rows * qkv);
@@ -380,6 +388,7 @@ void arm_forward(void* handle, const Model* model, const Batch* batch) {
     u.quants.resize((size_t)rows * width);
     u.scales.resize((size_t)rows * width / kGroup);
     u.sums.resize((size_t)rows * width / kGroup);
+    u.rows = rows;
   }
   // Attention's work items: as many query rows of one kv head as one pass takes, longest context first within a sequence.
   u.item_sequence.clear(), u.item_head.clear(), u.item_first.clear(), u.item_rows.clear();
@@ -395,6 +404,9 @@ void arm_forward(void* handle, const Model* model, const Batch* batch) {
   std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[model->layers]);
   for (int i = 0; i < model->layers; i++) next[i].store(0, std::memory_order_relaxed);
   e.pool.run([&](int thread) { Run{e, *model, *batch, thread, e.pool.size(), u}(next.get()); });
+  return 1;
+} catch (const std::bad_alloc&) {
+  return 0;
 }
 
 }  // extern "C"

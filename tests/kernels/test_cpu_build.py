@@ -1,0 +1,26 @@
+"""Where there is a compiler the kernels build: their tests may only be skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from armillary.core import native
+from armillary.core.errors import MissingDependencyError
+from armillary.kernels import cpu_step
+
+
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "portable"])
+def test_every_instruction_set_compiles(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        native.find_compiler()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    if not native.enabled():
+        pytest.skip("ARMILLARY_NATIVE=0 switches the kernels off")
+    monkeypatch.setenv("ARMILLARY_ISA", isa)
+    if isa != "native" and os.uname().machine != "x86_64":
+        pytest.skip(f"{isa} is an x86 instruction set")
+    folder = cpu_step.FOLDER
+    assert native.build("decoder_step", [folder / name for name in cpu_step.SOURCES], cpu_step.flags()).exists()
