@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 from collections.abc import Collection
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from armillary.serve.http.errors import APIError
 
 READ_TIMEOUT_SECONDS = 60.0
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that is too large, and ...
+DISCARD_SECONDS = 10.0  # ... for how long: a client that writes all before it reads then learns why it is refused
 CLOSE = {"connection": "close"}  # the rest of a body that is not wanted is not read either
 
 
@@ -55,6 +58,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     too_large = APIError(413, f"the body is over this server's {max_bytes} bytes: send less", code="body_too_large", headers=CLOSE)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > max_bytes:
+        await _discard(request)
         raise too_large
     chunks, size = [], 0
     try:
@@ -62,7 +66,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > max_bytes:
-                    raise too_large
+                    break
                 chunks.append(chunk)
     except TimeoutError:
         raise APIError(
@@ -70,7 +74,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         ) from None
     except ClientDisconnect:
         raise APIError(400, "the connection closed before the body was complete", code="client_disconnected") from None
+    if size > max_bytes:
+        chunks.clear()
+        await _discard(request)
+        raise too_large
     return b"".join(chunks)
+
+
+async def _discard(request: Request) -> None:
+    """Read on and keep nothing, within bounds: closing on a client that still writes resets the connection, and the answer is lost."""
+    left = MAX_DISCARDED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):  # the end, or the client is gone
+                    return
 
 
 def parse(raw: bytes, schema: type[AnyBody]) -> AnyBody:
