@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from armillary.core.errors import InputError
+from armillary.serve.http.app import create_app
 from armillary.serve.http.schemas.chat import ChatBody
 from armillary.serve.http.schemas.completions import CompletionBody
 from armillary.serve.http.server import Server
@@ -283,6 +286,17 @@ def test_bodies_that_are_no_request(world, content, status, code):
     assert world.http.get("/health").status_code == 200
 
 
+def test_a_client_that_writes_all_before_it_reads_learns_that_the_body_is_too_large(world):
+    """A reset connection instead would look like a network that failed, and be tried again."""
+    for size in (5_000_000, 20_000_000):
+        connection = http.client.HTTPConnection("127.0.0.1", world.server.port, timeout=30)
+        connection.request("POST", CHAT, b" " * size, {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]["code"] == "body_too_large"
+        connection.close()
+
+
 def test_a_body_that_hides_its_size_is_bounded_too(world):
     def endless():
         while True:
@@ -502,6 +516,28 @@ def test_stopping_ends_what_is_in_flight(tmp_path):
         next(lines)
         world.server.stop()
         world.wait_idle()
+    world.close()
+
+
+def test_answers_that_outlive_the_grace_end_with_words(tmp_path, caplog):
+    """Not cut in mid-sentence: streams get an error event and [DONE], whole answers a 503, and the log no tracebacks."""
+    world = World(tmp_path)
+    world.typist.delay = 0.02
+    world.typist.reply = lambda request: "z" * 10_000
+    server = Server(create_app(world.service), port=0, grace_seconds=1, end_answers=world.engine.stop).start()
+    with httpx.Client(base_url=server.url, timeout=60) as http, ThreadPoolExecutor() as threads:
+        streams = [threads.submit(http.post, CHAT, json={**HELLO, "stream": True, "max_tokens": 450}) for _ in range(3)]
+        whole = threads.submit(http.post, CHAT, json={**HELLO, "max_tokens": 450})
+        world.wait_for(lambda state: state["running"] == 4)
+        server.stop()
+        for stream in streams:
+            *_, last, done = [line for line in stream.result().text.splitlines() if line]
+            assert done == "data: [DONE]"
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "cancelled"
+        assert whole.result().status_code == 503
+        assert error_of(whole.result())["code"] == "cancelled"
+    assert "Traceback" not in caplog.text
+    assert "Cancel" not in caplog.text
     world.close()
 
 

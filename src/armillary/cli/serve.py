@@ -74,4 +74,5 @@ def http_server(service: Service, server: Any) -> Server:
     from armillary.web.app import create_app
 
     hosts = LOOPBACK_HOSTS if is_loopback(server.host) else ("*",)
-    return Server(create_app(service, api_key=server.api_key, allowed_hosts=hosts), server.host, server.port)
+    app = create_app(service, api_key=server.api_key, allowed_hosts=hosts)
+    return Server(app, server.host, server.port, end_answers=service.engine.stop)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -14,17 +16,26 @@ from starlette.types import ASGIApp
 from armillary.core.errors import ArmillaryError, InputError
 
 BACKLOG = 2048
+LAST_WORDS_SECONDS = 5  # for answers that were ended to say so, after the grace
 
 
 class Server:
     """`run()` serves until Ctrl-C; `start()` and `stop()` (or `with`) serve from a background thread.
 
-    `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
-    anything else happens. On stopping, answers in flight get `grace_seconds` to finish, then their requests are cancelled.
+     `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
+     anything else happens. On stopping, answers in flight get `grace_seconds` to finish; then `end_answers` is called
+    , which should make them end in an orderly way, and what still runs a little later is cut.
     """
 
     def __init__(
-        self, app: ASGIApp, host: str = "127.0.0.1", port: int = 8000, *, grace_seconds: int = 5, log_level: str = "warning"
+        self,
+        app: ASGIApp,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        grace_seconds: int = 5,
+        end_answers: Callable[[], object] | None = None,
+        log_level: str = "warning",
     ) -> None:
         self._socket = _bind(host, port)
         bound_host, self.port = self._socket.getsockname()[:2]
@@ -39,10 +50,10 @@ class Server:
             lifespan="off",
             ws="none",
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=grace_seconds,
+            timeout_graceful_shutdown=grace_seconds + (LAST_WORDS_SECONDS if end_answers else 0),
             backlog=BACKLOG,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Graceful(config, grace_seconds, end_answers)
         self._thread: threading.Thread | None = None
 
     @property
@@ -81,6 +92,27 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+class _Graceful(uvicorn.Server):
+    """uvicorn cuts what outlives the grace in mid-sentence, a traceback each; this one first has it ended."""
+
+    def __init__(self, config: uvicorn.Config, grace_seconds: float, end_answers: Callable[[], object] | None) -> None:
+        super().__init__(config)
+        self._grace_seconds = grace_seconds
+        self._end_answers = end_answers
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_after_grace())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_after_grace(self) -> None:
+        await asyncio.sleep(self._grace_seconds)
+        if self._end_answers is not None:
+            await asyncio.to_thread(self._end_answers)
 
 
 def check_address(host: str, port: int) -> None:
