@@ -577,3 +577,33 @@ def test_the_trace_tells_the_same_story_as_the_requests():
     used = [sample.values["used"] for sample in trace.counters()]
     assert used == [span.sizes["blocks_used"] for span in lanes["engine"]]
     assert max(used) <= 20
+
+
+def test_a_request_that_arrives_while_the_engine_stops_is_refused():
+    engine = make(executor=counting())
+    engine.start()
+    engine._stopping = True  # what stop() says first, before it waits for the thread
+    with pytest.raises(CapacityError, match="stopping"):
+        engine.submit(request("late", (1, 2), 4))
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("top_p", float("nan")),
+        ("top_p", 1.1),
+        ("min_p", -1.0),
+        ("top_k", -2),
+        ("repetition_penalty", 0.0),
+        ("frequency_penalty", float("inf")),
+    ],
+)
+def test_a_sampling_number_out_of_range_is_named(name, value):
+    engine = make(executor=counting())
+    with pytest.raises(InputError, match=name):
+        engine.submit(request("bad", (1, 2), 4, **{name: value}))
+    engine.check()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
-from armillary.serve.request import Request
+from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Limits
 
 
@@ -19,6 +20,7 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
         raise InputError("the prompt is empty", "give at least one token", field="prompt")
     if most < 0:
         raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
+    _in_range(request.sampling)
     if request.output or request.computed or request.blocks or request.finish_reason is not None:
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
     context = config.context
@@ -36,6 +38,22 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
             "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
             field="prompt" if limits.blocks_for(prompt) > limits.total_blocks else "max_tokens",
         )
+
+
+def _in_range(params: SamplingParams) -> None:
+    """Raises InputError for a sampling number from which nothing can be drawn; NaN is in no range."""
+    for name, low, high in (
+        ("temperature", 0.0, sys.float_info.max),
+        ("top_k", 0, 1 << 31),
+        ("top_p", 0.0, 1.0),
+        ("min_p", 0.0, 1.0),
+        ("repetition_penalty", 1e-3, 1e3),
+        ("presence_penalty", -1e3, 1e3),
+        ("frequency_penalty", -1e3, 1e3),
+    ):
+        value = getattr(params, name)
+        if not low <= value <= high:
+            raise InputError(f"{name} is {value}", f"give a number from {low:g} to {high:g}", field=name)
 
 
 def known_tokens(ids: Iterable[int], vocabulary: int, field: str) -> None:

@@ -86,6 +86,8 @@ class Engine:
         """Queue a request. Raises InputError when it could never run here, CapacityError when the queue is full."""
         admissible(request, self.config, self.limits)
         with self._changed:
+            if self._thread is not None and self._stopping:
+                raise CapacityError("the engine is stopping", "send the request to another server, or start() it again")
             if request.id in self._requests:
                 raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
             if len(self._waiting) >= self.config.max_queue:
