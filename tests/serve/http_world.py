@@ -61,6 +61,7 @@ class Typist:
         self._go = threading.Event()
         self._go.set()
         self._clock = RealClock()
+        self.busy = False
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -71,6 +72,13 @@ class Typist:
             self._go.set()
 
     def run(self, plan: Plan) -> Outcome:
+        self.busy = True
+        try:
+            return self._run(plan)
+        finally:
+            self.busy = False
+
+    def _run(self, plan: Plan) -> Outcome:
         start = self._clock.now()
         self._go.wait(timeout=60)
         if self.delay:
@@ -138,11 +146,16 @@ class World:
         self.engine.check()
 
     def wait_idle(self, seconds: float = 20.0) -> dict[str, Any]:
-        """Until the engine holds no request and no block."""
+        """Until the engine holds no request and no block, and the typist has ended the iteration of the last that hung up."""
         deadline = time.monotonic() + seconds
         while True:
             state = self.engine.snapshot()
-            if not state["running"] and not state["waiting"] and not state["blocks"]["used"]:
+            if (
+                not state["running"]
+                and not state["waiting"]
+                and not state["blocks"]["used"]
+                and not getattr(self.engine.executor, "busy", False)
+            ):
                 self.engine.check()
                 return state
             assert time.monotonic() < deadline, state

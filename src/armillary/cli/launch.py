@@ -57,6 +57,11 @@ def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
         from armillary.serve.service import Service
 
         done("loaded PyTorch")
+    if settled.value.engine.backend != "torch":
+        with timed("building the native kernels, once on a machine (half a minute)") as done:
+            from armillary.kernels import cpu_step
+
+            done("native kernels ready" if cpu_step.available() else "no native kernels: torch computes, slower")
     with timed(f"loading {name}") as done:
         loaded = load(name)
         engine = build_engine(loaded, settled.value.engine, trace=trace)
