@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from armillary.core.errors import InputError
-from armillary.kernels import cpu_step
+from armillary.kernels import cpu_library, cpu_step
 from armillary.kernels.cpu_step import DecoderStep, StepCache
 
-pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
 
 def attention64(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -98,8 +98,8 @@ def test_more_threads_than_the_system_gives_is_an_error() -> None:
     """In a process whose stacks may not be had: the threads that did start are joined, and the caller is told."""
     program = (
         "import resource, sys\n"
-        "from armillary.kernels import cpu_step\n"
-        "lib = cpu_step.library()\n"
+        "from armillary.kernels import cpu_library\n"
+        "lib = cpu_library.library()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
         "sys.exit(0 if lib.arm_engine_create(20_000) is None else 1)\n"
     )

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, greedy, logits_of, tiny
 
-from armillary.kernels import cpu_step
+from armillary.kernels import cpu_library
 from armillary.models.weights import hf_parameters
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
@@ -20,7 +20,7 @@ from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Preemption, Reason, Schedule, State
 
-BACKENDS = ("torch", *(("native",) if cpu_step.available() else ()))
+BACKENDS = ("torch", *(("native",) if cpu_library.available() else ()))
 DECODERS = {family: tiny(family, seed=i) for i, family in enumerate(FAMILIES)}
 GAP = 1e-3  # a prompt whose best two logits come closer than this in float64 may end either way in float32
 
@@ -259,7 +259,7 @@ def test_the_real_model_equals_transformers(real, backend, prompts, answers, blo
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("backend", "bound"), [("torch", 1.5e-4), *([("native", 1e-4)] if cpu_step.available() else [])])
+@pytest.mark.parametrize(("backend", "bound"), [("torch", 1.5e-4), *([("native", 1e-4)] if cpu_library.available() else [])])
 @pytest.mark.parametrize("chunk", [1000, 128, 33])
 def test_the_real_models_logits_are_close_to_transformers(real, backend, bound, peer, prompts, chunk):
     """Logits reach 45 here, and transformers' own are up to 6e-5 from a run in float64.

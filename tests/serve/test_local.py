@@ -6,7 +6,7 @@ from models import VOCABULARY, logits_of, tiny
 
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import InputError
-from armillary.kernels import cpu_step
+from armillary.kernels import cpu_library
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.local import LocalExecutor, kv_capacity
@@ -16,7 +16,7 @@ from armillary.serve.request import Request, SamplingParams
 from armillary.serve.sampling import SamplingError
 from armillary.serve.schedule import Entry, Plan, Reason, Schedule
 
-BACKENDS = ("torch", *(("native",) if cpu_step.available() else ()))
+BACKENDS = ("torch", *(("native",) if cpu_library.available() else ()))
 
 
 def executor_of(backend, decoder, blocks=16, block_size=4, **options):

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from armillary.core.errors import ArmillaryError, InputError
-from armillary.kernels import cpu_step
+from armillary.kernels import cpu_library
 from armillary.kernels.attention import CausalAttend
 from armillary.models.config import ModelConfig, RopeConfig
 from armillary.models.decoder import Decoder
 from armillary.serve.executors.forward import FlatBatch, Span
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 
-pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
 BASE = ModelConfig("llama", 101, 64, 96, 3, 4, 2, 16, 512)
 CASES = {

@@ -59,9 +59,9 @@ def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
         done("loaded PyTorch")
     if settled.value.engine.backend != "torch":
         with timed("building the native kernels, once on a machine (half a minute)") as done:
-            from armillary.kernels import cpu_step
+            from armillary.kernels import cpu_library
 
-            done("native kernels ready" if cpu_step.available() else "no native kernels: torch computes, slower")
+            done("native kernels ready" if cpu_library.available() else "no native kernels: torch computes, slower")
     with timed(f"loading {name}") as done:
         loaded = load(name)
         engine = build_engine(loaded, settled.value.engine, trace=trace)

@@ -8,272 +8,17 @@ Results do not depend on the number of threads nor on what else is in the batch 
 from __future__ import annotations
 
 import ctypes
-import functools
-import mmap
-import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from armillary.core import native
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
-
-Format = Literal["fp32", "fp16", "int8", "int4", "int4m"]
-_CODES: dict[Format, int] = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int4m": 4}
-_GROUP, _PANEL, _TILE = 32, 48, 16
-FOLDER = Path(__file__).parent / "cpu"
-SOURCES = ("step.cpp", "pack.cpp")  # and the headers beside them
-# What ARMILLARY_ISA may ask for instead of the best that this machine has: the tests run all of them.
-_ISAS = {
-    "native": native.FLAGS[1:3],
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "portable": (),
-}
-MAX_HEAD_DIM = 512  # the gather buffer of cpu/attention.h
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int32),
-        ("n", ctypes.c_int32),
-        ("k", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("minimums", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    )
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("half", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        ("qkv", _Weight),
-        ("o", _Weight),
-        ("gate_up", _Weight),
-        ("down", _Weight),
-        ("attention_norm", ctypes.c_void_p),
-        ("mlp_norm", ctypes.c_void_p),
-        ("post_attention_norm", ctypes.c_void_p),
-        ("post_mlp_norm", ctypes.c_void_p),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("cache", _Cache),
-        ("window", ctypes.c_int32),
-        ("rope", ctypes.c_int32),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "activation")
-        ),
-        *((name, ctypes.c_float) for name in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap", "embedding_scale")),
-        ("embedding_half", ctypes.c_int32),
-        ("embedding", ctypes.c_void_p),
-        ("final_norm", ctypes.c_void_p),
-        ("layer", ctypes.POINTER(_Layer)),
-        ("head", _Weight),
-        ("inverse_frequencies", ctypes.c_void_p * 2),
-        ("rope_scaling", ctypes.c_float * 2),
-    )
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = (("table", ctypes.c_void_p), ("start", ctypes.c_int32), ("count", ctypes.c_int32), ("row", ctypes.c_int32))
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("tokens", ctypes.c_int32),
-        ("sequences", ctypes.c_int32),
-        ("sampled", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("token", ctypes.c_void_p),
-        ("position", ctypes.c_void_p),
-        ("sequence", ctypes.c_void_p),
-        ("sampled_row", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("peak", ctypes.c_void_p),
-        ("best", ctypes.c_void_p),
-    )
-
-
-def flags() -> tuple[str, ...]:
-    """The compiler's flags, for the instruction set that ARMILLARY_ISA names (default: this machine's best)."""
-    isa = os.environ.get("ARMILLARY_ISA", "native")
-    if isa not in _ISAS:
-        raise InputError(f"ARMILLARY_ISA is {isa!r}", f"choose one of {', '.join(_ISAS)}")
-    return (*(flag for flag in native.FLAGS if flag not in _ISAS["native"]), *_ISAS[isa], "-pthread")
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had (no compiler, switched off)."""
-    lib = native.load("decoder_step", [FOLDER / name for name in SOURCES], flags())
-    if lib is None:
-        return None
-    lib.arm_engine_create.restype = ctypes.c_void_p
-    lib.arm_engine_create.argtypes = [ctypes.c_int]
-    lib.arm_engine_destroy.argtypes = [ctypes.c_void_p]
-    lib.arm_forward.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Model), ctypes.POINTER(_Batch)]
-    sizes = (ctypes.c_int32 * 6)()
-    lib.arm_struct_sizes(sizes)
-    ours = [ctypes.sizeof(c) for c in (_Weight, _Layer, _Model, _Batch, _Sequence, _Cache)]
-    if list(sizes) != ours:
-        raise RuntimeError(f"cpu/step.cpp and cpu_step.py disagree on the structs' sizes: {list(sizes)} against {ours}")
-    return lib
-
-
-def available() -> bool:
-    return library() is not None
-
-
-def _require() -> ctypes.CDLL:
-    lib = library()
-    if lib is None:
-        raise InputError("the native kernels are not available", "install g++ (apt install g++) or serve with --backend torch")
-    return lib
-
-
-class Arena:
-    """Memory for packed weights and caches, asked for in large pieces on huge pages: streaming weights through 4 KiB pages
-    cost a quarter of the bandwidth where it was measured (41 against 52 GB/s, two Zen 5 cores)."""
-
-    _PIECE = 64 << 20
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, nbytes: int) -> Tensor:
-        """`nbytes` zeroed bytes, aligned to 64."""
-        padded = -(-nbytes // 64) * 64
-        if padded > self._free.numel():
-            piece = mmap.mmap(-1, max(padded, self._PIECE) + (2 << 20))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                piece.madvise(mmap.MADV_HUGEPAGE)
-            memory = torch.frombuffer(piece, dtype=torch.uint8)
-            self._free = memory[-memory.data_ptr() % (2 << 20) :]
-        taken, self._free = self._free[:nbytes], self._free[padded:]
-        return taken
-
-
-class PackedWeight:
-    """A weight [n, k] in a kernel layout, made of one or more matrices set side by side by columns of the result.
-
-    `interleave`: two matrices (gate and up) whose tiles alternate. `bias`: one a matrix, or None.
-    Raises InputError for NaN or infinite weights.
-    """
-
-    def __init__(
-        self,
-        matrices: Sequence[Tensor],
-        format: Format,
-        biases: Sequence[Tensor | None] | None = None,
-        *,
-        interleave: bool = False,
-        arena: Arena | None = None,
-    ) -> None:
-        arena = arena or Arena()
-        lib = _require()
-        self.format: Format = format
-        code, k = _CODES[format], matrices[0].shape[1]
-        width = _PANEL if code <= 1 else _TILE
-        rows = [m.shape[0] for m in matrices]
-        if interleave:
-            tiles = -(-rows[0] // width)
-            n = 2 * tiles * width
-        else:
-            n = sum(rows)
-        padded_n, padded_k = -(-n // width) * width, -(-k // _GROUP) * _GROUP
-        self.shape = (n, k)
-        bits = {0: 32, 1: 16, 2: 8, 3: 4, 4: 4}[code]
-        self._data = arena.take(padded_n * (k if code <= 1 else padded_k) * bits // 8)
-        groups = padded_n * padded_k // _GROUP if code > 1 else 0
-        self._scales = arena.take(2 * groups).view(torch.float16)
-        self._minimums = arena.take(2 * groups if code == 4 else 0).view(torch.float16)
-        self._bias: Tensor | None = None
-        if biases is not None and any(b is not None for b in biases):
-            self._bias = torch.zeros(padded_n + 16, dtype=torch.float32)
-
-        def pack(source: Tensor, column: int) -> None:
-            finite = lib.arm_pack(
-                code,
-                ctypes.c_void_p(source.data_ptr()),
-                source.shape[0],
-                k,
-                ctypes.c_int64(source.stride(0)),
-                column,
-                ctypes.c_void_p(self._data.data_ptr()),
-                ctypes.c_void_p(self._scales.data_ptr()),
-                ctypes.c_void_p(self._minimums.data_ptr()),
-            )
-            if not finite:
-                raise InputError(f"a weight of {rows} rows by {k} has NaN or infinite values", "check the model file")
-
-        pieces: list[tuple[Tensor, int]] = []  # source rows and their first column; columns never share a byte
-        column = 0
-        for index, matrix in enumerate(matrices):
-            source = matrix.detach().to(torch.float32).contiguous()
-            for start in range(0, rows[index], width):
-                at = (2 * (start // width) + index) * width if interleave else column + start
-                pieces.append((source[start : start + width], at))
-                bias = biases[index] if biases is not None else None
-                if bias is not None and self._bias is not None:
-                    piece = bias[start : start + width]
-                    self._bias[at : at + piece.shape[0]] = piece.float()
-            column += rows[index]
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            list(pool.map(lambda piece: pack(*piece), pieces))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._data, self._scales, self._minimums))
-
-    def struct(self) -> _Weight:
-        n, k = self.shape
-        return _Weight(
-            _CODES[self.format],
-            n,
-            k,
-            0,
-            self._data.data_ptr(),
-            self._scales.data_ptr() or None,
-            self._minimums.data_ptr() or None,
-            self._bias.data_ptr() if self._bias is not None else None,
-        )
-
-    def unpack(self) -> Tensor:
-        """What the packed weight stands for: fp32 [n, k] (of an interleaved weight: in the order of the tiles)."""
-        out = torch.empty(self.shape)
-        _require().arm_unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()))
-        return out
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [rows, k] fp32 -> [rows, n], on one thread."""
-        x = x.contiguous()
-        out = torch.empty(x.shape[0], self.shape[0])
-        _require().arm_multiply(ctypes.byref(self.struct()), ctypes.c_void_p(x.data_ptr()), x.shape[0], ctypes.c_void_p(out.data_ptr()))
-        return out
+from armillary.kernels.cpu_library import MAX_HEAD_DIM, CBatch, CCache, CLayer, CModel, CSequence, require
+from armillary.kernels.packed_weight import Arena, PackedWeight
 
 
 @dataclass(frozen=True)
@@ -340,8 +85,8 @@ class StepCache:
     def nbytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def struct(self, layer: int) -> _Cache:
-        return _Cache(
+    def struct(self, layer: int) -> CCache:
+        return CCache(
             self.keys[layer].data_ptr(),
             self.values[layer].data_ptr(),
             int(self.dtype == torch.float16),
@@ -369,8 +114,8 @@ def attention(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    sequence = _Sequence(table.data_ptr(), start, q.shape[0], 0)
-    _require().arm_attention(
+    sequence = CSequence(table.data_ptr(), start, q.shape[0], 0)
+    require().arm_attention(
         ctypes.byref(cache.struct(0)),
         ctypes.byref(sequence),
         q.shape[1],
@@ -392,7 +137,7 @@ class DecoderStep:
             )
         if threads < 1:
             raise InputError(f"threads is {threads}", "give at least 1")
-        self._lib = _require()
+        self._lib = require()
         self.model, self.cache, self.threads = model, cache, threads
         self._keep: list[Tensor] = []
 
@@ -403,9 +148,9 @@ class DecoderStep:
             self._keep.append(t)
             return t.data_ptr()
 
-        self._layers = (_Layer * len(model.layers))(
+        self._layers = (CLayer * len(model.layers))(
             *(
-                _Layer(
+                CLayer(
                     layer.qkv.struct(),
                     layer.o.struct(),
                     layer.gate_up.struct(),
@@ -432,7 +177,7 @@ class DecoderStep:
         if embedding.dtype != torch.float16:
             embedding = embedding.to(torch.float32)
         self._keep.append(embedding)
-        self._model = _Model(
+        self._model = CModel(
             len(model.layers),
             model.hidden,
             model.intermediate,
@@ -478,14 +223,14 @@ class DecoderStep:
         _check("token", tokens, self.model.vocabulary)
         _check("row", rows, tokens.shape[0])
         _check("KV block", torch.cat(list(tables)) if tables else rows[:0], self.cache.blocks)
-        sequences = (_Sequence * len(starts))()
+        sequences = (CSequence * len(starts))()
         row = 0
         for i, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
             if start < 0 or count < 1 or start + count > table.shape[0] * self.cache.block_size:
                 raise InputError(
                     f"{count} tokens from position {start} do not fit a table of {table.shape[0]} KV blocks of {self.cache.block_size}"
                 )
-            sequences[i] = _Sequence(table.data_ptr(), start, count, row)
+            sequences[i] = CSequence(table.data_ptr(), start, count, row)
             row += count
         if row != tokens.shape[0] or row != positions.shape[0]:
             raise InputError(f"the sequences have {row} tokens, the batch {tokens.shape[0]} and {positions.shape[0]} positions")
@@ -497,12 +242,12 @@ class DecoderStep:
             self._busy.release()
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, sequences: ctypes.Array[_Sequence], rows: Tensor
+        self, tokens: Tensor, positions: Tensor, sequences: ctypes.Array[CSequence], rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[0] > self._logits.shape[0]:
             self._logits = torch.empty(rows.shape[0], self.model.vocabulary)
         logits, peak, best = self._logits[: rows.shape[0]], torch.empty(rows.shape[0]), torch.empty(rows.shape[0], dtype=torch.int32)
-        batch = _Batch(
+        batch = CBatch(
             tokens.shape[0],
             len(sequences),
             rows.shape[0],

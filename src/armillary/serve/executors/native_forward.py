@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from armillary.core.errors import InputError
-from armillary.kernels.cpu_step import MAX_HEAD_DIM, Arena, DecoderStep, Format, PackedWeight, StepCache, StepLayer, StepModel, available
+from armillary.kernels.cpu_library import MAX_HEAD_DIM, available
+from armillary.kernels.cpu_step import DecoderStep, StepCache, StepLayer, StepModel
 from armillary.kernels.norm import RMSNorm
+from armillary.kernels.packed_weight import Arena, Format, PackedWeight
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Block, Decoder
 from armillary.models.rope import Rope, inverse_frequencies

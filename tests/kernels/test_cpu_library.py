@@ -8,7 +8,7 @@ import pytest
 
 from armillary.core import native
 from armillary.core.errors import MissingDependencyError
-from armillary.kernels import cpu_step
+from armillary.kernels import cpu_library
 
 
 @pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "portable"])
@@ -22,5 +22,5 @@ def test_every_instruction_set_compiles(isa: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ARMILLARY_ISA", isa)
     if isa != "native" and os.uname().machine != "x86_64":
         pytest.skip(f"{isa} is an x86 instruction set")
-    folder = cpu_step.FOLDER
-    assert native.build("decoder_step", [folder / name for name in cpu_step.SOURCES], cpu_step.flags()).exists()
+    folder = cpu_library.FOLDER
+    assert native.build("decoder_step", [folder / name for name in cpu_library.SOURCES], cpu_library.flags()).exists()

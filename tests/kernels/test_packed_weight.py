@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.core.errors import InputError
-from armillary.kernels import cpu_step
-from armillary.kernels.cpu_step import PackedWeight
+from armillary.kernels import cpu_library
+from armillary.kernels.packed_weight import PackedWeight
 
-pytestmark = pytest.mark.skipif(not cpu_step.available(), reason="the native kernels need g++")
+pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
 FORMATS = ("fp32", "fp16", "int8", "int4", "int4m")
 INTEGER = ("int8", "int4", "int4m")
@@ -150,8 +150,8 @@ def test_half_conversion_is_exact_on_every_value() -> None:
 
 
 def test_struct_sizes_agree() -> None:
-    lib = cpu_step.library()
+    lib = cpu_library.library()
     assert lib is not None
     sizes = (ctypes.c_int32 * 6)()
     lib.arm_struct_sizes(sizes)
-    assert sizes[0] == ctypes.sizeof(cpu_step._Weight)
+    assert sizes[0] == ctypes.sizeof(cpu_library.CWeight)
