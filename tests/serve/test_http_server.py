@@ -429,9 +429,13 @@ def test_a_full_queue_says_when_to_come_back(tmp_path):
 
     async def crowd():
         async with httpx.AsyncClient(base_url=world.url, timeout=30) as client:
-            calls = [asyncio.create_task(client.post(CHAT, json=HELLO)) for _ in range(5)]
-            while world.engine.snapshot()["waiting"] < 4:
-                await asyncio.sleep(0.005)
+            # One after another: a fifth that came before the engine took the first from the queue would be refused itself.
+            calls = []
+            for count in range(1, 6):
+                calls.append(asyncio.create_task(client.post(CHAT, json=HELLO)))
+                async with asyncio.timeout(20):
+                    while (state := world.engine.snapshot())["running"] + state["waiting"] < count or not state["running"]:
+                        await asyncio.sleep(0.005)
             refused = [await client.post(CHAT, json={**HELLO, **extra}) for extra in ({}, {"stream": True}, {"n": 2})]
             state = world.engine.snapshot()
             go.__exit__(None, None, None)
