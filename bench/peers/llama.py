@@ -1,13 +1,12 @@
 """llama.cpp through llama-cpp-python's C interface, in each weight format: the bench publishes the best one of a case.
 
-Sequences share one context and are decoded together; prompts enter whole, up to `BATCH` tokens a call, when a seat is free.
+Sequences share one context and are decoded together; prompts enter whole, up to `BATCH` tokens a call.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections import deque
 from pathlib import Path
 
 import llama_cpp
@@ -15,14 +14,12 @@ import numpy
 from peers.workload import Case, Workload, measure, report
 
 BATCH = 512  # tokens a call
-SEATS = 32  # sequences at a time
 FORMATS = {
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,  # repacked on x86: llama.cpp's fastest kernels
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
     "Q4_1": None,  # the file as it is
 }
-ALL_FORMATS_UP_TO = 4096  # tokens of a case; a larger one is left to the two formats that decoded fastest
 
 
 def requantised(workload: Workload, name: str) -> Path:
@@ -42,13 +39,13 @@ def requantised(workload: Workload, name: str) -> Path:
 
 
 class Session:
-    """A model with one context for a case."""
+    """A model with one context for a case: sequence i has seat i, and rows go in by ascending seats. llama.cpp computes only
+    consecutive ascending seats together; in any other order each sequence becomes a batch of its own."""
 
     def __init__(self, model: object, case: Case, threads: int) -> None:
-        self.seats = min(SEATS, case.batch)
         longest = max(len(prompt) + new for prompt, new in zip(case.prompts, case.new, strict=True))
         params = llama_cpp.llama_context_default_params()
-        params.n_seq_max, params.n_ctx = self.seats, self.seats * (-(-longest // 256) * 256)
+        params.n_seq_max, params.n_ctx = case.batch, case.batch * (-(-longest // 256) * 256)
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(model, params)
@@ -79,37 +76,23 @@ class Session:
         prompts, new = list(prompts), list(new)
         llama_cpp.llama_memory_clear(self.memory, True)
         outputs: list[list[int]] = [[] for _ in prompts]
-        waiting, free, live = deque(range(len(prompts))), list(range(self.seats)), {}
-        while waiting or live:
-            while waiting and free:
-                self._admit(prompts, outputs, waiting, free, live)
-                self._retire(outputs, new, free, live)
-            if not live:
-                continue
-            rows = [(outputs[i][-1], len(prompts[i]) + len(outputs[i]) - 1, seat, True) for i, seat in live.items()]
-            for i, token in zip(live, self.decode(rows), strict=True):
-                outputs[i].append(token)
-            self._retire(outputs, new, free, live)
+        rows: list[tuple[int, int, int, bool]] = []
+        for seat, prompt in enumerate(prompts):
+            if len(prompt) > BATCH:
+                raise ValueError(f"a prompt has {len(prompt)} tokens, more than the {BATCH} of a call: raise BATCH")
+            if len(rows) + len(prompt) > BATCH:
+                self._step(rows, outputs)
+                rows = []
+            rows += [(token, position, seat, position == len(prompt) - 1) for position, token in enumerate(prompt)]
+        self._step(rows, outputs)
+        while live := [seat for seat, output in enumerate(outputs) if len(output) < new[seat]]:
+            self._step([(outputs[seat][-1], len(prompts[seat]) + len(outputs[seat]) - 1, seat, True) for seat in live], outputs)
         return outputs
 
-    def _admit(self, prompts: list, outputs: list[list[int]], waiting: deque[int], free: list[int], live: dict[int, int]) -> None:
-        rows: list[tuple[int, int, int, bool]] = []
-        admitted = []
-        while waiting and free and len(rows) + len(prompts[waiting[0]]) <= BATCH:
-            index, seat = waiting.popleft(), free.pop()
-            last = len(prompts[index]) - 1
-            rows += [(token, position, seat, position == last) for position, token in enumerate(prompts[index])]
-            live[index] = seat
-            admitted.append(index)
-        if not admitted:
-            raise ValueError(f"a prompt is longer than {BATCH} tokens: raise BATCH")
-        for index, token in zip(admitted, self.decode(rows), strict=True):
-            outputs[index].append(token)
-
-    def _retire(self, outputs: list[list[int]], new: list[int], free: list[int], live: dict[int, int]) -> None:
-        for index in [index for index in live if len(outputs[index]) >= new[index]]:
-            free.append(live.pop(index))
-            llama_cpp.llama_memory_seq_rm(self.memory, free[-1], -1, -1)
+    def _step(self, rows: list[tuple[int, int, int, bool]], outputs: list[list[int]]) -> None:
+        wanted = [row[2] for row in rows if row[3]]
+        for seat, token in zip(wanted, self.decode(rows), strict=True):
+            outputs[seat].append(token)
 
 
 def main(path: str) -> None:
@@ -123,15 +106,13 @@ def main(path: str) -> None:
         models[name] = llama_cpp.llama_model_load_from_file(str(requantised(workload, name)).encode(), params)
         if not models[name]:
             raise RuntimeError(f"llama.cpp could not load its own {name} file")
-    decode_speed = dict.fromkeys(FORMATS, 0.0)
-    for case in sorted(workload.cases, key=lambda case: case.prompt_tokens):
-        small = case.prompt_tokens + sum(case.new) <= ALL_FORMATS_UP_TO
-        for name in FORMATS if small else sorted(FORMATS, key=decode_speed.__getitem__)[-2:]:
+    for case in workload.cases:
+        if case.kind == "offline":
+            continue  # llama.cpp's way to serve many requests is its server: llama_server.py
+        for name in FORMATS:
             session = Session(models[name], case, workload.threads)
             speed, tokens = measure(session.generate, workload, case)
             session.close()
-            if case.kind == "decode":
-                decode_speed[name] = speed
             report("llama", llama_cpp.__version__, case, speed, tokens, variant=name)
 
 
