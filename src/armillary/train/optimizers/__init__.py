@@ -1,0 +1,1 @@
+"""Optimizers, one a file, each a torch `Optimizer` with the paper's defaults."""
