@@ -12,6 +12,7 @@ from armillary.models.chat_template import ChatTemplate
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.load import LoadedModel
+from armillary.models.stored import DecoderWeights
 from armillary.models.tokenizer import Tokenizer
 
 VOCABULARY = 97
@@ -72,4 +73,4 @@ def loaded(decoder, template=None):
     end = VOCABULARY - 1
     tokenizer = Tokenizer(backend, pieces, eos=end, stop_ids=[end], special_ids=[end], tokens=[*letters, "<end>"])
     chat = None if template is None else ChatTemplate(template, tokenizer)
-    return LoadedModel("tiny", decoder.config, decoder, tokenizer, chat, None, "a tiny random model")
+    return LoadedModel("tiny", decoder.config, DecoderWeights(decoder), tokenizer, chat, None, "a tiny random model")

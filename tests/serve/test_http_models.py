@@ -18,6 +18,7 @@ from armillary.models.chat_template import ChatTemplate
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.load import LoadedModel, load
+from armillary.models.stored import DecoderWeights
 
 PROMPTS = ["The stars", "né 👋", "a", "Count: 1 2 3 4", "x" * 40, "\n\n", "Rings within rings", "0"]
 
@@ -47,7 +48,7 @@ def tiny(folder: Path) -> LoadedModel:
         for parameter in decoder.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.3)
-    return LoadedModel("tiny", config, decoder, tokenizer, ChatTemplate(TEMPLATE, tokenizer), folder, "a tiny random model")
+    return LoadedModel("tiny", config, DecoderWeights(decoder), tokenizer, ChatTemplate(TEMPLATE, tokenizer), folder, "a tiny random model")
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])

@@ -75,7 +75,6 @@ def _facts(model: str, progress: Any) -> dict[str, Any]:
 
     loaded = load(model, progress=progress)
     config, tokenizer, template = loaded.config, loaded.tokenizer, loaded.chat_template
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.decoder.parameters())
     windows = sum(config.window(layer) is not None for layer in range(config.num_layers))
     return {
         "description": loaded.description,
@@ -94,7 +93,7 @@ def _facts(model: str, progress: Any) -> dict[str, Any]:
         "tied_embeddings": config.tie_embeddings,
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, stops at {', '.join(repr(tokenizer.token_text(i)) for i in sorted(tokenizer.stop_ids))}",
         "chat_template": f"{len(template.source):,} characters" if template is not None else None,
-        "weight_bytes": weights,
+        "weight_bytes": config.parameters() * loaded.dtype.itemsize,
         "kv_bytes_per_token": config.kv_bytes_per_token(),
         "kv_bytes_per_full_context": config.kv_bytes_per_token() * config.max_context,
     }

@@ -19,7 +19,6 @@ from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
 from armillary.models.config import ModelConfig
-from armillary.models.decoder import Decoder
 from armillary.models.load import LoadedModel, load
 from armillary.serve.admission import known_tokens
 from armillary.serve.config import EngineConfig
@@ -65,16 +64,17 @@ def build_engine(
 ) -> Engine:
     """An engine that runs `loaded` on this machine; the pool's size and the context are settled and logged.
 
-    `config.backend` "auto" takes the native kernels where they can run this model. The weights of
-    `loaded.decoder` are packed in place: it no longer trains or saves, and with the native kernels no longer computes;
-    `keep_weights` packs a copy instead, for the memory of both. Raises InputError for a context that the model was not made for, CapacityError for a
+    `config.backend` "auto" takes the native kernels where they can run this model. Native kernels take the weights from the
+    file, unless somebody has asked for `loaded.decoder`: its weights are then the model's, and are packed in place. It no
+    longer trains or saves, and with the native kernels no longer computes; `keep_weights` packs a copy instead, for the
+    memory of both. Raises InputError for a context that the model was not made for, CapacityError for a
     KV pool that does not fit the memory.
     """
     model = loaded.config
     config = settle(config if config is not None else EngineConfig.model_validate({}), model, available_memory())
     assert config.kv_blocks is not None
     threads = config.threads if config.threads is not None else torch.get_num_threads()
-    forward = build_forward(loaded.decoder, config, threads, in_place=not keep_weights)
+    forward = build_forward(loaded, config, threads, in_place=not keep_weights)
     executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
     log.info(
         "%s: %s, weights %s, KV cache %s: %d blocks of %d tokens, context %d, %d threads",
@@ -90,16 +90,16 @@ def build_engine(
     return Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids)
 
 
-def build_forward(decoder: Decoder, config: EngineConfig, threads: int, *, in_place: bool = False) -> Forward:
+def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in_place: bool = False) -> Forward:
     """Who computes batches: the native kernels when `config.backend` is "native", or "auto" and they can; else torch.
 
     Raises InputError when `config` asks for what only the native kernels have, and they cannot run here.
     """
     assert config.kv_blocks is not None
-    why = unsupported(decoder.config)
+    why = unsupported(loaded.config)
     if config.backend == "native" or (config.backend == "auto" and why is None):
         return NativeForward(
-            decoder,
+            loaded.current_weights,
             num_blocks=config.kv_blocks,
             block_size=config.block_size,
             threads=threads,
@@ -113,7 +113,7 @@ def build_forward(decoder: Decoder, config: EngineConfig, threads: int, *, in_pl
     if wanted:
         reason = why or "the torch backend was asked for"
         raise InputError(f"{wanted[0]} needs the native backend, but {reason}", f"leave {wanted[0]} out", field=wanted[0])
-    return TorchForward(decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
+    return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
 
 
 def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> EngineConfig:
