@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,33 +30,32 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "gradients are made by the trainer"
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            if group["fused"] and parameters:
-                self._fused(group, parameters)
-            else:
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    state["step"] += 1
-                    adamw_(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group)
+            update_group(group, self.state)
 
-    def _fused(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+
+def update_group(group: dict[str, Any], states: MutableMapping[Any, dict[str, Any]]) -> None:
+    """One step of all parameters of a group that have a gradient; makes their state at the first."""
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        if not states[parameter]:
+            states[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+            states[parameter]["exp_avg"] = torch.zeros_like(parameter)
+            states[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+    kept = [states[parameter] for parameter in parameters]
+    if not group["fused"]:
+        for parameter, state in zip(parameters, kept, strict=True):
+            state["step"] += 1
+            _update(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group)
+    elif parameters:
+        torch._foreach_add_([state["step"] for state in kept], 1)
         torch._fused_adamw_(
-            list[Tensor](parameters),
-            [cast(Tensor, parameter.grad) for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in kept],
+            [state["exp_avg_sq"] for state in kept],
             [],
-            steps,
+            [state["step"] for state in kept],
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -67,9 +66,8 @@ class AdamW(Optimizer):
         )
 
 
-def adamw_(parameter: Tensor, gradient: Tensor | None, m: Tensor, v: Tensor, step: int, group: dict[str, Any]) -> None:
+def _update(parameter: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any]) -> None:
     """One parameter's update, in place. `step` counts from 1."""
-    assert gradient is not None
     beta1, beta2 = group["betas"]
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     m.lerp_(gradient, 1 - beta1)
