@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,22 +50,20 @@ class MicroBatch:
 def from_rows(tokens: Any, targets: Any, positions: Any) -> MicroBatch:
     """Rows [R, T] of tensors or arrays as one flat micro-batch; a document begins wherever its position is 0, and with every row.
 
-    A row that continues a document (positions that do not begin at 0) keeps its positions: what came before is not seen.
+    Documents without a scored target (padding at the ends of rows) are left out: nothing else sees them. One stays if there is no other.
     """
     tokens, targets, positions = (torch.as_tensor(rows).to(torch.int64) for rows in (tokens, targets, positions))
     starts = positions == 0
     starts[..., 0] = True
-    at = starts.flatten().nonzero().flatten().tolist()
-    lengths = tuple(end - start for start, end in zip(at, [*at[1:], tokens.numel()], strict=True))
-    return MicroBatch(tokens.flatten(), targets.flatten(), positions.flatten(), lengths)
-
-
-def split(rows: Any, parts: int) -> Iterator[Any]:
-    """Rows [R, T] in `parts` equal groups, in order. Raises InputError when they do not divide."""
-    if parts < 1 or len(rows) % parts:
-        raise InputError(f"{len(rows)} rows do not divide into {parts} micro-batches", "choose a divisor of the rows")
-    size = len(rows) // parts
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+    tokens, targets, positions, starts = (rows.flatten() for rows in (tokens, targets, positions, starts))
+    owner = starts.cumsum(0) - 1
+    lengths = torch.bincount(owner)
+    wanted = torch.bincount(owner, weights=(targets != IGNORED).double()) > 0
+    wanted[0] |= not bool(wanted.any())
+    if not bool(wanted.all()):
+        kept = wanted[owner]
+        tokens, targets, positions, lengths = tokens[kept], targets[kept], positions[kept], lengths[wanted]
+    return MicroBatch(tokens, targets, positions, tuple(lengths.tolist()))
 
 
 def scored(batch: Sequence[MicroBatch]) -> int:

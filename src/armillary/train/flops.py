@@ -1,0 +1,55 @@
+"""Arithmetic of a training step, from the model's own shape: what MFU and HFU divide by the machine's peak.
+
+MFU (Chowdhery et al. 2022, PaLM, appendix B): the FLOPs that the model needs, forward and backward, whoever computes them and however
+often. HFU: those that are executed, recomputed activations included. Both count attention as PaLM does, without the causal half.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from armillary.models.config import ModelConfig
+
+Recompute = Literal["none", "attention", "full"]
+"""Which activations the backward pass computes anew: none, the attention core (Korthikanti et al. 2023), or every block."""
+
+
+def flops_per_token(parameters: int, layers: int, heads: int, head_dim: int, length: float) -> float:
+    """6 N + 12 L H Q T: PaLM's formula, on plain numbers. `length` T in tokens; `head_dim` Q."""
+    return 6 * parameters + 12 * layers * heads * head_dim * length
+
+
+def model_flops(config: ModelConfig, tokens: int, attended: int) -> float:
+    """FLOPs of a forward and backward pass over `tokens`; `attended` is the sum over documents of length squared.
+
+    For one document of T tokens that is T * (6 N + 12 L H Q T). N leaves out an input embedding that is only looked up (untied), and a
+    layer with a sliding window w reads at most w keys a token.
+    """
+    return 3 * (_products(config, tokens) + _attention(config, tokens, attended))
+
+
+def hardware_flops(config: ModelConfig, tokens: int, attended: int, recompute: Recompute = "none") -> float:
+    """FLOPs that are executed: those of the model and what is computed again."""
+    again = 0.0
+    if recompute != "none":
+        again += _attention(config, tokens, attended)
+    if recompute == "full":
+        again += _products(config, tokens) - 2 * config.vocab_size * config.hidden_size * tokens  # the head is outside the blocks
+    return model_flops(config, tokens, attended) + again
+
+
+def parameters_in_products(config: ModelConfig) -> int:
+    """PaLM's N: all parameters but an embedding that is only looked up."""
+    return config.parameters() - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
+
+
+def _products(config: ModelConfig, tokens: int) -> float:
+    """Forward: two FLOPs a parameter and token."""
+    return 2.0 * parameters_in_products(config) * tokens
+
+
+def _attention(config: ModelConfig, tokens: int, attended: int) -> float:
+    """Forward: queries with keys, weights with values."""
+    windows = (config.window(layer) for layer in range(config.num_layers))
+    pairs = sum(attended if window is None else min(attended, window * tokens) for window in windows)
+    return 4.0 * config.num_heads * config.head_dim * pairs

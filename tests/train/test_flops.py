@@ -1,0 +1,57 @@
+"""PaLM's published utilisation, and the closed forms of the spec."""
+
+import dataclasses
+
+import pytest
+from tiny import TINY
+
+from armillary.core.units import S
+from armillary.models.config import ModelConfig
+from armillary.train.flops import flops_per_token, hardware_flops, model_flops, parameters_in_products
+from armillary.train.meter import Meter
+from armillary.train.trainer import StepResult
+
+
+def test_palm_540b_used_46_2_percent_of_6144_tpus():
+    peak, rate = 6144 * 275e12, 238.3e3
+    assert rate * flops_per_token(540_350_000_000, 118, 48, 256, 2048) / peak == pytest.approx(0.462, abs=5e-4)
+    assert rate * 6 * 540_350_000_000 / peak == pytest.approx(0.457, abs=5e-4)  # without attention
+
+
+def test_a_model_counts_itself_as_palm_does():
+    config = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, tie_embeddings=True)
+    assert parameters_in_products(config) == config.parameters() == 134_515_008
+    expected = 1024 * flops_per_token(134_515_008, 30, 9, 64, 1024)
+    assert model_flops(config, 1024, 1024 * 1024) == expected
+    assert model_flops(config, 4 * 256, 4 * 256 * 256) == 1024 * flops_per_token(134_515_008, 30, 9, 64, 256)
+    assert parameters_in_products(dataclasses.replace(config, tie_embeddings=False)) == 134_515_008  # the other table is only looked up
+
+
+def test_a_window_bounds_what_a_token_attends_to():
+    windowed = dataclasses.replace(TINY, windows=(16, None))
+    full, half = model_flops(TINY, 64, 64 * 64), model_flops(windowed, 64, 64 * 64)
+    assert full - half == 12 * 4 * 6 * (64 * 64 - 16 * 64)
+
+
+def test_recomputing_everything_costs_a_forward_pass_of_the_blocks():
+    tokens, attended = 64, 64 * 64
+    model = model_flops(TINY, tokens, attended)
+    head = 2 * 61 * 24 * tokens
+    assert hardware_flops(TINY, tokens, attended) == model
+    assert hardware_flops(TINY, tokens, attended, "full") == pytest.approx(model * 4 / 3 - head)
+    assert hardware_flops(TINY, tokens, attended, "attention") == model + 4 * 2 * 4 * 6 * attended
+
+
+def test_a_meter_averages_over_its_window_and_counts_all_tokens():
+    def result(step, seconds):
+        return StepResult(step, 2.0, 1.0, 1e-3, 1000, 900, 1000 * 10, seconds * S, seconds * S // 10)
+
+    meter = Meter(TINY, 100, peak=1e9)
+    for step in range(1, 11):
+        meter.read(result(step, 4), 0)
+    for step in range(11, 31):
+        reading = meter.read(result(step, 2), 5)
+    assert (reading.tokens, reading.tokens_per_second, reading.seconds_left, reading.memory) == (30_000, 500.0, 140.0, 5)
+    assert reading.waited == pytest.approx(0.1)
+    assert reading.mfu == reading.hfu == pytest.approx(model_flops(TINY, 500, 5000) / 1e9)
+    assert Meter(TINY, 100).read(result(1, 1), 0).mfu is None
