@@ -31,6 +31,7 @@ _VERBS = {
     "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "models": "Models by name: list, pull, show.",
+    "data": "Text into token shards: list, prepare, inspect, dedup.",
     "trace": "Look into a saved trace: show, png, html.",
     "reproduce": "Run a published system's headline experiment; compare with its figure.",
 }
