@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from armillary.core.errors import InputError
-from armillary.data.prepare import prepare_text, split_documents
+from armillary.data.batches import IGNORE, BatchStream
+from armillary.data.prepare import prepare_chats, prepare_text, split_documents
 from armillary.data.shards import TokenShards
 from armillary.models.tokenizer import Tokenizer
 
@@ -55,6 +56,24 @@ def test_duplicates_are_on_no_side(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert made.duplicates is not None
     assert len(made.duplicates.removed) == 19
     assert (made.train.documents, made.validation.documents if made.validation else 0) == (1, 1)
+
+
+def test_chats_keep_which_tokens_are_the_assistants(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "chats.jsonl"
+    chats = [[{"role": "user", "content": f"number {n}?"}, {"role": "assistant", "content": f"it is {n}"}] for n in range(8)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    prepare_chats([path], tmp_path / "out", tokenizer=tokenizer, template=template, validation=0.3)
+    read = Tokenizer.from_json(tmp_path / "out" / "tokenizer")
+    assert read.chat_template == template
+    learnt = []
+    for split in ("train", "validation"):
+        for batch in BatchStream(TokenShards.open(tmp_path / "out", split), rows=1, length=256, packing="documents", epochs=1):
+            kept = batch.targets[batch.targets != IGNORE].tolist()
+            learnt += read.decode(kept, skip_special=False).split("<|im_end|>")[:-1]
+    assert sorted(learnt) == [f"it is {n}" for n in range(8)]
+    with pytest.raises(InputError, match="has no chat template"):
+        prepare_chats([path], tmp_path / "none", tokenizer=tokenizer)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=60), st.floats(0.01, 0.99), st.integers(0, 2**32))

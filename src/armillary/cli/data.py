@@ -63,30 +63,34 @@ def prepare(
     seed: Annotated[int, Parameter(help="Decides which documents are held out.")] = 0,
     dedup: Annotated[float | None, Parameter(help="Keep only the first of near duplicates at or above this Jaccard similarity.")] = None,
     split: Annotated[str | None, Parameter(help="Of folders, only the files of this split: train, validation or test.")] = None,
-    field: Field = "text",
+    chat: Annotated[
+        bool, Parameter(negative=(), help="The records are conversations: render them, and learn the assistant's part only.")
+    ] = False,
+    field: Annotated[
+        str | None, Parameter(help="The field of a record that holds the text (default: text, or messages with --chat).")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Make token shards of texts: one folder that `armillary train` reads."""
+    """Make token shards of texts or chats: one folder that `armillary train` reads."""
     from armillary.cli.terminal import print_json, table
     from armillary.core.errors import InputError
     from armillary.core.units import format_bytes
-    from armillary.data.prepare import prepare_text
+    from armillary.data.prepare import prepare_chats, prepare_text
 
     if (tokenizer is None) == (train_bpe is None):
         raise InputError("the vocabulary is not settled", "give either --tokenizer MODEL or --train-bpe SIZE")
-    with _progress() as progress:
-        made = prepare_text(
-            _files(texts, split, progress),
-            out,
-            tokenizer=None if tokenizer is None else _tokenizer(tokenizer, progress),
-            vocabulary=train_bpe,
-            field=field,
-            validation=validation,
-            seed=seed,
-            duplicates_from=dedup,
-            name=" ".join(texts),
-            progress=progress,
+    if chat and (tokenizer is None or dedup is not None):
+        raise InputError(
+            "chats are rendered with a model's own template, one by one", "give --tokenizer MODEL, and no --train-bpe or --dedup"
         )
+    with _progress() as progress:
+        files = _files(texts, split, progress)
+        reads = None if tokenizer is None else _tokenizer(tokenizer, progress)
+        shared: dict[str, Any] = {"validation": validation, "seed": seed, "name": " ".join(texts), "progress": progress}
+        if chat and reads is not None:
+            made = prepare_chats(files, out, tokenizer=reads, field=field or "messages", **shared)
+        else:
+            made = prepare_text(files, out, tokenizer=reads, vocabulary=train_bpe, field=field or "text", duplicates_from=dedup, **shared)
     parts = {"train": made.train} | ({} if made.validation is None else {"validation": made.validation})
     removed = len(made.duplicates.removed) if made.duplicates else 0
     if json:

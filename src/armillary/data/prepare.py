@@ -7,15 +7,17 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import tokenizers
 
 from armillary.core.errors import InputError
 from armillary.data.bpe import train_bpe
+from armillary.data.chat import ChatEncoder, chat_documents
 from armillary.data.near_duplicates import NearDuplicates, find_near_duplicates
 from armillary.data.readers import read_records, texts
 from armillary.data.shards import Manifest, TokenDocument, write_shards
@@ -23,12 +25,13 @@ from armillary.models.hf_tokenizer import write_tokenizer
 from armillary.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # what is going on, documents done, documents in all
+T = TypeVar("T")
 _BATCH: Final = 256  # texts encoded at once
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What `prepare_text` wrote."""
+    """What was written. `duplicates` is None where none were looked for."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -50,61 +53,113 @@ def prepare_text(
     name: str = "",
     progress: Progress | None = None,
 ) -> Prepared:
-    """Reads the files' texts, splits them by document, and writes tokens; with `vocabulary`, a byte-level BPE is learnt from the training split.
+    """Reads the files' texts, splits them by document, and writes tokens; `vocabulary` learns a byte-level BPE from the training split.
 
     `validation` is the share of the characters that is held out, whole documents drawn by `seed`; 0 holds out nothing. Every document
-    ends with the tokenizer's eos. With `duplicates_from`, of near duplicates at or above that
-    Jaccard similarity only the first is kept, before the split, so that no text is in both. Texts are held in memory. Raises `InputError` when the folder exists, or the documents are too few to hold one out.
+    ends with the tokenizer's eos. Of near duplicates at or above the similarity `duplicates_from` only the first is kept, before the
+    split, so that no text is on both sides. Texts are held in memory. Raises `InputError` when the folder exists and when the documents
+    are too few to hold one out, and what the readers raise; then nothing is left behind.
     """
-    folder = Path(folder)
-    report = progress or (lambda stage, done, total: None)
-    if folder.exists():
-        raise InputError(f"{folder} exists already", "remove it, or choose another folder")
     if (tokenizer is None) == (vocabulary is None):
         raise InputError("the tokens' vocabulary is not settled", "give either a tokenizer or the size of one to learn")
+    report = progress or (lambda stage, done, total: None)
+    with _made(Path(folder), validation) as part:
+        report("reading", 0, 0)
+        documents = [text for text in texts(read_records(files), field) if text.strip()]
+        duplicates = None
+        if duplicates_from is not None:
+            duplicates = find_near_duplicates(documents, threshold=duplicates_from, progress=report)
+            documents = [documents[index] for index in duplicates.kept]
+        splits = _split(documents, [len(text) for text in documents], validation, seed)
+        if tokenizer is None:
+            report("learning the vocabulary", 0, len(splits["train"]))
+            tokenizer = train_bpe(splits["train"], part / "tokenizer", vocabulary=vocabulary or 0)
+        else:
+            (part / "tokenizer").mkdir()
+            write_tokenizer(tokenizer, part / "tokenizer")
+        digest = hashlib.sha256()
+        for text in documents:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        source = _source(files, name, validation, seed) | {
+            "documents_read": len(documents) + (len(duplicates.removed) if duplicates else 0),
+            "near_duplicates_removed": len(duplicates.removed) if duplicates else 0,
+            "duplicates_from": duplicates_from,
+            "sha256": digest.hexdigest(),
+        }
+        manifests = {
+            split: write_shards(
+                part / split,
+                encode_documents(kept, tokenizer, report, f"tokenizing {split}"),
+                tokenizer=tokenizer,
+                eos=tokenizer.eos,
+                source={**source, "split": split},
+            )
+            for split, kept in splits.items()
+        }
+    return Prepared(Path(folder), tokenizer, manifests["train"], manifests.get("validation"), duplicates)
+
+
+def prepare_chats(
+    files: Sequence[Path],
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    template: str | None = None,
+    field: str = "messages",
+    validation: float = 0.1,
+    seed: int = 0,
+    name: str = "",
+    progress: Progress | None = None,
+) -> Prepared:
+    """Reads the files' conversations, renders each with the model's chat template, and writes tokens that know which are the assistant's.
+
+    `template` is Jinja source, by default the tokenizer's own. `validation` is the share of the tokens that is held out, whole
+    conversations. Pack them with `BatchStream(packing="documents")`. Raises as `prepare_text` does, and for a conversation that
+    `ChatEncoder.encode` refuses, naming its place.
+    """
+    source = template or tokenizer.chat_template
+    if source is None:
+        raise InputError("the tokenizer has no chat template", "give one, or the tokenizer of a model that was trained to chat")
+    report = progress or (lambda stage, done, total: None)
+    with _made(Path(folder), validation) as part:
+        report("reading and tokenizing", 0, 0)
+        documents = list(chat_documents(read_records(files), ChatEncoder(source, tokenizer), field))
+        splits = _split(documents, [np.size(document.tokens) for document in documents], validation, seed)
+        (part / "tokenizer").mkdir()
+        write_tokenizer(tokenizer, part / "tokenizer")
+        (part / "tokenizer" / "chat_template.jinja").write_text(source, "utf-8")
+        about = _source(files, name, validation, seed) | {"chat_template": hashlib.sha256(source.encode()).hexdigest()}
+        manifests = {
+            split: write_shards(part / split, kept, tokenizer=tokenizer, source={**about, "split": split}) for split, kept in splits.items()
+        }
+    return Prepared(Path(folder), tokenizer, manifests["train"], manifests.get("validation"), None)
+
+
+@contextmanager
+def _made(folder: Path, validation: float) -> Iterator[Path]:
+    """A folder beside `folder` that becomes it when all went well, and otherwise goes."""
+    if folder.exists():
+        raise InputError(f"{folder} exists already", "remove it, or choose another folder")
     if not 0 <= validation < 1:
         raise InputError(f"a validation share of {validation} is outside 0 .. 1", "give a share below 1, such as 0.1")
-    documents = []
-    for text in texts(read_records(files), field):
-        if text.strip():
-            documents.append(text)
-        report("reading", len(documents), 0)
-    duplicates = None
-    if duplicates_from is not None:
-        duplicates = find_near_duplicates(documents, threshold=duplicates_from, progress=report)
-        documents = [documents[index] for index in duplicates.kept]
-    held_out = split_documents([len(text) for text in documents], validation, seed)
-    parts = {"train": [t for t, out in zip(documents, held_out, strict=True) if not out]}
-    if validation:
-        parts["validation"] = [t for t, out in zip(documents, held_out, strict=True) if out]
-    source: dict[str, Any] = {
-        "name": name,
-        "files": [file.name for file in files][:1000],
-        "sha256": _sha256(documents),
-        "documents_read": len(documents) + (len(duplicates.removed) if duplicates else 0),
-        "near_duplicates_removed": len(duplicates.removed) if duplicates else 0,
-        "duplicates_from": duplicates_from,
-        "validation": validation,
-        "seed": seed,
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         part = Path(temporary) / "data"
         part.mkdir()
-        if tokenizer is None:
-            report("learning the vocabulary", 0, len(parts["train"]))
-            tokenizer = train_bpe(parts["train"], part / "tokenizer", vocabulary=vocabulary or 0)
-        else:
-            (part / "tokenizer").mkdir()
-            write_tokenizer(tokenizer, part / "tokenizer")
-        manifests = {}
-        for split, kept in parts.items():
-            encoded = encode_documents(kept, tokenizer, report, f"tokenizing {split}")
-            manifests[split] = write_shards(
-                part / split, encoded, tokenizer=tokenizer, eos=tokenizer.eos, source={**source, "split": split}
-            )
+        yield part
         os.replace(part, folder)
-    return Prepared(folder, tokenizer, manifests["train"], manifests.get("validation"), duplicates)
+
+
+def _split(documents: Sequence[T], lengths: Sequence[int], validation: float, seed: int) -> dict[str, list[T]]:
+    held_out = split_documents(lengths, validation, seed)
+    splits = {"train": [document for document, out in zip(documents, held_out, strict=True) if not out]}
+    if validation:
+        splits["validation"] = [document for document, out in zip(documents, held_out, strict=True) if out]
+    return splits
+
+
+def _source(files: Sequence[Path], name: str, validation: float, seed: int) -> dict[str, Any]:
+    return {"name": name, "files": [file.name for file in files[:1000]], "validation": validation, "seed": seed}
 
 
 def split_documents(lengths: Sequence[int], share: float, seed: int) -> list[bool]:
@@ -151,10 +206,3 @@ def encode_documents(
         warnings.warn(f"the vocabulary has no token for {lost:,} bytes of the texts, which are left out", stacklevel=2)
     if report is not None:
         report(stage, len(documents), len(documents))
-
-
-def _sha256(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in documents:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()
