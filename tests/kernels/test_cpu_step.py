@@ -62,23 +62,51 @@ def test_paged_attention_equals_float64(
     torch.testing.assert_close(torch.cat(out).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_query_does_not_depend_on_its_chunk() -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (600, 3.0), (40, None)])
+def test_long_contexts_are_merged_from_segments(window: int | None, softcap: float | None) -> None:
+    """More positions than a softmax runs over without a new start (kSegment of cpu/attention.h)."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1100, 2, 32) * 3, torch.randn(1100, 1, 32), torch.randn(1100, 1, 32)
+    out = cpu_step.attention(StepCache(1, 70, 16, 1, 32), q, k, v, 0, torch.randperm(70).int(), scale=0.2, window=window, softcap=softcap)
+    torch.testing.assert_close(out.double(), attention64(q, k, v, 0.2, window, softcap), rtol=0, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    block=st.sampled_from([5, 16, 64]),
+    heads=st.sampled_from([(9, 3), (4, 4), (7, 1), (16, 2)]),
+    cuts=st.lists(st.integers(1, 699), min_size=1, max_size=6, unique=True),
+    window=st.sampled_from([None, 100, 600]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_a_query_does_not_depend_on_its_chunk(
+    block: int, heads: tuple[int, int], cuts: list[int], window: int | None, dtype: torch.dtype
+) -> None:
     """Bit for bit: the sums run in one order whether a token is computed alone or in a chunk."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(250, 9, 64), torch.randn(250, 3, 64), torch.randn(250, 3, 64)
+    total, (hq, hkv), blocks = 700, heads, -(-700 // block)
+    q, k, v = torch.randn(total, hq, 64), torch.randn(total, hkv, 64), torch.randn(total, hkv, 64)
+    ends = sorted(cuts)
     results = []
-    for chunks in ([250], [1] * 250, [100, 3, 147]):
-        cache, at, out = StepCache(1, 20, 16, 3, 64), 0, []
+    for chunks in ([total], [1] * total, [end - start for start, end in zip([0, *ends], [*ends, total], strict=True)]):
+        cache, at, out = StepCache(1, blocks, block, hkv, 64, dtype), 0, []
         for count in chunks:
-            out.append(
-                cpu_step.attention(
-                    cache, q[at : at + count], k[at : at + count], v[at : at + count], at, torch.arange(20).int(), scale=0.125
-                )
-            )
+            part = slice(at, at + count)
+            out.append(cpu_step.attention(cache, q[part], k[part], v[part], at, torch.arange(blocks).int(), scale=0.125, window=window))
             at += count
         results.append(torch.cat(out))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_nan_is_not_hidden() -> None:
+    """Every query that sees a key that is not a number says so; queries long before it do not."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(100, 1, 16), torch.randn(100, 1, 16), torch.randn(100, 1, 16)
+    k[70, 0, 3] = torch.nan
+    out = cpu_step.attention(StepCache(1, 7, 16, 1, 16), q, k, v, 0, torch.arange(7).int(), scale=0.25)
+    assert bool(out[:64].isfinite().all())
+    assert bool(out[70:].isnan().any(-1).all())
 
 
 def test_cache_refuses_what_it_cannot_hold() -> None:

@@ -93,6 +93,18 @@ def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str) -> None
         assert torch.equal(result, results[0])
 
 
+def test_a_long_context_shared_by_threads_is_bit_equal() -> None:
+    """One decoding token's keys are split among threads; the parts are merged in one order, whoever finishes last."""
+    decoder = decoder_of(replace(BASE, max_context=1300, windows=(None, 700, None)))
+    tokens = torch.randint(0, 101, (1203,)).tolist()
+    results = [
+        run(NativeForward(decoder, num_blocks=80, block_size=16, threads=threads), tokens, list(range(80)), chunks)[1200:]
+        for threads, chunks in ((1, (1203,)), (3, (1203,)), (3, (1200, 1, 1, 1)), (1, (1200, 1, 1, 1)))
+    ]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
 def test_the_error_of_quantised_weights_follows_their_bits() -> None:
     """Root mean square error of the logits over their spread: a misplaced scale or offset would break the order at once."""
     decoder = decoder_of(BASE)

@@ -1,15 +1,27 @@
 // Paged attention with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over keys stored transposed.
 //
-// Keys live as [slot/16][kv_head][head_dim][16]: 16 slots side by side, so that one vector holds the same component of
-// 16 keys and scores need no horizontal sums. Values live as [slot][kv_head][head_dim].
-// Keys are taken in chunks of kChunk positions counted from 0, for decode and prefill alike: a query's result does not
-// depend on which other queries are computed beside it.
+// Slots come in tiles of 16. Keys live as [tile][kv_head][head_dim][16]: 16 slots side by side, so that one vector holds
+// the same component of 16 keys and scores need no horizontal sums. Values live as [tile][kv_head][16][head_dim].
+// A row is one head of one query. A row's keys are taken in chunks of kChunk positions counted from 0, its softmax starts
+// anew every kSegment positions, and the segments are merged in order; a key that it may not see contributes exactly 0.
+// So a row's result depends on its own position alone: not on the rows computed beside it, nor on who computes which segment.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace arm {
 
-constexpr int kChunk = 96;
+constexpr int kChunk = 64;       // positions: one chunk's keys and values stay in the first-level cache
+constexpr int kSegment = 512;    // positions, a multiple of kChunk
+constexpr int kTileRows = 6;     // rows of a register tile
+constexpr int kBlockRows = 48;   // rows that share a pass over the keys
+constexpr int kMaxHeadDim = 512;
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;  // 6 x 4 of 32 registers accumulate
+#else
+constexpr int kTileVectors = 1;  // 6 x 1, two registers each, of 16
+#endif
 
 struct Cache {
   void* keys;
@@ -25,192 +37,437 @@ struct Sequence {
   int32_t row;           // row of its first query in the flat batch
 };
 
-static inline size_t slot_of(const Sequence& s, int block_size, int position) {
-  return (size_t)s.table[position / block_size] * block_size + position % block_size;
-}
-
-static inline f32x16 load_cached(const void* base, size_t index, int half) {
-  return half ? load_half((const uint16_t*)base + index) : load((const float*)base + index);
-}
-
-static inline void write_cache(const Cache& c, size_t slot, int head, const float* key, const float* value) {
-  const int d = c.head_dim;
-  size_t k0 = ((slot / 16 * c.kv_heads + head) * d) * 16 + slot % 16;
-  size_t v0 = (slot * c.kv_heads + head) * d;
-  if (c.half) {
-    uint16_t* keys = (uint16_t*)c.keys;
-    uint16_t* values = (uint16_t*)c.values;
-    for (int i = 0; i < d; i += 16) {
-      uint16_t packed[16];
-      store_half(packed, load(key + i));
-      for (int j = 0; j < 16; j++) keys[k0 + (size_t)(i + j) * 16] = packed[j];
-      store_half(values + v0 + i, load(value + i));
-    }
-  } else {
-    float* keys = (float*)c.keys;
-    for (int i = 0; i < d; i++) keys[k0 + (size_t)i * 16] = key[i];
-    memcpy((float*)c.values + v0, value, (size_t)d * 4);
-  }
-}
-
-// Scores of M queries against 16*TILES keys. q: [M][head_dim], tiles: one [head_dim][16] block each.
-template <int M, int TILES>
-static inline __attribute__((always_inline)) void scores(const float* const* q, const void* const* tile, int half, int d, f32x16 out[M * TILES]) {
-  f32x16 acc[M * TILES];
-#pragma GCC unroll 24
-  for (int i = 0; i < M * TILES; i++) acc[i] = f32x16{};
-  for (int i = 0; i < d; i++) {
-    f32x16 k[TILES];
-    for (int t = 0; t < TILES; t++) k[t] = load_cached(tile[t], (size_t)i * 16, half);
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      f32x16 b = splat(q[r][i]);
-      for (int t = 0; t < TILES; t++) acc[r * TILES + t] += k[t] * b;
-    }
-  }
-#pragma GCC unroll 24
-  for (int i = 0; i < M * TILES; i++) out[i] = acc[i];
-}
-
-// out[r] += sum over keys of p[r][key] * value[key], for VECTORS*16 components from `offset`.
-template <int M, int VECTORS>
-static inline __attribute__((always_inline)) void weigh(const float (*p)[kChunk], const Cache& c, const size_t* rows, int keys, int offset, float* const* out) {
-  f32x16 acc[M * VECTORS];
-#pragma GCC unroll 32
-  for (int r = 0; r < M; r++)
-    for (int v = 0; v < VECTORS; v++) acc[r * VECTORS + v] = load(out[r] + offset + 16 * v);
-  for (int i = 0; i < keys; i++) {
-    f32x16 value[VECTORS];
-    for (int v = 0; v < VECTORS; v++) value[v] = load_cached(c.values, rows[i] + offset + 16 * v, c.half);
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      f32x16 b = splat(p[r][i]);
-      for (int v = 0; v < VECTORS; v++) acc[r * VECTORS + v] += value[v] * b;
-    }
-  }
-#pragma GCC unroll 32
-  for (int r = 0; r < M; r++)
-    for (int v = 0; v < VECTORS; v++) store(out[r] + offset + 16 * v, acc[r * VECTORS + v]);
-}
-
 struct AttentionOptions {
   float scale;
   float softcap;   // 0: none
   int32_t window;  // 0: none
 };
 
+static inline size_t slot_of(const Sequence& s, int block_size, int position) {
+  return (size_t)s.table[position / block_size] * block_size + position % block_size;
+}
+
+// Where the tile of `slot` begins, in elements of either array.
+static inline size_t tile_of(const Cache& c, size_t slot, int head) { return (slot / 16 * c.kv_heads + head) * c.head_dim * 16; }
+
+static inline f32x16 load_as_float(const float* p) { return load(p); }
+static inline f32x16 load_as_float(const uint16_t* p) { return load_half(p); }
+
+// rows[i][j] becomes rows[j][i]: four perfect shuffles.
+static inline void transpose(f32x16 rows[16]) {
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; stage++) {
+    f32x16 next[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) rows[i] = next[i];
+  }
+}
+
+static inline void store_as(float* p, f32x16 v) { store(p, v); }
+static inline void store_as(uint16_t* p, f32x16 v) { store_half(p, v); }
+
+template <class T>
+static void write_cache(const Cache& c, size_t slot, int count, int head, const float* keys, const float* values, size_t stride) {
+  const int d = c.head_dim;
+  const size_t tile = tile_of(c, slot, head), lane = slot % 16;
+  T *to = (T*)c.keys + tile, *rows = (T*)c.values + tile + lane * d;
+  for (int i = 0; i < d; i += 16) {
+    for (int t = 0; t < count; t++) store_as(rows + (size_t)t * d + i, load(values + t * stride + i));
+    if (count == 16) {
+      f32x16 tokens[16];
+#pragma GCC unroll 16
+      for (int t = 0; t < 16; t++) tokens[t] = load(keys + t * stride + i);
+      transpose(tokens);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) store_as(to + (size_t)(i + j) * 16, tokens[j]);
+      continue;
+    }
+    for (int t = 0; t < count; t++) {
+      T token[16];
+      store_as(token, load(keys + t * stride + i));
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) to[(size_t)(i + j) * 16 + lane + t] = token[j];
+    }
+  }
+}
+
+// Keys and values of `count` consecutive slots of one tile; a token's lie `stride` apart from the next one's.
+static inline void write_cache(const Cache& c, size_t slot, int count, int head, const float* keys, const float* values, size_t stride) {
+  if (c.half) return write_cache<uint16_t>(c, slot, count, head, keys, values, stride);
+  write_cache<float>(c, slot, count, head, keys, values, stride);
+}
+
+// How many of the sequence's tokens from `position` on, at most `left`, lie in consecutive slots of one tile.
+static inline int run_of(const Sequence& s, int block_size, int position, int left) {
+  const size_t slot = slot_of(s, block_size, position);
+  return std::min({left, 16 - (int)(slot % 16), block_size - position % block_size});
+}
+
+// 2^x for finite x <= 0 to 2 ulp, 0 far below; NaN stays NaN. The polynomial is the minimax of degree 5 on [-1/2, 1/2].
+static inline f32x16 exp2_16(f32x16 x) {
+#if defined(__AVX512F__)
+  const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = vmax(splat(-127.0f), x);
+  const f32x16 shifted = x + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 x 2^23: the sum rounds to an integer
+#endif
+  const f32x16 r = x - n;
+  f32x16 p = splat(1.3264727247e-3f);
+  p = p * r + 9.6715126881e-3f;
+  p = p * r + 5.5507337436e-2f;
+  p = p * r + 2.4022242085e-1f;
+  p = p * r + 6.9314697760e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  i32x16 bits;
+  memcpy(&bits, &shifted, 64);
+  bits = (bits - (0x4b400000 - 127)) << 23;
+  f32x16 scale;
+  memcpy(&scale, &bits, 64);
+  return p * scale;
+#endif
+}
+
 static inline f32x16 tanh16(f32x16 x) {
   f32x16 e = exp16(vmin(vmax(x, splat(-9.0f)), splat(9.0f)) * 2.0f);
   return (e - 1.0f) / (e + 1.0f);
 }
 
-// M query rows of one kv head. position[r] is the query's position; q[r], out[r]: [head_dim].
-template <int M>
-static void attend_rows(const Cache& c, const Sequence& s, int head, const AttentionOptions& o, const int* position, const float* const* q, float* const* out) {
-  const int d = c.head_dim, element = c.half ? 2 : 4;
-  float running_max[M], running_sum[M];
-  int first = position[0], last = position[0];
-  for (int r = 0; r < M; r++) {
-    running_max[r] = -1e30f;
-    running_sum[r] = 0.0f;
-    memset(out[r], 0, (size_t)d * 4);
-    int begin = o.window ? (position[r] - o.window + 1 > 0 ? position[r] - o.window + 1 : 0) : 0;
-    if (begin < first || r == 0) first = begin;
-    if (position[r] > last) last = position[r];
-  }
-  alignas(64) float p[M][kChunk];
-  size_t value_rows[kChunk];
-  alignas(64) static thread_local float gathered[kChunk * 512];
-  for (int chunk = first / kChunk * kChunk; chunk <= last; chunk += kChunk) {
-    const int keys = last + 1 - chunk < kChunk ? last + 1 - chunk : kChunk;
-    const int tile_count = (keys + 15) / 16;
-    const void* tile[kChunk / 16];
-    for (int i = 0; i < keys; i++) value_rows[i] = (slot_of(s, c.block_size, chunk + i) * c.kv_heads + head) * d;
-    const bool in_place = c.block_size % 16 == 0;
-    for (int t = 0; t < tile_count; t++) {
-      if (in_place) {
-        size_t slot = slot_of(s, c.block_size, chunk + 16 * t);
-        tile[t] = (const char*)c.keys + (slot / 16 * c.kv_heads + head) * d * 16 * element;
-        continue;
-      }
-      // Blocks smaller than a tile: bring 16 keys side by side first.
-      float* to = gathered + (size_t)t * 16 * d;
-      for (int lane = 0; lane < 16; lane++) {
-        int at = chunk + 16 * t + lane;
-        if (at > last) at = last;
-        size_t slot = slot_of(s, c.block_size, at);
-        size_t from = ((slot / 16 * c.kv_heads + head) * d) * 16 + slot % 16;
-        for (int i = 0; i < d; i++) {
-          if (c.half) {
-            uint16_t one[16] = {((const uint16_t*)c.keys)[from + (size_t)i * 16]};
-            to[i * 16 + lane] = load_half(one)[0];
-          } else {
-            to[i * 16 + lane] = ((const float*)c.keys)[from + (size_t)i * 16];
-          }
-        }
-      }
-      tile[t] = to;
-    }
-    const int half = in_place ? c.half : 0;
-    for (int t = 0; t < tile_count;) {
-      f32x16 s3[M * 3];
-      const int n = tile_count - t >= 3 ? 3 : 1;
-      if (n == 3)
-        scores<M, 3>(q, tile + t, half, d, s3);
-      else
-        scores<M, 1>(q, tile + t, half, d, s3);
-      for (int r = 0; r < M; r++)
-        for (int i = 0; i < n; i++) store(p[r] + 16 * (t + i), s3[r * n + i] * o.scale);
-      t += n;
-    }
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// One chunk's keys and values, tile by tile: in the cache itself, or copied.
+template <class T>
+struct Chunk {
+  const T* keys[kChunk / 16];    // each [head_dim][16]
+  const T* values[kChunk / 16];  // each [16][head_dim]
+};
+
+// Raw scores of M queries q [M][d] against 16 W keys.
+template <int M, int W, class T>
+static inline __attribute__((always_inline)) void scores(const float* q, int d, const T* const* tile, float (*out)[kChunk]) {
+  f32x16 acc[M][W] = {};
+  for (int i = 0; i < d; i++) {
+    f32x16 key[W];
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++) key[w] = load_as_float(tile[w] + (size_t)i * 16);
+#pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
-      const int begin = o.window ? position[r] - o.window + 1 : 0;
-      f32x16 top = splat(-1e30f);
-      for (int t = 0; t < tile_count; t++) {
-        f32x16 v = load(p[r] + 16 * t);
-        if (o.softcap > 0.0f) v = tanh16(v * (1.0f / o.softcap)) * o.softcap;
-        const int at = chunk + 16 * t;
-        if (at + 15 > position[r] || at < begin) {
-          i32x16 where = lanes + at;
-          v = (where > position[r]) | (where < begin) ? splat(-1e30f) : v;
-        }
-        store(p[r] + 16 * t, v);
-        top = vmax(top, v);
-      }
-      const float m = running_max[r] > horizontal_max(top) ? running_max[r] : horizontal_max(top);
-      f32x16 total = f32x16{};
-      for (int t = 0; t < tile_count; t++) {
-        f32x16 v = load(p[r] + 16 * t);
-        v = v > -1e29f ? exp16(v - m) : f32x16{};
-        store(p[r] + 16 * t, v);
-        total += v;
-      }
-      const float shrink = running_max[r] > -1e29f ? exp16(splat(running_max[r] - m))[0] : 0.0f;
-      running_sum[r] = running_sum[r] * shrink + horizontal_sum(total);
-      running_max[r] = m;
-      if (shrink != 1.0f)
-        for (int i = 0; i < d; i += 16) store(out[r] + i, load(out[r] + i) * shrink);
+      const f32x16 b = splat(q[(size_t)r * d + i]);
+#pragma GCC unroll 8
+      for (int w = 0; w < W; w++) acc[r][w] += key[w] * b;
     }
-    int offset = 0;
-    for (; offset + 64 <= d; offset += 64) weigh<M, 4>(p, c, value_rows, keys, offset, out);
-    for (; offset + 16 <= d; offset += 16) weigh<M, 1>(p, c, value_rows, keys, offset, out);
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++) store(out[r] + 16 * w, acc[r][w]);
+}
+
+// out[r] = out[r] shrink[r] + sum over the chunk's first `keys` keys of p[r][key] value[key], for 16 W components.
+template <int M, int W, class T>
+static inline __attribute__((always_inline)) void weigh(const float (*p)[kChunk], const T* const* tile, int keys, int d, const float* shrink, float* out) {
+  f32x16 acc[M][W];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++) acc[r][w] = load(out + (size_t)r * d + 16 * w) * shrink[r];
+  for (int first = 0; first < keys; first += 16) {
+    const T* value = *tile++;
+    const float* weight = p[0] + first;
+    const int count = std::min(16, keys - first);
+    for (int i = 0; i < count; i++, value += d, weight++) {
+      f32x16 v[W];
+#pragma GCC unroll 8
+      for (int w = 0; w < W; w++) v[w] = load_as_float(value + 16 * w);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const f32x16 b = splat(weight[r * kChunk]);
+#pragma GCC unroll 8
+        for (int w = 0; w < W; w++) acc[r][w] += v[w] * b;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++) store(out + (size_t)r * d + 16 * w, acc[r][w]);
+}
+
+// The running softmax of a register tile's rows within a segment: weights are 2^(score - peak), summed lane by lane.
+struct Softmax {
+  f32x16 sum[kTileRows];
+  f32x16 peak;  // of row r in lane r
+};
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kNothing = -1e30f;  // the peak of a row that has seen no key
+constexpr float kMasked = -3e38f;   // so far below any peak, kNothing too, that its weight is 0
+
+// Turns M rows' scores into weights and folds them into `s`; shrink[r]: what the row's earlier weights are multiplied by.
+// Row r sees the positions begin[r]..end[r] of the chunk, whose first `tiles` tiles have been scored.
+template <int M>
+static inline __attribute__((always_inline)) void soften(float (*p)[kChunk], int tiles, const int* begin, const int* end, float softcap, Softmax& s, float* shrink) {
+  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  f32x16 peak = s.peak;
   for (int r = 0; r < M; r++) {
-    const float inverse = 1.0f / running_sum[r];
-    for (int i = 0; i < d; i += 16) store(out[r] + i, load(out[r] + i) * inverse);
+    if (softcap > 0.0f)
+      for (int t = 0; t < tiles; t++) store(p[r] + 16 * t, tanh16(load(p[r] + 16 * t)) * (softcap * kLog2e));
+    if (begin[r] > 0 || end[r] < 16 * tiles - 1)
+      for (int t = 0; t < tiles; t++) {
+        const i32x16 at = lanes + 16 * t;
+        store(p[r] + 16 * t, (at < begin[r]) | (at > end[r]) ? splat(kMasked) : load(p[r] + 16 * t));
+      }
+    f32x16 top = load(p[r]);
+    for (int t = 1; t < tiles; t++) top = vmax(top, load(p[r] + 16 * t));
+    peak = lanes == r ? vmax(peak, splat(horizontal_max(top))) : peak;
+  }
+  store(shrink, exp2_16(s.peak - peak));
+  s.peak = peak;
+  float peaks[16];
+  store(peaks, peak);
+  for (int r = 0; r < M; r++) {
+    f32x16 sum = {};
+    for (int t = 0; t < tiles; t++) {
+      const f32x16 weight = exp2_16(load(p[r] + 16 * t) - peaks[r]);
+      store(p[r] + 16 * t, weight);
+      sum += weight;
+    }
+    s.sum[r] = s.sum[r] * shrink[r] + sum;
   }
 }
 
-// `rows` (1..6) query rows of one kv head.
-static inline void attend(int rows, const Cache& c, const Sequence& s, int head, const AttentionOptions& o, const int* position, const float* const* q, float* const* out) {
+// One chunk for M rows of a block: scores, softmax, weighted values.
+template <int M, class T>
+static inline void attend_tile(const Chunk<T>& chunk, const float* q, int d, const int* begin, const int* end, float softcap, Softmax& state, float* out) {
+  alignas(64) float p[M][kChunk];
+  const int keys = std::min(*std::max_element(end, end + M) + 1, kChunk), tiles = (keys + 15) / 16;
+  int t = 0;
+  for (; t + kTileVectors <= tiles; t += kTileVectors) scores<M, kTileVectors>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t));
+  if constexpr (kTileVectors > 2)
+    if (t + 2 <= tiles) scores<M, 2>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t)), t += 2;
+  if constexpr (kTileVectors > 1)
+    if (t < tiles) scores<M, 1>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t));
+  float shrink[16];
+  if (tiles == kChunk / 16)
+    soften<M>(p, kChunk / 16, begin, end, softcap, state, shrink);
+  else
+    soften<M>(p, tiles, begin, end, softcap, state, shrink);
+  int offset = 0;
+  const T* values[kChunk / 16];
+  auto from = [&](int at) {
+    for (int i = 0; i < tiles; i++) values[i] = chunk.values[i] + at;
+    return values;
+  };
+  for (; offset + 16 * kTileVectors <= d; offset += 16 * kTileVectors) weigh<M, kTileVectors>(p, from(offset), keys, d, shrink, out + offset);
+  if constexpr (kTileVectors > 1)
+    for (; offset < d; offset += 16) weigh<M, 1>(p, from(offset), keys, d, shrink, out + offset);
+}
+
+template <class T>
+static void attend_tile(int rows, const Chunk<T>& chunk, const float* q, int d, const int* begin, const int* end, float softcap, Softmax& state, float* out) {
   switch (rows) {
-    case 1: return attend_rows<1>(c, s, head, o, position, q, out);
-    case 2: return attend_rows<2>(c, s, head, o, position, q, out);
-    case 3: return attend_rows<3>(c, s, head, o, position, q, out);
-    case 4: return attend_rows<4>(c, s, head, o, position, q, out);
-    case 5: return attend_rows<5>(c, s, head, o, position, q, out);
-    case 6: return attend_rows<6>(c, s, head, o, position, q, out);
+    case 1: return attend_tile<1>(chunk, q, d, begin, end, softcap, state, out);
+    case 2: return attend_tile<2>(chunk, q, d, begin, end, softcap, state, out);
+    case 3: return attend_tile<3>(chunk, q, d, begin, end, softcap, state, out);
+    case 4: return attend_tile<4>(chunk, q, d, begin, end, softcap, state, out);
+    case 5: return attend_tile<5>(chunk, q, d, begin, end, softcap, state, out);
+    case 6: return attend_tile<6>(chunk, q, d, begin, end, softcap, state, out);
+  }
+}
+
+// A row's softmax over all segments so far; `peak` and `sum` stand behind the head_dim components of its output.
+static inline int merged_width(int head_dim) { return head_dim + 2; }
+
+static inline void merge_nothing(float* into, int d) {
+  memset(into, 0, (size_t)d * 4);
+  into[d] = kNothing;
+  into[d + 1] = 0.0f;
+}
+
+static __attribute__((noinline)) void merge(float* into, const float* out, float peak, float sum, int d) {
+  const float top = std::max(into[d], peak);
+  const float a = exp2_16(splat(into[d] - top))[0], b = exp2_16(splat(peak - top))[0];
+  for (int i = 0; i < d; i += 16) store(into + i, load(into + i) * a + load(out + i) * b);
+  into[d] = top;
+  into[d + 1] = into[d + 1] * a + sum * b;
+}
+
+// Where a batch's queries [tokens][stride] and results [tokens][heads][head_dim] are; queries of head h begin at h head_dim.
+struct Queries {
+  const float* q;
+  size_t stride;
+  float* out;
+  int heads;
+};
+
+// `rows` rows of one kv head, from row `first` on: row r is query r / group of the sequence, head r % group of the kv head's.
+struct Block {
+  int head, first, rows;
+};
+
+struct AttentionScratch {
+  alignas(64) float q[kBlockRows * kMaxHeadDim];    // [rows][d], scaled
+  alignas(64) float out[kBlockRows * kMaxHeadDim];  // [rows][d], this segment's
+  alignas(64) float keys[kChunk * kMaxHeadDim];     // tiles that had to be copied
+  alignas(64) float values[kChunk * kMaxHeadDim];
+  alignas(64) Softmax state[kBlockRows / kTileRows];
+  alignas(64) float merged[kBlockRows * (kMaxHeadDim + 2)];
+};
+
+static inline AttentionScratch& attention_scratch() {
+  static thread_local AttentionScratch scratch;
+  return scratch;
+}
+
+static inline float peak_of(const AttentionScratch& u, int r) { return u.state[r / kTileRows].peak[r % kTileRows]; }
+static inline float sum_of(const AttentionScratch& u, int r) { return horizontal_sum(u.state[r / kTileRows].sum[r % kTileRows]); }
+
+static inline int position_of(const Sequence& s, const Block& b, int group, int r) { return s.start + (b.first + r) / group; }
+
+// The tiles of a chunk in the cache, where blocks are whole tiles.
+template <class T>
+static inline void tiles_in_place(const Cache& c, const Sequence& s, int head, int position, int tiles, Chunk<T>& to) {
+  for (int t = 0; t < tiles; t++) {
+    const size_t at = tile_of(c, slot_of(s, c.block_size, position + 16 * t), head);
+    to.keys[t] = (const T*)c.keys + at;
+    to.values[t] = (const T*)c.values + at;
+  }
+}
+
+// The tiles of a chunk as fp32, side by side.
+template <class T>
+static void copy_tiles(const Cache& c, const Sequence& s, int head, int position, int tiles, int last, AttentionScratch& u, Chunk<float>& to) {
+  const int d = c.head_dim;
+  for (int t = 0; t < tiles; t++) {
+    float *keys = u.keys + (size_t)t * 16 * d, *values = u.values + (size_t)t * 16 * d;
+    to.keys[t] = keys;
+    to.values[t] = values;
+    if (c.block_size % 16 == 0) {
+      const size_t at = tile_of(c, slot_of(s, c.block_size, position + 16 * t), head);
+      for (int i = 0; i < d; i++) {
+        store(keys + (size_t)i * 16, load_as_float((const T*)c.keys + at + (size_t)i * 16));
+        store(values + (size_t)i * 16, load_as_float((const T*)c.values + at + (size_t)i * 16));
+      }
+      continue;
+    }
+    for (int lane = 0; lane < 16; lane++) {
+      const size_t slot = slot_of(s, c.block_size, std::min(position + 16 * t + lane, last)), at = tile_of(c, slot, head);
+      const T *key = (const T*)c.keys + at + slot % 16, *value = (const T*)c.values + at + slot % 16 * d;
+      for (int i = 0; i < d; i += 16) {
+        store(values + (size_t)lane * d + i, load_as_float(value + i));
+        T sixteen[16];
+        for (int j = 0; j < 16; j++) sixteen[j] = key[(size_t)(i + j) * 16];
+        float as_float[16];
+        store(as_float, load_as_float(sixteen));
+        for (int j = 0; j < 16; j++) keys[(size_t)(i + j) * 16 + lane] = as_float[j];
+      }
+    }
+  }
+}
+
+template <class T>
+static void attend_segment(const Cache& c, const Sequence& s, const AttentionOptions& o, const Block& b, int group, int segment, AttentionScratch& u) {
+  const int d = c.head_dim;
+  int seen_from[kBlockRows], seen_to[kBlockRows];  // positions, both included
+  for (int r = 0; r < b.rows; r++) {
+    seen_to[r] = position_of(s, b, group, r);
+    seen_from[r] = o.window ? std::max(0, seen_to[r] - o.window + 1) : 0;
+  }
+  for (int r = 0; r < b.rows; r += kTileRows) u.state[r / kTileRows] = {{}, splat(kNothing)};
+  memset(u.out, 0, (size_t)b.rows * d * 4);
+  const int last = std::min(seen_to[b.rows - 1], (segment + 1) * kSegment - 1);
+  for (int chunk = std::max(segment * kSegment, seen_from[0] / kChunk * kChunk); chunk <= last; chunk += kChunk) {
+    const int tiles = std::min(kChunk / 16, (last - chunk) / 16 + 1);
+    const bool whole = c.block_size % 16 == 0;
+    // Keys and values used once are read where they lie; those used by many rows are made fp32 and contiguous first.
+    const bool in_place = whole && (b.rows <= kTileRows || sizeof(T) == 4);
+    Chunk<T> there;
+    Chunk<float> copied;
+    if (in_place)
+      tiles_in_place(c, s, b.head, chunk, tiles, there);
+    else
+      copy_tiles<T>(c, s, b.head, chunk, tiles, last, u, copied);
+    for (int r = 0; r < b.rows; r += kTileRows) {
+      const int rows = std::min(kTileRows, b.rows - r);
+      if (seen_to[r + rows - 1] < chunk || seen_from[r] >= chunk + kChunk) continue;
+      int begin[kTileRows], end[kTileRows];
+      for (int i = 0; i < rows; i++) begin[i] = seen_from[r + i] - chunk, end[i] = seen_to[r + i] - chunk;
+      const size_t at = (size_t)r * d;
+      if (in_place)
+        attend_tile(rows, there, u.q + at, d, begin, end, o.softcap, u.state[r / kTileRows], u.out + at);
+      else
+        attend_tile(rows, copied, u.q + at, d, begin, end, o.softcap, u.state[r / kTileRows], u.out + at);
+    }
+  }
+}
+
+// The block's queries, scaled so that scores are powers of two; with a cap, so that they are what tanh takes.
+static inline void scale_queries(const Cache& c, const AttentionOptions& o, const Queries& x, const Block& b, AttentionScratch& u) {
+  const int d = c.head_dim, group = x.heads / c.kv_heads;
+  const float scale = o.softcap > 0.0f ? o.scale / o.softcap : o.scale * kLog2e;
+  for (int r = 0; r < b.rows; r++) {
+    const int index = b.first + r;
+    const float* q = x.q + (size_t)(index / group) * x.stride + (size_t)(b.head * group + index % group) * d;
+    for (int i = 0; i < d; i += 16) store(u.q + (size_t)r * d + i, load(q + i) * scale);
+  }
+}
+
+static inline void attend_segment(const Cache& c, const Sequence& s, const AttentionOptions& o, const Block& b, int group, int segment, AttentionScratch& u) {
+  if (c.half) return attend_segment<uint16_t>(c, s, o, b, group, segment, u);
+  attend_segment<float>(c, s, o, b, group, segment, u);
+}
+
+static inline void write_result(const Cache& c, const Queries& x, const Block& b, int r, const float* merged) {
+  const int d = c.head_dim, group = x.heads / c.kv_heads, index = b.first + r;
+  float* out = x.out + ((size_t)(index / group) * x.heads + b.head * group + index % group) * d;
+  const float inverse = 1.0f / merged[d + 1];
+  for (int i = 0; i < d; i += 16) store(out + i, load(merged + i) * inverse);
+}
+
+// A whole block: every segment, merged, normalised and written.
+static inline void attend_block(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b) {
+  AttentionScratch& u = attention_scratch();
+  const int d = c.head_dim, width = merged_width(d), group = x.heads / c.kv_heads;
+  const int low = position_of(s, b, group, 0) - o.window + 1, last = position_of(s, b, group, b.rows - 1);
+  scale_queries(c, o, x, b, u);
+  for (int r = 0; r < b.rows; r++) merge_nothing(u.merged + (size_t)r * width, d);
+  for (int segment = o.window && low > 0 ? low / kSegment : 0; segment <= last / kSegment; segment++) {
+    attend_segment(c, s, o, b, group, segment, u);
+    for (int r = 0; r < b.rows; r++) merge(u.merged + (size_t)r * width, u.out + (size_t)r * d, peak_of(u, r), sum_of(u, r), d);
+  }
+  for (int r = 0; r < b.rows; r++) write_result(c, x, b, r, u.merged + (size_t)r * width);
+}
+
+// One segment of a block that several threads share: its part, [rows][merged_width], is left in `part`.
+static inline void attend_part(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b, int segment, float* part) {
+  AttentionScratch& u = attention_scratch();
+  const int d = c.head_dim, width = merged_width(d);
+  scale_queries(c, o, x, b, u);
+  attend_segment(c, s, o, b, x.heads / c.kv_heads, segment, u);
+  for (int r = 0; r < b.rows; r++) {
+    float* to = part + (size_t)r * width;
+    memcpy(to, u.out + (size_t)r * d, (size_t)d * 4);
+    to[d] = peak_of(u, r);
+    to[d + 1] = sum_of(u, r);
+  }
+}
+
+// The parts of all segments, [segments][rows][merged_width], merged in order, normalised and written.
+static inline void merge_parts(const Cache& c, const Queries& x, const Block& b, int segments, const float* parts) {
+  AttentionScratch& u = attention_scratch();
+  const int d = c.head_dim, width = merged_width(d);
+  for (int r = 0; r < b.rows; r++) {
+    merge_nothing(u.merged, d);
+    for (int i = 0; i < segments; i++) {
+      const float* part = parts + ((size_t)i * b.rows + r) * width;
+      merge(u.merged, part, part[d], part[d + 1], d);
+    }
+    write_result(c, x, b, r, u.merged);
   }
 }
 

@@ -11,11 +11,13 @@
 namespace arm {
 
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef float f32x16u __attribute__((vector_size(64), aligned(4)));  // unaligned access
 
-static inline f32x16 splat(float x) { return f32x16{} + x; }
+static inline f32x16 splat(float x) { return x - f32x16{}; }  // x + 0 would cost an addition: it turns -0 into 0
 static inline i32x16 splat_int(int32_t x) { return i32x16{} + x; }
 static inline f32x16 load(const float* p) { return *(const f32x16u*)p; }
 static inline void store(float* p, f32x16 v) { *(f32x16u*)p = v; }
@@ -87,20 +89,19 @@ static inline void store_half(uint16_t* p, f32x16 v) {
 #endif
 }
 
+// Halves folded on halves: a fixed tree, so that every ISA adds in the same order.
+template <class Fold>
+static inline float fold_lanes(f32x16 v, Fold fold) {
+  const f32x8 a = fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const f32x4 b = fold(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
+  const f32x4 c = fold(b, __builtin_shufflevector(b, b, 2, 3, 2, 3));
+  return fold(c, __builtin_shufflevector(c, c, 1, 1, 1, 1))[0];
+}
 static inline float horizontal_sum(f32x16 v) {
-  // A fixed tree, so that every ISA adds in the same order.
-  float s[16];
-  memcpy(s, &v, 64);
-  for (int w = 8; w; w >>= 1)
-    for (int i = 0; i < w; i++) s[i] += s[i + w];
-  return s[0];
+  return fold_lanes(v, [](auto x, auto y) { return x + y; });
 }
 static inline float horizontal_max(f32x16 v) {
-  float s[16];
-  memcpy(s, &v, 64);
-  for (int w = 8; w; w >>= 1)
-    for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
-  return s[0];
+  return fold_lanes(v, [](auto x, auto y) { return x > y ? x : y; });
 }
 static inline f32x16 vmax(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)

@@ -54,13 +54,29 @@ struct Batch {
   int32_t* best;               // [sampled] the first token that has it
 };
 
+// A block of attention rows, or one segment of a block that threads share.
+struct AttentionItem {
+  int sequence;
+  Block block;
+  int share = -1;    // which shared block it belongs to, if any
+  int segment = -1;  // its segment of that
+};
+
+struct SharedBlock {
+  int segments, unfinished;
+  size_t partial;  // where in Buffers::partials: [segment][row][merged_width]
+};
+
 struct Buffers {
   int rows = 0;
   std::vector<float> x, normed, qkv, attended, hidden, scales;
   std::vector<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
   std::vector<int8_t> quants;
   std::vector<int32_t> sums;
-  std::vector<int32_t> item_sequence, item_head, item_first, item_rows;
+  std::vector<int> runs;  // of each sequence: in how many pieces its tokens go to the cache (run_of)
+  std::vector<AttentionItem> items;
+  std::vector<SharedBlock> shared;
+  std::vector<float> partials;
 };
 
 struct Engine {
@@ -212,23 +228,21 @@ struct Run {
   }
 
   void rope_and_store(const Layer& l) {
-    const int d = m.head_dim, width = (m.heads + 2 * m.kv_heads) * d;
+    const int d = m.head_dim, width = (m.heads + 2 * m.kv_heads) * d, kinds = m.heads + m.kv_heads;
     for (int s = 0; s < b.sequences; s++) {
       const Sequence& seq = b.sequence[s];
-      int begin, end;
-      share(seq.count * (m.heads + m.kv_heads), thread, threads, begin, end);
-      for (int i = begin; i < end; i++) {
-        const int t = i / (m.heads + m.kv_heads), head = i % (m.heads + m.kv_heads), position = seq.start + t;
-        float* row = u.qkv.data() + (size_t)(seq.row + t) * width;
-        const size_t angle = (size_t)(seq.row + t) * (d / 2);
-        const float *cosines = u.cosines[l.rope].data() + angle, *sines = u.sines[l.rope].data() + angle;
-        if (head < m.heads) {
-          rotate(row + (size_t)head * d, l.q_norm, cosines, sines);
-        } else {
-          const int kv = head - m.heads;
-          float* key = row + (size_t)(m.heads + kv) * d;
-          rotate(key, l.k_norm, cosines, sines);
-          write_cache(l.cache, slot_of(seq, l.cache.block_size, position), kv, key, row + (size_t)(m.heads + m.kv_heads + kv) * d);
+      // In units of up to 16 tokens that fill a tile of the cache together, times one head.
+      int first_unit = 0, begin, end;
+      share(u.runs[s] * kinds, thread, threads, begin, end);
+      for (int t = 0, run; t < seq.count; t += run, first_unit += kinds) {
+        run = run_of(seq, l.cache.block_size, seq.start + t, seq.count - t);
+        for (int i = std::max(begin - first_unit, 0); i < std::min(end - first_unit, kinds); i++) {
+          float* rows = u.qkv.data() + (size_t)(seq.row + t) * width + (size_t)i * d;
+          for (int k = 0; k < run; k++) {
+            const size_t angle = (size_t)(seq.row + t + k) * (d / 2);
+            rotate(rows + (size_t)k * width, i < m.heads ? l.q_norm : l.k_norm, u.cosines[l.rope].data() + angle, u.sines[l.rope].data() + angle);
+          }
+          if (i >= m.heads) write_cache(l.cache, slot_of(seq, l.cache.block_size, seq.start + t), run, i - m.heads, rows, rows + (size_t)m.kv_heads * d, width);
         }
       }
     }
@@ -236,22 +250,26 @@ struct Run {
   }
 
   void attention(const Layer& l, std::atomic<int>& next) {
-    const int d = m.head_dim, width = (m.heads + 2 * m.kv_heads) * d, group = m.heads / m.kv_heads;
+    const int d = m.head_dim, stride = (m.heads + 2 * m.kv_heads) * d, width = merged_width(d);
     const AttentionOptions options = {m.attention_scale, m.attention_softcap, l.window};
-    const int items = (int)u.item_sequence.size();
+    const int items = (int)u.items.size();
     for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
-      const Sequence& s = b.sequence[u.item_sequence[i]];
-      const int kv = u.item_head[i], rows = u.item_rows[i];
-      int position[6];
-      const float* q[6];
-      float* out[6];
-      for (int r = 0; r < rows; r++) {
-        const int index = u.item_first[i] + r, t = index / group, head = kv * group + index % group;
-        position[r] = s.start + t;
-        q[r] = u.qkv.data() + (size_t)(s.row + t) * width + (size_t)head * d;
-        out[r] = u.attended.data() + (size_t)(s.row + t) * m.heads * d + (size_t)head * d;
+      const AttentionItem& item = u.items[i];
+      const Sequence& s = b.sequence[item.sequence];
+      const Queries x = {u.qkv.data() + (size_t)s.row * stride, (size_t)stride, u.attended.data() + (size_t)s.row * m.heads * d, m.heads};
+      if (item.share < 0) {
+        attend_block(l.cache, s, options, x, item.block);
+        continue;
       }
-      attend(rows, l.cache, s, kv, options, position, q, out);
+      SharedBlock& shared = u.shared[item.share];
+      const int rows = item.block.rows;
+      float* partials = u.partials.data() + shared.partial;
+      attend_part(l.cache, s, options, x, item.block, item.segment, partials + (size_t)item.segment * rows * width);
+      // Whoever finishes last merges, in the segments' order.
+      if (std::atomic_ref(shared.unfinished).fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        shared.unfinished = shared.segments;
+        merge_parts(l.cache, x, item.block, shared.segments, partials);
+      }
     }
     barrier();
   }
@@ -278,7 +296,7 @@ struct Run {
         f32x16 e = {};
         const size_t at = (size_t)b.token[r] * h + i;
         if (i + 16 <= h) {
-          e = load_cached(m.embedding, at, m.embedding_half);
+          e = m.embedding_half ? load_half((const uint16_t*)m.embedding + at) : load((const float*)m.embedding + at);
         } else if (m.embedding_half) {
           uint16_t tail[16] = {};
           memcpy(tail, (const uint16_t*)m.embedding + at, (size_t)(h - i) * 2);
@@ -330,6 +348,50 @@ struct Run {
   }
 };
 
+void plan_runs(const Model& m, const Batch& b, Buffers& u) {
+  u.runs.assign(b.sequences, 0);
+  const int block_size = m.layer[0].cache.block_size;
+  for (int s = 0; s < b.sequences; s++)
+    for (int t = 0; t < b.sequence[s].count; u.runs[s]++) t += run_of(b.sequence[s], block_size, b.sequence[s].start + t, b.sequence[s].count - t);
+}
+
+// Attention's work items, the costly first. Small batches get smaller blocks, so that every thread finds some; a block of
+// few rows (a decoding sequence) with a long context is shared segment by segment. None of it changes a result.
+void plan_attention(const Model& m, const Batch& b, int threads, Buffers& u) {
+  const int group = m.heads / m.kv_heads, width = merged_width(m.head_dim);
+  int step = kBlockRows;
+  auto blocks = [&](int rows) {
+    int64_t n = 0;
+    for (int s = 0; s < b.sequences; s++) n += (int64_t)m.kv_heads * ((b.sequence[s].count * group + rows - 1) / rows);
+    return n;
+  };
+  while (step > kTileRows && blocks(step) < 4 * threads) step /= 2;
+  u.items.clear(), u.shared.clear();
+  size_t partials = 0;
+  for (int s = 0; s < b.sequences; s++) {
+    const Sequence& sequence = b.sequence[s];
+    const int count = sequence.count * group;
+    for (int first = 0; first < count; first += step)
+      for (int kv = 0; kv < m.kv_heads; kv++) {
+        const Block block = {kv, first, std::min(step, count - first)};
+        const int segments = position_of(sequence, block, group, block.rows - 1) / kSegment + 1;
+        if (threads == 1 || segments == 1 || count > kTileRows) {
+          u.items.push_back({s, block});
+          continue;
+        }
+        for (int i = 0; i < segments; i++) u.items.push_back({s, block, (int)u.shared.size(), i});
+        u.shared.push_back({segments, segments, partials});
+        partials += (size_t)segments * block.rows * width;
+      }
+  }
+  if (partials > u.partials.size()) u.partials.resize(partials);
+  auto cost = [&](const AttentionItem& i) {
+    const int keys = i.share < 0 ? position_of(b.sequence[i.sequence], i.block, group, i.block.rows - 1) + 1 : kSegment;
+    return (int64_t)i.block.rows * keys;
+  };
+  std::stable_sort(u.items.begin(), u.items.end(), [&](const AttentionItem& x, const AttentionItem& y) { return cost(x) > cost(y); });
+}
+
 }  // namespace
 
 extern "C" {
@@ -352,23 +414,18 @@ void arm_struct_sizes(int32_t out[6]) {
 // sequence and attends with q [count][heads][head_dim] into out.
 void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, const float* q, const float* keys, const float* values, float* out) {
   const int d = cache->head_dim, kv_heads = cache->kv_heads, group = heads / kv_heads;
-  for (int t = 0; t < sequence->count; t++)
-    for (int kv = 0; kv < kv_heads; kv++)
-      write_cache(*cache, slot_of(*sequence, cache->block_size, sequence->start + t), kv, keys + ((size_t)t * kv_heads + kv) * d, values + ((size_t)t * kv_heads + kv) * d);
-  for (int kv = 0; kv < kv_heads; kv++)
-    for (int first = 0; first < sequence->count * group; first += 6) {
-      const int rows = std::min(6, sequence->count * group - first);
-      int position[6];
-      const float* query[6];
-      float* to[6];
-      for (int r = 0; r < rows; r++) {
-        const int t = (first + r) / group, head = kv * group + (first + r) % group;
-        position[r] = sequence->start + t;
-        query[r] = q + ((size_t)t * heads + head) * d;
-        to[r] = out + ((size_t)t * heads + head) * d;
-      }
-      attend(rows, *cache, *sequence, kv, {scale, softcap, window}, position, query, to);
+  for (int t = 0, run; t < sequence->count; t += run) {
+    run = run_of(*sequence, cache->block_size, sequence->start + t, sequence->count - t);
+    const size_t slot = slot_of(*sequence, cache->block_size, sequence->start + t);
+    for (int kv = 0; kv < kv_heads; kv++) {
+      const size_t at = ((size_t)t * kv_heads + kv) * d;
+      write_cache(*cache, slot, run, kv, keys + at, values + at, (size_t)kv_heads * d);
     }
+  }
+  const Queries x = {q, (size_t)heads * d, out, heads};
+  for (int kv = 0; kv < kv_heads; kv++)
+    for (int first = 0; first < sequence->count * group; first += kBlockRows)
+      attend_block(*cache, *sequence, {scale, softcap, window}, x, {kv, first, std::min(kBlockRows, sequence->count * group - first)});
 }
 
 // Returns 0 when there is no memory for the batch's buffers; nothing has been computed then.
@@ -390,17 +447,8 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
     u.sums.resize((size_t)rows * width / kGroup);
     u.rows = rows;
   }
-  // Attention's work items: as many query rows of one kv head as one pass takes, longest context first within a sequence.
-  u.item_sequence.clear(), u.item_head.clear(), u.item_first.clear(), u.item_rows.clear();
-  const int group = model->heads / model->kv_heads, step = group >= 6 ? 6 : 6 / group * group;
-  for (int s = 0; s < batch->sequences; s++) {
-    const int count = batch->sequence[s].count * group;
-    for (int first = (count - 1) / step * step; first >= 0; first -= step)
-      for (int kv = 0; kv < model->kv_heads; kv++) {
-        u.item_sequence.push_back(s), u.item_head.push_back(kv), u.item_first.push_back(first);
-        u.item_rows.push_back(std::min(step, count - first));
-      }
-  }
+  plan_runs(*model, *batch, u);
+  plan_attention(*model, *batch, e.pool.size(), u);
   std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[model->layers]);
   for (int i = 0; i < model->layers; i++) next[i].store(0, std::memory_order_relaxed);
   e.pool.run([&](int thread) { Run{e, *model, *batch, thread, e.pool.size(), u}(next.get()); });
