@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from armillary.core.errors import InputError
 from armillary.kernels import cpu_library
-from armillary.kernels.packed_weight import PackedWeight
+from armillary.kernels.packed_weight import Arena, PackedWeight
 
 pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
@@ -147,6 +149,19 @@ def test_half_conversion_is_exact_on_every_value() -> None:
     every = torch.arange(0, 1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     every = every[torch.isfinite(every)].view(-1, 32)
     assert torch.equal(PackedWeight([every], "fp16").unpack(), every)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux says what memory is")
+def test_the_arena_may_have_huge_pages() -> None:
+    """Asked for (hg), and private: shared memory (sh) gets none unless the administrator changes shmem_enabled."""
+    address, flags = Arena().take(1 << 20).data_ptr(), {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            within = int(found[1], 16) <= address < int(found[2], 16)
+        elif within and line.startswith("VmFlags:"):
+            flags = set(line.split()[1:])
+    assert "sh" not in flags
+    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 
 
 def test_struct_sizes_agree() -> None:

@@ -45,9 +45,13 @@ class Arena:
         """`nbytes` zeroed bytes, aligned to 64."""
         padded = -(-nbytes // 64) * 64
         if padded > self._free.numel():
-            piece = mmap.mmap(-1, max(padded, self._PIECE) + (2 << 20))
+            size = max(padded, self._PIECE) + (2 << 20)
             if hasattr(mmap, "MADV_HUGEPAGE"):
+                # Private: Python's default is shared memory, which Linux by default never gives huge pages.
+                piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 piece.madvise(mmap.MADV_HUGEPAGE)
+            else:
+                piece = mmap.mmap(-1, size)
             memory = torch.frombuffer(piece, dtype=torch.uint8)
             self._free = memory[-memory.data_ptr() % (2 << 20) :]
         taken, self._free = self._free[:nbytes], self._free[padded:]
