@@ -21,7 +21,9 @@ VARIANTS = {  # options of `serve.config.EngineConfig`
 
 def main(path: str, variant: str) -> None:
     workload = Workload.load(path)
-    llm = LLM(workload.gguf_file, threads=workload.threads, max_running=max(64, workload.largest_batch), **VARIANTS[variant])
+    llm = LLM(
+        workload.gguf_file, threads=workload.threads, max_running=max(64, workload.largest_batch), weight_cache="off", **VARIANTS[variant]
+    )
 
     def generate(prompts: object, new: object) -> list[list[int]]:
         sampling = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in new]

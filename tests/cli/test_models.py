@@ -39,3 +39,14 @@ def test_a_folder_without_a_model_is_refused(armillary: Command, tmp_path: Path)
     ran = armillary("models", "show", tmp_path)
     assert ran.returncode == 2
     assert str(tmp_path) in ran.stderr
+
+
+def test_kept_weights_are_listed_and_removed(armillary: Command, tmp_path: Path) -> None:
+    assert json.loads(armillary("models", "cache", "--json", ARMILLARY_HOME=str(tmp_path)).stdout) == []
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "m-int4-0123.armpack").write_bytes(bytes(2_000))
+    (file,) = json.loads(armillary("models", "cache", "--json", ARMILLARY_HOME=str(tmp_path)).stdout)
+    assert file["bytes"] == 2_000
+    assert "m-int4-0123.armpack" in armillary("models", "cache", ARMILLARY_HOME=str(tmp_path)).stdout
+    assert "removed 2" in armillary("models", "cache", "--clear", ARMILLARY_HOME=str(tmp_path)).stdout
+    assert list((tmp_path / "weights").iterdir()) == []

@@ -35,7 +35,7 @@ class Running:
         """Who computes, in words."""
         from armillary.core.units import format_bytes
 
-        return f"{self.forward.name}, weights {format_bytes(self.forward.weight_bytes)} in memory"
+        return f"{self.forward.name}, weights {format_bytes(self.forward.weight_bytes)} in memory, {self.forward.prepared}"
 
     @property
     def pool(self) -> str:

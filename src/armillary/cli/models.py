@@ -56,6 +56,38 @@ def pull(name: Annotated[str, Parameter(help="A name of `armillary models`.")], 
     print(path)
 
 
+@models.command(name="cache")
+def cache(
+    *,
+    clear: Annotated[bool, Parameter(negative=(), show_default=False, help="Remove them all; the next start lays out again.")] = False,
+    json: Json = False,
+) -> None:
+    """The laid-out weights that are kept for quick starts."""
+    import time
+
+    from armillary.cli.terminal import print_json, table
+    from armillary.core.units import format_bytes
+    from armillary.serve.executors import kept_files
+
+    if clear:
+        freed = kept_files.clear()
+        print_json({"freed_bytes": freed}) if json else print(f"removed {format_bytes(freed)}")
+        return
+    files = [(path, path.stat()) for path in kept_files.kept()]
+    if json:
+        print_json([{"path": str(path), "bytes": status.st_size, "used": status.st_mtime} for path, status in files])
+        return
+    day = 86_400
+    table(
+        ("weights", "size", "last used"),
+        [
+            (path.name, format_bytes(status.st_size), f"{max(0.0, time.time() - status.st_mtime) / day:.1f} days ago")
+            for path, status in files
+        ],
+    )
+    print(f"In {kept_files.folder()}. `armillary models cache --clear` removes them; they are made again when needed.")
+
+
 @models.command(name="show")
 def show(model: Annotated[str, Parameter(help="A name, a .gguf file or a model folder.")], /, *, json: Json = False) -> None:
     """What a model is: shape, parameters, stored types, tokenizer, template, and the memory it takes to serve."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from armillary.kernels.packed_weight import Blocks
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
+from armillary.models.file_stamp import FileStamp
 from armillary.models.hf import load_hf
 from armillary.models.weights import hf_name, hf_parameters
 
@@ -24,8 +25,8 @@ class Weights(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def files(self) -> Sequence[Path]:
-        """The files that say what the weights are; none when only memory does."""
+    def files(self) -> Sequence[FileStamp]:
+        """The files that say what the weights are, as they were before any was read; none when only memory does."""
         ...
 
     def kind(self, name: str) -> str:
@@ -52,7 +53,7 @@ class Weights(Protocol):
 class DecoderWeights:
     """`Weights` of a decoder that somebody holds."""
 
-    files: Sequence[Path] = ()
+    files: Sequence[FileStamp] = ()
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -89,9 +90,10 @@ class FolderWeights(DecoderWeights):
     """`Weights` of a Hugging Face folder, memory-mapped. Raises as `load_hf`."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(load_hf(folder))
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith((".safetensors", ".safetensors.index.json")))
+        self.files = tuple(FileStamp.of(path) for path in paths)
         self._folder = folder
-        self.files = sorted(path for path in folder.iterdir() if path.name.endswith((".safetensors", ".safetensors.index.json")))
+        super().__init__(load_hf(folder))
 
     def release(self, name: str) -> None:
         """The file keeps it, and the mapping costs nothing."""

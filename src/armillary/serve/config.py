@@ -39,6 +39,7 @@ class EngineConfig(Config):
     backend: Literal["auto", "native", "torch"] = Field("auto", description="who computes: the CPU kernels (native), or plain torch")
     quantize: Literal["none", "fp16", "int8", "int4"] = Field("none", description="weights in memory; needs the native backend")
     kv_dtype: Literal["fp32", "fp16"] = Field("fp32", description="keys and values in memory; fp16 needs the native backend")
+    weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)

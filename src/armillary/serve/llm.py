@@ -77,16 +77,19 @@ def build_engine(
     forward = build_forward(loaded, config, threads, in_place=not keep_weights)
     executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
     log.info(
-        "%s: %s, weights %s, KV cache %s: %d blocks of %d tokens, context %d, %d threads",
+        "%s: %s, weights %s (%s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
         loaded.name,
         forward.name,
         format_bytes(forward.weight_bytes),
+        forward.prepared,
         format_bytes(forward.cache_bytes),
         config.kv_blocks,
         config.block_size,
         config.context,
         threads,
     )
+    if trace is not None:
+        trace.meta["weights"] = forward.prepared
     return Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids)
 
 
@@ -106,6 +109,7 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
             quantisation=config.quantize,
             kv_dtype=KV_DTYPES[config.kv_dtype],
             release=in_place,
+            keep=config.weight_cache == "on",
         )
     wanted = [
         name for name, value, plain in (("quantize", config.quantize, "none"), ("kv_dtype", config.kv_dtype, "fp32")) if value != plain

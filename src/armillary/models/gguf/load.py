@@ -14,6 +14,7 @@ from armillary.core.errors import InputError
 from armillary.kernels.packed_weight import Blocks, takes_straight
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
+from armillary.models.file_stamp import FileStamp
 from armillary.models.gguf.mapping import check_tensors, deinterleave, interleaved_heads, stored_norm_offset
 from armillary.models.gguf.metadata import gguf_config
 from armillary.models.gguf.quant import READABLE, dequantise_blocks
@@ -30,7 +31,7 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
         self.config: ModelConfig = gguf_config(file)
-        self.files: Sequence[Path] = (file.path,)
+        self.files: Sequence[FileStamp] = (file.stamp,) if file.stamp is not None else ()
         self._stored = {ours: file.tensors[theirs] for theirs, ours in check_tensors(file, self.config).items()}
         for tensor in self._stored.values():
             if tensor.type.name not in READABLE:

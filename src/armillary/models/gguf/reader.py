@@ -10,13 +10,14 @@ import itertools
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from armillary.core.errors import FormatError, NotFoundError
+from armillary.models.file_stamp import FileStamp
 from armillary.models.gguf.types import BY_ID, TensorType
 
 MAGIC = b"GGUF"
@@ -81,6 +82,7 @@ class GGUFFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
     size: int
+    stamp: FileStamp | None = None  # none: it was not opened from a path
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -88,7 +90,8 @@ class GGUFFile:
         path = Path(path)
         try:
             with path.open("rb") as file:
-                size = file.seek(0, 2)
+                stamp = FileStamp.of(path, file.fileno())
+                size = stamp.size
                 if size < 24:
                     raise FormatError(f"{path.name} has {size} bytes; a GGUF header alone has 24", _REPAIR)
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -96,7 +99,7 @@ class GGUFFile:
             raise NotFoundError(f"{path} is not a file", "give the path of a .gguf file") from error
         except OSError as error:
             raise FormatError(f"{path} cannot be read ({error.strerror})", "check the path and its permissions") from error
-        return _Parser(path, mapped, size).parse()
+        return replace(_Parser(path, mapped, size).parse(), stamp=stamp)
 
 
 class _Parser:

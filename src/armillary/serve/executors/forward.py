@@ -42,6 +42,11 @@ class Forward(Protocol):
     def name(self) -> str: ...
 
     @property
+    def prepared(self) -> str:
+        """How the weights came to lie as they do, and how long it took, in words."""
+        ...
+
+    @property
     def weight_bytes(self) -> int: ...
 
     @property

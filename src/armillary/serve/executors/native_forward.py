@@ -15,7 +15,8 @@ from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.stored import DecoderWeights, Weights
 from armillary.serve.executors.forward import FlatBatch, Logits
-from armillary.serve.executors.packed_model import LaidOut, Quantisation, step_model
+from armillary.serve.executors.packed_model import Quantisation
+from armillary.serve.executors.weight_cache import prepare
 
 
 class NativeForward:
@@ -23,7 +24,7 @@ class NativeForward:
 
     Results do not depend on the number of threads nor on what else is in the batch. `quantisation`: "none" is fp32 weights
     and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. `release` says that
-    nobody else needs the weights of `source` any more: a decoder's linear layers are emptied as they are packed.
+    nobody else needs the weights of `source` any more: a decoder's linear layers are emptied as they are packed. `keep` as in `weight_cache.prepare`.
     Raises InputError where the kernels cannot run (`unsupported` says why), and for weights that the format cannot hold.
     """
 
@@ -37,13 +38,15 @@ class NativeForward:
         quantisation: Quantisation = "none",
         kv_dtype: torch.dtype = torch.float32,
         release: bool = False,
+        keep: bool = False,
     ) -> None:
         weights = DecoderWeights(source) if isinstance(source, Decoder) else source
         config = weights.config
         if (why := unsupported(config)) is not None:
             raise InputError(why, "serve with --backend torch", field="backend")
         self.name = f"native ({quantisation if quantisation != 'none' else 'fp32'})"
-        model = step_model(config, LaidOut(weights, quantisation, release=release))
+        found = prepare(weights, quantisation, release=release, keep=keep)
+        model, self.prepared, self.keeping = found.model, found.words, found.keeping
         self.cache = StepCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, kv_dtype)
         self.step = DecoderStep(model, self.cache, threads)
         self.weight_bytes = model.nbytes + model.embedding.nbytes

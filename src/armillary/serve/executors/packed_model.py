@@ -76,9 +76,11 @@ class LaidOut:
         return packed
 
     def _matrix(self, name: str, format: Format) -> Tensor | Blocks:
-        straight = takes_straight(self._weights.kind(name), format)
-        blocks = self._weights.blocks(name) if straight else None
-        return self._weights.tensor(name) if blocks is None else blocks
+        blocks = self._weights.blocks(name) if takes_straight(self._weights.kind(name), format) else None
+        if blocks is not None:
+            return blocks
+        made = self.made.arrays.get(name)  # a tied head is the embedding, whose floats may be there already
+        return made if made is not None and made.dtype == torch.float32 else self._weights.tensor(name)
 
     def embedding(self) -> Tensor:
         format = format_of("embedding", [self._weights.kind(_EMBEDDING)], self._quantisation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,9 @@ class TorchForward:
         self.library = choose_library() if library is None else library
         self.name = f"torch ({self.library})"
         model = decoder if in_place else _sharing_copy(decoder)
+        begin = time.perf_counter()
         self.packed_bytes = pack(model, self.library)
+        self.prepared = f"packed in {time.perf_counter() - begin:.2f} s"
         self.decoder = model.eval()
         self.cache = PagedCache(
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
