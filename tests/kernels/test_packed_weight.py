@@ -154,10 +154,10 @@ def test_half_conversion_is_exact_on_every_value() -> None:
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux says what memory is")
 def test_the_arena_may_have_huge_pages() -> None:
     """Asked for (hg), and private: shared memory (sh) gets none unless the administrator changes shmem_enabled."""
-    address, flags = Arena().take(1 << 20).data_ptr(), {}
+    memory, flags = Arena().take(1 << 20), set()
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            within = int(found[1], 16) <= address < int(found[2], 16)
+            within = int(found[1], 16) <= memory.data_ptr() < int(found[2], 16)
         elif within and line.startswith("VmFlags:"):
             flags = set(line.split()[1:])
     assert "sh" not in flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -19,7 +20,9 @@ from armillary.kernels import cpu_library, packed_file, packed_weight
 from armillary.kernels.cpu_step import StepModel
 from armillary.kernels.packed_file import PackedFile
 from armillary.kernels.packed_weight import Arena
+from armillary.models import hf, stored
 from armillary.models.file_stamp import FileStamp
+from armillary.models.gguf import load, mapping, quant
 from armillary.models.stored import Weights
 from armillary.serve.executors import kept_files, packed_model
 from armillary.serve.executors.packed_model import Kept, LaidOut, Made, Quantisation, step_model
@@ -62,10 +65,8 @@ def path_of(weights: Weights, quantisation: Quantisation) -> Path:
     """One file a model and quantisation: a new version of the model replaces the old one's."""
     source = weights.files[0].path
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", source.stem if len(weights.files) == 1 else source.parent.name)[:80]
-    return (
-        kept_files.folder()
-        / f"{stem}-{quantisation}-{hashlib.sha256(str(source).encode(errors='surrogateescape')).hexdigest()[:12]}{kept_files.SUFFIX}"
-    )
+    which = hashlib.sha256(str(source).encode(errors="surrogateescape")).hexdigest()[:12]
+    return kept_files.folder() / f"{stem}-{quantisation}-{which}{kept_files.SUFFIX}"
 
 
 def _about(weights: Weights, quantisation: Quantisation) -> dict[str, Any] | None:
@@ -73,13 +74,17 @@ def _about(weights: Weights, quantisation: Quantisation) -> dict[str, Any] | Non
     if not weights.files:
         return None
     files = [[str(file.path), file.size, file.modified, file.changed] for file in weights.files]
-    return {"files": files, "config": repr(weights.config), "quantisation": quantisation, "layout": _layout()}
+    try:
+        return {"files": files, "config": repr(weights.config), "quantisation": quantisation, "layout": _layout()}
+    except OSError:  # a package whose sources are not files
+        return None
 
 
+@functools.cache
 def _layout() -> str:
-    """The code that decides what a packed weight is: whenever it changes, kept weights are laid out again."""
-    code = [cpu_library.FOLDER / "gemm.h", cpu_library.FOLDER / "pack.cpp"]
-    code += [Path(module.__file__) for module in (packed_file, packed_weight, packed_model) if module.__file__]
+    """The code that decides what a packed weight is: whenever it changes, kept weights are laid out again. Raises OSError."""
+    code = [cpu_library.FOLDER / name for name in ("simd.h", "gemm.h", "pack.cpp")]
+    code += [Path(str(module.__file__)) for module in (packed_file, packed_weight, packed_model, stored, load, mapping, quant, hf)]
     digest = hashlib.sha256()
     for path in code:
         digest.update(path.read_bytes())
