@@ -140,4 +140,6 @@ def test_the_format_of_a_product_follows_what_is_stored() -> None:
     assert format_of("o", ["Q4_0"], "int4") == "int4"
     assert format_of("qkv", ["Q4_0", "Q4_0", "Q6_K"], "int4") == "int4m"
     assert {format_of("down", [kind], "int4") for kind in ("float", "Q4_1", "Q4_K", "Q8_0")} == {"int4m"}
+    assert {format_of("head", [kind], "int4") for kind in ("float", "Q8_0", "Q6_K")} == {"int8"}  # four bits cost the head too much
+    assert [format_of("head", [kind], "int4") for kind in ("Q4_0", "Q4_1", "Q4_K")] == ["int4", "int4m", "int4m"]
     assert [format_of("head", ["Q4_0"], quantisation) for quantisation in ("none", "fp16", "int8")] == ["fp32", "fp16", "int8"]

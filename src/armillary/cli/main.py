@@ -30,6 +30,7 @@ _VERBS = {
     "chat": "Talk to a model in the terminal.",
     "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
+    "perplexity": "What a weight format costs in quality, measured on real text.",
     "models": "Models by name: list, pull, show.",
     "data": "Text into token shards: list, prepare, inspect, dedup.",
     "trace": "Look into a saved trace: show, png, html.",

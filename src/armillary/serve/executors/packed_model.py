@@ -18,13 +18,20 @@ from armillary.models.stored import Weights
 
 Quantisation = Literal["none", "fp16", "int8", "int4"]
 _EMBEDDING = "model.embed_tokens.weight"
+_FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
 Part = Literal["qkv", "o", "gate_up", "down", "head", "embedding"]
 
 
 def format_of(part: Part, stored: Collection[str], quantisation: Quantisation) -> Format:
-    """The format of a part of the model, `stored` being the types of its matrices in the file. The embedding's is fp32 or fp16."""
+    """The format of a part of the model, `stored` being the types of its matrices in the file. The embedding's is fp32 or fp16.
+
+    The head of an int4 model is int8 unless the file has it in 4 bits: at 4 bits it made nine tenths of SmolLM2's loss
+    (bench/results/perplexity.md), and llama.cpp keeps it larger too.
+    """
     if part == "embedding":
         return "fp32"
+    if quantisation == "int4" and part == "head" and not set(stored) <= _FOUR_BITS:
+        return "int8"
     if quantisation == "int4":
         return "int4" if set(stored) == {"Q4_0"} else "int4m"
     plain: dict[Quantisation, Format] = {"none": "fp32", "fp16": "fp16", "int8": "int8"}
