@@ -104,12 +104,14 @@ def test_weights_that_are_no_numbers_are_named_with_the_step():
         run.step(run.batches.batch)
 
 
-def test_activations_that_overflow_are_told_apart():
-    run = trainer([pack(documents(2))])
-    with torch.no_grad():
-        run.parallel.model.layers[0].mlp.gate_up.gate_proj.weight.fill_(1e38)
-        run.parallel.model.layers[0].mlp.gate_up.up_proj.weight.fill_(1e38)
-    before = [p.clone() for p in run.parameters]
-    with pytest.raises(ArmillaryError, match=r"step 1: .*although all weights are finite"):
-        run.step(run.batches.batch)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+def test_weights_that_have_grown_and_activations_that_overflow_are_told_apart():
+    for size, compute, told in ((1e38, None, r"weights have grown out of bounds"), (300.0, torch.float16, "activations overflow")):
+        run = trainer([pack(documents(2))])
+        run.parallel.compute_dtype = compute
+        with torch.no_grad():
+            for weight in run.parallel.model.layers[1].mlp.parameters():
+                weight.fill_(size)
+        before = [p.clone() for p in run.parameters]
+        with pytest.raises(ArmillaryError, match=f"step 1: .*{told}"):
+            run.step(run.batches.batch)
+        assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))  # nothing was updated

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -44,11 +42,12 @@ def demo(
     from armillary.cli.launch import launch
     from armillary.cli.serve import refuse_open_door
     from armillary.cli.terminal import print_json
+    from armillary.core.run_folder import check_runs
     from armillary.core.trace import Trace
 
     settled = settle(model, engine, server, config, _own_defaults(engine))
     refuse_open_door(settled.value.server)
-    _check_runs(runs)
+    check_runs(runs)
     trace = Trace("armillary demo")
     running = launch(settled, trace)
     requests, listeners = _submit(running)
@@ -244,11 +243,12 @@ def _write(
     """The run's folder: report.html, trace.json, config.toml."""
     from armillary import __version__
     from armillary.cluster.machine import describe
+    from armillary.core.run_folder import new_run_folder
     from armillary.core.units import format_bytes
     from armillary.web.report import write_report
 
     now = datetime.now(UTC)
-    folder = _run_folder(runs, now)
+    folder = new_run_folder(runs, now)
     machine = describe()
     engine = running.engine
     facts = {
@@ -276,31 +276,6 @@ def _write(
         config=(folder / "config.toml").read_text(encoding="utf-8"),
     )
     return folder
-
-
-def _check_runs(runs: Path) -> None:
-    """A folder that cannot be written to is told before minutes of work, not after."""
-    from armillary.core.errors import InputError
-
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=runs):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {runs} ({error.strerror})", "choose another with --runs") from error
-
-
-def _run_folder(runs: Path, now: datetime) -> Path:
-    """A new folder named after the UTC time; of two runs in one second the later gets a number."""
-    stamp = now.strftime("%Y%m%dT%H%M%SZ")
-    for number in itertools.count(1):
-        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-    raise AssertionError("unreachable: some number is free")
 
 
 def _print(requests: Sequence[Request], listeners: Sequence[Any], metrics: Sequence[Metric], folder: Path) -> None:

@@ -29,6 +29,7 @@ _VERBS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API, with a chat page at /.",
     "chat": "Talk to a model in the terminal.",
     "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
+    "train": "Pre-train a new model, or fine-tune one, from a TOML file.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
     "models": "Models by name: list, pull, show.",
@@ -60,9 +61,10 @@ def _launch(
         bool, Parameter(negative=(), group="Options", help="Show the Python traceback of an error (also: ARMILLARY_DEBUG=1).")
     ] = False,
 ) -> object:
-    if debug:
+    # A verb that takes any flag (train) keeps this one among its own.
+    if debug or "--debug" in tokens:
         os.environ["ARMILLARY_DEBUG"] = "1"
-    return app(tokens, exit_on_error=False, print_error=False)
+    return app([token for token in tokens if token != "--debug"], exit_on_error=False, print_error=False)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -99,6 +99,29 @@ def keys(model_cls: type[Config]) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in keys(group))
 
 
+def documented_keys(model_cls: type[Config], prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, default, what it means) of every key, in order of definition."""
+    rows: list[tuple[str, Any, str]] = []
+    for name, field in model_cls.model_fields.items():
+        group = _group(field.annotation)
+        if group is None:
+            rows.append((prefix + name, field.get_default(call_default_factory=True), " ".join((field.description or "").split())))
+        else:
+            rows += documented_keys(group, f"{prefix}{name}.")
+    return rows
+
+
+def from_text(model_cls: type[Config], key: str, text: str) -> Any:
+    """What a flag's text says for a dotted key: as an environment variable's, `[1, 2]`, `true`, `3`, `none` or the text itself.
+
+    Raises InputError for a key that does not exist, with the closest one.
+    """
+    if key not in keys(model_cls):
+        close = difflib.get_close_matches(key, keys(model_cls), n=1, cutoff=0.5)
+        raise InputError(f"unknown key {key[:80]!r} among the flags", f"did you mean --{close[0]}?" if close else "see the keys", field=key)
+    return _literal(_annotation(model_cls, key), text)
+
+
 def unknown_key(key: str, model_cls: type[Config], where: str) -> InputError:
     """The error for a key that `model_cls` does not have."""
     last = key.rpartition(".")[2]

@@ -75,7 +75,7 @@ class DataConfig(Config):
     """What is read: one prepared folder, or a mixture of several."""
 
     folder: str | None = None
-    """A folder that `armillary data prepare` made, or the name of a corpus that it prepared."""
+    """A folder that `armillary data prepare` made."""
     mixture: dict[str, PartConfig] = Field(default_factory=dict)
     """Several folders by name, each with a share: [data.mixture] sotu = { folder = "...", weight = 2 }."""
     tokenizer: str | None = None

@@ -131,7 +131,8 @@ class Trainer:
             group.setdefault("base_lr", group["lr"])
         self.clip_norm, self.scaler = clip_norm, scaler
         self.checkpoints, self.hooks = checkpoints, hooks or Hooks()
-        self.trace, self.clock = trace or Trace("train"), clock or RealClock()
+        self.trace = Trace("train") if trace is None else trace  # an empty trace is falsy
+        self.clock = clock or RealClock()
         self.progress = Progress()
 
     @property

@@ -131,6 +131,7 @@ def write_report(
     span = picture.ends[-1] - picture.starts[0] if picture.ends else 0
     fields = {
         "TITLE": html.escape(title),
+        "STYLE": _resource("report.css"),
         "LEAD": html.escape(f"{len(timings)} requests, {len(picture.ends):,} iterations, {format_duration(span)}"),
         "FACTS": "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items()),
         "METRICS": "".join(
@@ -138,7 +139,7 @@ def write_report(
             for m in metrics
         ),
         "CONFIG": html.escape(config),
-        "DATA": _script_json(data),
+        "DATA": script_json(data),
         "PLOTLY": plotly_js(),
     }
     # One pass, so that what is filled in is never searched for marks itself.
@@ -157,7 +158,7 @@ def _coded(reasons: Sequence[Sequence[str]]) -> dict[str, Any]:
     return {"names": names, "codes": [[place[reason] for reason in row] for row in reasons]}
 
 
-def _script_json(data: Any) -> str:
+def script_json(data: Any) -> str:
     """JSON that cannot end the script element that it stands in."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

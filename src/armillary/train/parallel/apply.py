@@ -25,7 +25,9 @@ class Parallel(Protocol):
     `model`'s parameters are the master weights; names are those of `models/`, never wrapped ones.
     """
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
+
     rank: int
     world: int
     dp_rank: int

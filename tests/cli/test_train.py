@@ -1,0 +1,130 @@
+"""`armillary train` on a corpus of its own making: the folder it leaves, what it prints, Ctrl-C, and bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from armillary.cli.main import run
+from armillary.core.trace import Trace
+from armillary.data.prepare import prepare_text
+from armillary.models.load import load
+
+TINY = """
+steps = 6
+[architecture]
+layers = 2
+hidden = 32
+heads = 2
+[batch]
+rows = 4
+micro_rows = 2
+length = 32
+[optimizer]
+lr = 1e-2
+[evaluate]
+batches = 2
+every = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A prepared corpus and a configuration."""
+    folder = tmp_path_factory.mktemp("train")
+    words = ["the sphere turns", "rings within rings", "a schedule is data", "what runs where and when"]
+    for index in range(12):
+        (folder / f"{index:02}.txt").write_text(" ".join(words[(index * k) % 4] for k in range(1, 40)))
+    prepare_text(sorted(folder.glob("*.txt")), folder / "corpus", vocabulary=300, validation=0.2)
+    (folder / "tiny.toml").write_text(TINY + f'[data]\nfolder = "{folder / "corpus"}"\n')
+    return folder
+
+
+def start(place, *arguments, **options):
+    command = [sys.executable, "-m", "armillary", "train", str(place / "tiny.toml"), "--runs", str(place / "runs"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARMILLARY_NATIVE": "0"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def test_a_run_leaves_everything_that_it_promises(place):
+    process = start(place, "--json", "--optimizer.weight-decay", "0.2")
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in out.splitlines()]
+    kinds = [(line["event"], line.get("step")) for line in lines]
+    steps = [("step", step) for step in range(1, 7)]
+    assert kinds == [("evaluation", 0), *steps[:3], ("evaluation", 3), *steps[3:], ("evaluation", 6), ("end", None)]
+    losses = [line["loss"] for line in lines if line["event"] == "evaluation"]
+    assert losses[0] > losses[1] > losses[2]
+    folder = Path(lines[-1]["run"])
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "metrics.jsonl", "model", "report.html", "trace.json"]
+    assert "weight_decay = 0.2  # flag" in (folder / "config.toml").read_text()
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == lines[:-1]
+    spans = Trace.load(folder / "trace.json").spans()
+    assert [span.sizes["step"] for span in spans if span.kind == "step"] == list(range(1, 7))
+    assert {"data", "forward", "backward", "gradient norm", "clip", "optimizer", "evaluate"} <= {span.kind for span in spans}
+    page = (folder / "report.html").read_text()
+    for word in ("Pre-training a model of", "held-out perplexity", "What it writes", "weight_decay = 0.2"):
+        assert word in page
+
+
+def test_an_interrupt_ends_after_the_step_and_saves(place):
+    process = start(place, "--steps", "100000", "--evaluate.every", "0")
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "stopping after this step, then saving" in errors
+    saved = re.search(r"^model +(\S+)", out, re.MULTILINE)[1]
+    assert load(saved).config.hidden_size == 32
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_through_the_same_door(place):
+    first = start(place, "--json")
+    folder = json.loads(first.communicate()[0].splitlines()[-1])["run"]
+    rest = (place / "tiny.toml").read_text().replace("[architecture]\nlayers = 2\nhidden = 32\nheads = 2\n", "")
+    (place / "tune.toml").write_text(f'model = "{folder}/model"\n' + rest)
+    command = [sys.executable, "-m", "armillary", "train", str(place / "tune.toml"), "--runs", str(place / "runs"), "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ARMILLARY_NATIVE": "0"})
+    assert answer.returncode == 0, answer.stderr
+    before = [json.loads(line)["loss"] for line in answer.stdout.splitlines() if '"evaluation"' in line]
+    untrained = [json.loads(line)["loss"] for line in (place / "runs").glob("*/metrics.jsonl").__next__().open()]
+    assert before[0] < untrained[0] - 0.5  # it begins where the first run ended
+    assert before[-1] < before[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch.micro_rows", "3"], "no multiple of batch.micro_rows = 3"),
+        (["--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
+        (["--steps"], "--steps has no value"),
+        (["--data.folder", "/nowhere"], "/nowhere"),
+        (["--batch.length", "64", "--architecture.context", "32"], "beyond the model's context of 32"),
+        (["--architecture.heads", "5"], "does not divide into 5 heads"),
+    ],
+)
+def test_bad_input_names_the_key_and_the_fix(place, tmp_path, capsys, arguments, told):
+    assert run(["train", str(place / "tiny.toml"), "--runs", str(tmp_path), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nothing was started, so no folder is left
+
+
+def test_a_run_that_diverges_names_the_step_and_the_cause(place, tmp_path, capsys):
+    wild = ["--steps", "40", "--optimizer.lr", "100", "--optimizer.weight_decay", "10", "--schedule.warmup", "0"]
+    assert run(["train", str(place / "tiny.toml"), "--runs", str(tmp_path), *wild]) == 2
+    assert re.search(r"error: step \d+: the loss is .*\n  fix: .*lower optimizer.lr", capsys.readouterr().err)
+
+
+def test_a_dry_run_says_all_and_leaves_nothing(place, tmp_path, capsys):
+    assert run(["train", str(place / "tiny.toml"), "--runs", str(tmp_path), "--dry-run"]) == 0
+    assert "\nstep: 4 rows of 32 tokens in 2 micro-batches; 6 steps\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
