@@ -55,6 +55,18 @@ def test_dedup_names_file_and_line(armillary: Command, tmp_path: Path) -> None:
     assert "1 near duplicates in 1 groups; 2 are left" in armillary("data", "dedup", path).stdout
 
 
+def test_autotune_prints_the_table_and_writes_the_trace(armillary: Command, texts: Path, tmp_path: Path) -> None:
+    armillary("data", "prepare", texts, "--field", "body", "--train-bpe", 280, "--out", tmp_path / "made")
+    command = ("data", "autotune", texts, "--field", "body", "--tokenizer", tmp_path / "made" / "tokenizer", "--steps", 12, "--step-ms", 1)
+    ran = armillary(*command, "--batch", 2, "--trace", tmp_path / "trace.json")
+    assert "12 steps in 2 epochs" in ran.stdout
+    assert [line.split()[0] for line in ran.stdout.splitlines()[1:7]] == ["files", "read", "tokenize", "batch", "prefetch", "consumer"]
+    assert "tokenize 0" in armillary("trace", "show", tmp_path / "trace.json").stdout
+    facts = json.loads(armillary(*command, "--json").stdout)
+    assert set(facts["numbers"]) == {"read", "tokenize", "prefetch"}
+    assert facts["bottleneck"] in {row["name"] for row in facts["rows"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -217,6 +217,70 @@ def dedup(
     )
 
 
+@data.command(name="autotune")
+def autotune(
+    texts: Texts,
+    /,
+    *,
+    tokenizer: Annotated[str, Parameter(help="Tokenize as this model does: a name, a .gguf file, a model or tokenizer folder.")],
+    step_ms: Annotated[float, Parameter(help="How long a training step takes, which the pipeline has to keep up with.")] = 50.0,
+    batch: Annotated[int, Parameter(help="Texts a training step.")] = 8,
+    steps: Annotated[int, Parameter(help="Training steps to run.")] = 64,
+    threads: Annotated[int | None, Parameter(help="Most threads that the pipeline may use (default: one a core, at least 4).")] = None,
+    trace: Annotated[Path | None, Parameter(help="Write what happened here, to be opened with `armillary trace`.")] = None,
+    field: Field = "text",
+    json: Json = False,
+) -> None:
+    """Read and tokenize texts beside a training step of a given length; tune the pipeline; name its bottleneck."""
+    import os
+    import time
+    from dataclasses import asdict
+
+    from armillary.cli.terminal import print_json, table
+    from armillary.core.trace import Trace
+    from armillary.data.executors.local import LocalExecutor
+    from armillary.data.pipeline import AUTO, Pipeline
+    from armillary.data.policies.autotune import COLUMNS, Limits
+    from armillary.data.readers import read_records
+    from armillary.data.readers import texts as texts_of
+
+    with _progress() as progress:
+        files = _files(texts, None, progress)
+        backend = _tokenizer(tokenizer, progress).backend
+    pipeline = (
+        Pipeline.of(lambda: files, name="files")
+        .interleave(lambda file: texts_of(read_records([file]), field), cycle=min(4, len(files)), parallelism=AUTO, name="read")
+        .map(lambda text: backend.encode(text, add_special_tokens=False).ids, parallelism=AUTO, name="tokenize")
+        .batch(batch)
+        .prefetch(AUTO)
+    )
+    recorded = None if trace is None else Trace("input pipeline")
+    executor, numbers, done, epoch = LocalExecutor(Limits(threads=threads or max(4, os.cpu_count() or 1)), recorded), dict[str, int](), 0, 0
+    while True:
+        begun = time.perf_counter()
+        with executor.run(pipeline, epoch, numbers=numbers) as run:
+            for _ in run:
+                time.sleep(step_ms / 1e3)
+                if done + run.outputs == steps:
+                    break
+        done += run.outputs
+        measured, prediction = (time.perf_counter() - begun) / max(1, run.outputs) * 1e9, run.prediction()
+        if done >= steps or not run.outputs:
+            break
+        numbers, epoch = run.tuned(), epoch + 1
+    if recorded is not None and trace is not None:
+        recorded.save(trace)
+    if json:
+        print_json({"numbers": run.numbers, "measured": measured, "stalled": run.stalled, **asdict(prediction)})
+        return
+    table(COLUMNS, prediction.table())
+    print(f"chosen: {', '.join(f'{name} {number}' for name, number in run.numbers.items())}; the bottleneck is {prediction.bottleneck}")
+    print(
+        f"{done} steps in {epoch + 1} epochs; in the last, {run.outputs} of {measured / 1e6:.1f} ms (the model says {prediction.time / 1e6:.1f}), "
+        f"{run.stalled:.1%} of it waiting for input"
+    )
+
+
 def _files(texts: tuple[str, ...], split: str | None, progress: Any) -> list[Path]:
     from armillary.core.errors import InputError, NotFoundError
     from armillary.data.corpora import corpora, corpus_files

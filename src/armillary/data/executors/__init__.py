@@ -1,0 +1,1 @@
+"""How an input pipeline is carried out: by threads and processes of this machine, or in virtual time."""

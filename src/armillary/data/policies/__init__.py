@@ -1,0 +1,1 @@
+"""How an input pipeline is tuned: pure functions of measured costs."""
