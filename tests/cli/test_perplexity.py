@@ -45,6 +45,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     assert ran.returncode == MISUSED
     assert said in ran.stderr
     assert "scoring" not in ran.stderr
+    assert "defect" not in ran.stderr
 
 
 def test_a_text_without_one_window_or_that_is_no_text_is_refused(armillary: Command, tiny_model: Path, text: Path, tmp_path: Path) -> None:

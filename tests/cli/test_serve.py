@@ -106,6 +106,14 @@ def test_a_taken_port_is_an_error(armillary: Command, tiny_model: Path) -> None:
     assert "loading" not in ran.stderr
 
 
+@pytest.mark.parametrize("wanted", [("--quantize", "int4"), ("--kv-dtype", "fp16"), ("--deterministic",)])
+def test_what_torch_does_not_have_is_refused_before_torch_is_loaded(armillary: Command, tiny_model: Path, wanted: tuple[str, ...]) -> None:
+    ran = armillary("serve", tiny_model, "--backend", "torch", *wanted)
+    assert ran.returncode == MISUSED
+    assert f"{wanted[0][2:].replace('-', '_')} needs the native backend" in ran.stderr
+    assert "loading" not in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from armillary.cli.settings import Json
+from armillary.cli.settings import EngineFlags, Json, settle
 
 if TYPE_CHECKING:
     from armillary.models.tokenizer import Tokenizer
@@ -32,13 +32,12 @@ def perplexity(
     from armillary.cli.terminal import byte_progress, print_json, table
     from armillary.core.errors import InputError
     from armillary.core.units import format_bytes
-    from armillary.serve.config import EngineConfig
 
     if context > tokens:
         raise InputError(f"{tokens:,} tokens are less than one window of {context:,}", "give more --tokens or a smaller --context")
     asked = [(weights.strip(), kv.strip()) for weights in quantize.split(",") for kv in kv_dtype.split(",")]
     configs = [  # checked before anything is loaded; the first is what the others are compared with
-        EngineConfig.model_validate({"quantize": weights, "kv_dtype": kv, "context": context, "threads": threads})
+        settle(model, EngineFlags(quantize=weights, kv_dtype=kv, context=context, threads=threads)).value.engine
         for weights, kv in dict.fromkeys([("none", "fp32"), *asked])
     ]
     with byte_progress(corpus) as progress:
@@ -91,7 +90,8 @@ def _measure(
 
     from armillary.cli.terminal import timed
     from armillary.models.load import load
-    from armillary.serve.llm import available_memory, build_forward, settle
+    from armillary.serve.llm import available_memory, build_forward
+    from armillary.serve.llm import settle as settle_pool
     from armillary.serve.perplexity import BLOCK, blocks, score, windows
 
     loaded = load(model)
@@ -100,7 +100,9 @@ def _measure(
     cut = windows(ids[:tokens], context, tokenizer.bos if tokenizer.add_bos else None)
     measured = []
     for config in configs:
-        settled = settle(config.model_copy(update={"block_size": BLOCK, "kv_blocks": blocks(context)}), loaded.config, available_memory())
+        settled = settle_pool(
+            config.model_copy(update={"block_size": BLOCK, "kv_blocks": blocks(context)}), loaded.config, available_memory()
+        )
         threads = settled.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
         with timed(f"scoring {_name(config)}") as done:

@@ -47,6 +47,15 @@ class EngineFlags:
         str | None, _flag("Keys and values in memory: fp32 (default) or fp16, which needs the native backend.", _ENGINE)
     ] = None
     weight_cache: Annotated[str | None, _flag("Keep laid-out weights on disk for the next start: on (default) or off.", _ENGINE)] = None
+    deterministic: Annotated[
+        bool | None,
+        Parameter(
+            negative=(),
+            group=_ENGINE,
+            show_default=False,
+            help="An answer depends on its prompt, parameters and seed alone, never on its company; needs the native backend.",
+        ),
+    ] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 

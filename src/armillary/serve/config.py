@@ -40,6 +40,8 @@ class EngineConfig(Config):
     quantize: Literal["none", "fp16", "int8", "int4"] = Field("none", description="weights in memory; needs the native backend")
     kv_dtype: Literal["fp32", "fp16"] = Field("fp32", description="keys and values in memory; fp16 needs the native backend")
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
+    deterministic: bool = False
+    """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
@@ -56,6 +58,25 @@ class EngineConfig(Config):
         if self.kv_blocks is not None and self.kv_memory is not None:
             raise InputError("kv_blocks and kv_memory both set the size of the KV pool", "give one of them", field="kv_blocks")
         return self
+
+    @model_validator(mode="after")
+    def _torch_can(self) -> EngineConfig:
+        if self.backend == "torch" and (wanted := self.native_only):
+            raise InputError(
+                f"{wanted[0]} needs the native backend, but the torch backend was asked for",
+                f"leave {wanted[0]} out, or the backend",
+                field=wanted[0],
+            )
+        return self
+
+    @property
+    def native_only(self) -> list[str]:
+        """The fields that ask for what only the native backend has.
+
+        Torch's products choose their blocking by the batch's size, so a sequence's last bits depend on its company.
+        """
+        asked = {"quantize": self.quantize != "none", "kv_dtype": self.kv_dtype != "fp32", "deterministic": self.deterministic}
+        return [name for name, wanted in asked.items() if wanted]
 
     def with_pool(self, bytes_per_token: int) -> EngineConfig:
         """The same configuration with `kv_blocks` settled, for a model whose cache takes `bytes_per_token` bytes a token.

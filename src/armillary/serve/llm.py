@@ -111,12 +111,8 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
             release=in_place,
             keep=config.weight_cache == "on",
         )
-    wanted = [
-        name for name, value, plain in (("quantize", config.quantize, "none"), ("kv_dtype", config.kv_dtype, "fp32")) if value != plain
-    ]
-    if wanted:
-        reason = why or "the torch backend was asked for"
-        raise InputError(f"{wanted[0]} needs the native backend, but {reason}", f"leave {wanted[0]} out", field=wanted[0])
+    if wanted := config.native_only:
+        raise InputError(f"{wanted[0]} needs the native backend, but {why}", f"leave {wanted[0]} out", field=wanted[0])
     return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
 
 

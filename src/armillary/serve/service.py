@@ -207,6 +207,8 @@ class Service:
         arrival: int | None,
         on_event: Callable[[Event], None],
     ) -> Request:
+        if sampling.seed is None and self.engine.config.deterministic:
+            sampling = replace(sampling, seed=self.engine.config.seed)  # and not from an id, which no second request has
         if sampling.seed is not None and index:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
         text = TextStream(self.tokenizer, stop=sampling.stop)
