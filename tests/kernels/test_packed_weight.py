@@ -23,16 +23,16 @@ INTEGER = ("int8", "int4", "int4m")
 
 
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The plainest int8 quantisation of rows in groups of 32: levels and scales, padded to whole groups."""
+    """The plainest int8 quantisation of rows in groups of 32, scales being powers of two: levels and scales, padded to whole groups."""
     rows, k = x.shape
     padded = np.zeros((rows, -(-k // 32) * 32), np.float32)
     padded[:, :k] = x
     groups = padded.reshape(rows, -1, 32)
     biggest = np.abs(groups).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), biggest, out=np.zeros_like(biggest), where=biggest > 0)
-    scaled = groups * inverse
-    levels = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
-    return levels, (biggest / np.float32(127)).squeeze(-1)
+    # The smallest power of two that keeps every level within 127.49.
+    scales = np.exp2(np.ceil(np.log2(np.maximum(biggest.astype(np.float64), 2.0**-57) / 127.49)))
+    scaled = groups / scales
+    return np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64), scales.squeeze(-1)
 
 
 def levels_of(weight: PackedWeight, scales: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def exact_dot(weight: PackedWeight, x: np.ndarray) -> np.ndarray:
     levels, scales = quantised(x)
     meaning = np.zeros((weight.shape[0], levels.shape[1] * 32))
     meaning[:, : weight.shape[1]] = weight.unpack().numpy()
-    rows = levels.astype(np.float64) * scales[..., None].astype(np.float64)
+    rows = levels.astype(np.float64) * scales[..., None]
     return rows.reshape(x.shape[0], -1) @ meaning.T
 
 
@@ -131,6 +131,22 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     w[2, 5] = bad
     with pytest.raises(InputError, match="NaN or infinite"):
         PackedWeight([w], "int8")
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("magnitude", [1e-30, 2.0**-58, 1e-12, 1e15, 1e17, 3e38])
+def test_activations_of_any_magnitude_are_right_or_not_a_number(format: str, magnitude: float) -> None:
+    """Scales are powers of two within a range: below it a group counts as 0, above it the row is NaN, never a wrong number."""
+    weight = PackedWeight([torch.rand(20, 64) + 0.5], format)
+    x = torch.rand(3, 64) + 0.5
+    x[1] *= magnitude
+    y = weight.multiply(x).double()
+    if magnitude > 1e16:
+        assert bool(y[1].isnan().all())
+        x[1] = 1.0
+        y[1] = weight.multiply(x[1:2])
+    expected = torch.from_numpy(exact_dot(weight, x.numpy()))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2.0**-57 * 64 * 2)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -19,6 +19,7 @@ _ISAS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
+PHASES = ("prepare", "qkv", "rope", "attention", "o", "gate_up", "down", "head", "embed")  # of cpu/step.cpp, in its order
 MAX_HEAD_DIM = 512  # the gather buffer of cpu/attention.h
 
 
@@ -118,6 +119,7 @@ def library() -> ctypes.CDLL | None:
     lib.arm_engine_create.restype = ctypes.c_void_p
     lib.arm_engine_create.argtypes = [ctypes.c_int]
     lib.arm_engine_destroy.argtypes = [ctypes.c_void_p]
+    lib.arm_engine_phases.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
     lib.arm_forward.argtypes = [ctypes.c_void_p, ctypes.POINTER(CModel), ctypes.POINTER(CBatch)]
     sizes = (ctypes.c_int32 * 6)()
     lib.arm_struct_sizes(sizes)

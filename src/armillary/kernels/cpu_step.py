@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
-from armillary.kernels.cpu_library import MAX_HEAD_DIM, CBatch, CCache, CLayer, CModel, CSequence, require
+from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
 from armillary.kernels.packed_weight import Arena, PackedWeight
 
 
@@ -209,6 +209,16 @@ class DecoderStep:
         if getattr(self, "_handle", None):
             self._lib.arm_engine_destroy(self._handle)
             self._handle = None
+
+    def phases(self) -> dict[str, int]:
+        """Nanoseconds that each phase of all iterations so far took, on the calling thread and with the wait at its end.
+
+        "prepare" is norms and the quantisation of activations, "embed" the start of an iteration, the rest its products,
+        rotary embedding (with the writing of keys and values) and attention.
+        """
+        found = (ctypes.c_int64 * len(PHASES))()
+        self._lib.arm_engine_phases(self._handle, found)
+        return dict(zip(PHASES, found, strict=True))
 
     def forward(
         self, tokens: Tensor, positions: Tensor, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Tensor], rows: Tensor

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "gemm.h"
 
@@ -247,26 +248,20 @@ void arm_unpack(const Weight* w, float* out) {
 
 // y [rows][n] = x [rows][k] W^T, on the calling thread: what the tests and the benchmark call.
 void arm_multiply(const Weight* w, const float* x, int32_t rows, float* y) {
-  const int pk = padded_k(w->k), groups = pk / kGroup;
-  int8_t* quants = nullptr;
-  float* scales = nullptr;
-  int32_t* sums = nullptr;
+  const int pk = padded_k(w->k);
+  std::vector<int8_t> quants;
+  std::vector<int32_t> exponents, sums;
+  std::vector<float> finish;
   if (w->format > F16) {
     const size_t padded = padded_rows(rows);
-    quants = new int8_t[padded * pk], scales = new float[padded * groups], sums = new int32_t[padded * groups];
-    for (int r = 0; r < rows; r++) quantise_row(x + (size_t)r * w->k, w->k, r, sum_factor(w->format), quants, scales, sums);
+    quants.resize(padded * pk), exponents.resize(padded * pk / kGroup), sums.resize(padded * pk / kGroup), finish.resize(padded);
+    for (int r = 0; r < rows; r++) quantise_row(x + (size_t)r * w->k, w->k, r, sum_factor(w->format), {quants.data(), exponents.data(), sums.data(), finish.data()});
   }
-  const Rows input = {x, quants, scales, sums};
+  const Rows input = {x, quants.data(), exponents.data(), sums.data(), finish.data()};
   for (int t = 0; t < tiles(*w); t++)
     multiply_tile(*w, t, input, rows, [&](int r, int column, f32x16 v) {
       for (int i = 0; i < 16 && column + i < w->n; i++) y[(size_t)r * w->n + column + i] = v[i] + (w->bias ? w->bias[column + i] : 0.0f);
     });
-  delete[] quants, delete[] scales, delete[] sums;
-}
-
-// x [rows][k] to quants, scales and sums in the layout of gemm.h's Rows (rows padded to 16, factor 1).
-void arm_quantise_rows(const float* x, int32_t rows, int32_t k, int8_t* quants, float* scales, int32_t* sums) {
-  for (int r = 0; r < rows; r++) quantise_row(x + (size_t)r * k, k, r, 1, quants, scales, sums);
 }
 
 }  // extern "C"

@@ -3,6 +3,9 @@
 // (attention); a barrier stands between phases.
 #include <math.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -67,22 +70,51 @@ struct SharedBlock {
   size_t partial;  // where in Buffers::partials: [segment][row][merged_width]
 };
 
+// Memory that starts on a cache line, so that 16 floats are stored into one, and on huge pages where it is large: a tile of
+// a product writes a line in each row, and rows lie on pages of their own.
+template <class T>
+class Buffer {
+ public:
+  ~Buffer() { free(data_); }
+  T* data() { return data_; }
+  T& operator[](size_t i) { return data_[i]; }
+  void grow(size_t count) {
+    const size_t page = count * sizeof(T) < kHuge ? 64 : kHuge, size = (count * sizeof(T) + page - 1) / page * page;
+    void* memory = aligned_alloc(page, size);
+    if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (page == kHuge) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    memset(memory, 0, size);
+    free(data_);
+    data_ = (T*)memory;
+  }
+
+ private:
+  static constexpr size_t kHuge = 2 << 20;
+  T* data_ = nullptr;
+};
+
 struct Buffers {
   int rows = 0;
-  std::vector<float> x, normed, qkv, attended, hidden, scales;
-  std::vector<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
-  std::vector<int8_t> quants;
-  std::vector<int32_t> sums;
+  Buffer<float> x, normed, qkv, attended, hidden, finish;
+  Buffer<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
+  Buffer<int8_t> quants;
+  Buffer<int32_t> exponents, sums;
   std::vector<int> runs;  // of each sequence: in how many pieces its tokens go to the cache (run_of)
   std::vector<AttentionItem> items;
   std::vector<SharedBlock> shared;
   std::vector<float> partials;
 };
 
+// Where an iteration's time goes, measured on the calling thread: a clock's reading a phase, 7 a layer.
+enum Phase { PREPARE, QKV, ROPE, ATTENTION, O, GATE_UP, DOWN, HEAD, EMBED, PHASES };
+
 struct Engine {
   explicit Engine(int threads) : pool(threads) {}
   Pool pool;
   Buffers buffers;
+  int64_t nanoseconds[PHASES] = {};  // since the engine was made
 };
 
 void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
@@ -151,8 +183,17 @@ struct Run {
   const Batch& b;
   const int thread, threads;
   Buffers& u;
+  std::chrono::steady_clock::time_point began = std::chrono::steady_clock::now();
 
   void barrier() { engine.pool.barrier(); }
+
+  void finish(Phase phase) {  // all threads have done their part of it
+    barrier();
+    if (thread) return;
+    const auto now = std::chrono::steady_clock::now();
+    engine.nanoseconds[phase] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - began).count();
+    began = now;
+  }
 
   // Rows of `source` made ready for `w`: normed by `weight` when given (only then may `pick` choose rows), quantised when
   // the format wants it. Ends with a barrier.
@@ -167,14 +208,14 @@ struct Run {
         rms_norm(x, weight, k, m.norm_eps, normed);
         x = normed;
       }
-      if (is_integer(w)) quantise_row(x, k, r, sum_factor(w.format), u.quants.data(), u.scales.data(), u.sums.data());
+      if (is_integer(w)) quantise_row(x, k, r, sum_factor(w.format), {u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()});
     }
-    barrier();
-    return {weight ? u.normed.data() : source, u.quants.data(), u.scales.data(), u.sums.data()};
+    finish(PREPARE);
+    return {weight ? u.normed.data() : source, u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()};
   }
 
   // out = rows W^T + bias, added to what is there when `add`. Ends with a barrier.
-  void multiply(const Weight& w, const Rows& x, int rows, float* out, int stride, bool add) {
+  void multiply(Phase phase, const Weight& w, const Rows& x, int rows, float* out, int stride, bool add) {
     int begin, end;
     share(tiles(w), thread, threads, begin, end);
     for (int t = begin; t < end; t++)
@@ -185,7 +226,7 @@ struct Run {
         if (add) y += get(to, column, w.n);
         put(to, column, w.n, y);
       });
-    barrier();
+    finish(phase);
   }
 
   // hidden = activation(gate) * up; the weight holds gate's and up's tiles in turn, 16 (or 48) columns each.
@@ -208,7 +249,7 @@ struct Run {
         put(to, at, n, y * get(to, at, n));
       });
     }
-    barrier();
+    finish(GATE_UP);
   }
 
   void rotate(float* head, const float* norm, const float* cosines, const float* sines) {
@@ -246,7 +287,7 @@ struct Run {
         }
       }
     }
-    barrier();
+    finish(ROPE);
   }
 
   void attention(const Layer& l, std::atomic<int>& next) {
@@ -271,7 +312,7 @@ struct Run {
         merge_parts(l.cache, x, item.block, shared.segments, partials);
       }
     }
-    barrier();
+    finish(ATTENTION);
   }
 
   void add_normed(const float* source, const float* norm) {  // x += norm(source)
@@ -283,7 +324,7 @@ struct Run {
       float* x = u.x.data() + (size_t)r * m.hidden;
       for (int i = 0; i < m.hidden; i++) x[i] += normed[i];
     }
-    barrier();
+    finish(PREPARE);
   }
 
   void operator()(std::atomic<int>* next) {
@@ -314,30 +355,30 @@ struct Run {
           u.sines[rope][at] = sinf(angle) * m.rope_scaling[rope];
         }
     }
-    barrier();
+    finish(EMBED);
     for (int i = 0; i < m.layers; i++) {
       const Layer& l = m.layer[i];
-      multiply(l.qkv, ready(l.qkv, u.x.data(), h, rows, l.attention_norm), rows, u.qkv.data(), qkv_width, false);
+      multiply(QKV, l.qkv, ready(l.qkv, u.x.data(), h, rows, l.attention_norm), rows, u.qkv.data(), qkv_width, false);
       rope_and_store(l);
       attention(l, next[i]);
       Rows attended = ready(l.o, u.attended.data(), m.heads * m.head_dim, rows, nullptr);
       if (l.post_attention_norm) {
-        multiply(l.o, attended, rows, u.qkv.data(), h, false);
+        multiply(O, l.o, attended, rows, u.qkv.data(), h, false);
         add_normed(u.qkv.data(), l.post_attention_norm);
       } else {
-        multiply(l.o, attended, rows, u.x.data(), h, true);
+        multiply(O, l.o, attended, rows, u.x.data(), h, true);
       }
       gated(l.gate_up, ready(l.gate_up, u.x.data(), h, rows, l.mlp_norm), rows);
       Rows hidden = ready(l.down, u.hidden.data(), m.intermediate, rows, nullptr);
       if (l.post_mlp_norm) {
-        multiply(l.down, hidden, rows, u.qkv.data(), h, false);
+        multiply(DOWN, l.down, hidden, rows, u.qkv.data(), h, false);
         add_normed(u.qkv.data(), l.post_mlp_norm);
       } else {
-        multiply(l.down, hidden, rows, u.x.data(), h, true);
+        multiply(DOWN, l.down, hidden, rows, u.x.data(), h, true);
       }
     }
     if (b.sampled) {
-      multiply(m.head, ready(m.head, u.x.data(), h, b.sampled, m.final_norm, b.sampled_row), b.sampled, b.logits, m.vocabulary, false);
+      multiply(HEAD, m.head, ready(m.head, u.x.data(), h, b.sampled, m.final_norm, b.sampled_row), b.sampled, b.logits, m.vocabulary, false);
       if (m.logit_softcap > 0.0f) {
         share(b.sampled, thread, threads, begin, end);
         for (size_t i = (size_t)begin * m.vocabulary; i < (size_t)end * m.vocabulary; i++) b.logits[i] = tanhf(b.logits[i] / m.logit_softcap) * m.logit_softcap;
@@ -403,6 +444,9 @@ void* arm_engine_create(int threads) try {
   return nullptr;
 }
 
+// What each phase of every iteration so far took: nanoseconds, in the order of Phase.
+void arm_engine_phases(const void* engine, int64_t out[PHASES]) { memcpy(out, ((const Engine*)engine)->nanoseconds, sizeof(Engine::nanoseconds)); }
+
 void arm_engine_destroy(void* engine) { delete (Engine*)engine; }
 
 // Sizes of the structs, so that the caller can check that both sides agree.
@@ -436,15 +480,17 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
   const int width = padded_k(std::max({model->hidden, model->intermediate, model->heads * model->head_dim}));
   const int qkv = std::max((model->heads + 2 * model->kv_heads) * model->head_dim, model->hidden);
   if (rows > u.rows) {
-    u.x.resize((size_t)rows * model->hidden);
-    u.normed.resize((size_t)rows * width);
-    u.qkv.resize((size_t)rows * qkv);
-    u.attended.resize((size_t)rows * model->heads * model->head_dim);
-    u.hidden.resize((size_t)rows * model->intermediate);
-    for (int rope = 0; rope < 2; rope++) u.cosines[rope].resize((size_t)rows * model->head_dim / 2), u.sines[rope].resize((size_t)rows * model->head_dim / 2);
-    u.quants.resize((size_t)rows * width);
-    u.scales.resize((size_t)rows * width / kGroup);
-    u.sums.resize((size_t)rows * width / kGroup);
+    u.rows = 0;  // until all of them have grown
+    u.x.grow((size_t)rows * model->hidden);
+    u.normed.grow((size_t)rows * width);
+    u.qkv.grow((size_t)rows * qkv);
+    u.attended.grow((size_t)rows * model->heads * model->head_dim);
+    u.hidden.grow((size_t)rows * model->intermediate);
+    for (int rope = 0; rope < 2; rope++) u.cosines[rope].grow((size_t)rows * model->head_dim / 2), u.sines[rope].grow((size_t)rows * model->head_dim / 2);
+    u.quants.grow((size_t)rows * width);
+    u.finish.grow(rows);
+    u.exponents.grow((size_t)rows * width / kGroup);
+    u.sums.grow((size_t)rows * width / kGroup);
     u.rows = rows;
   }
   plan_runs(*model, *batch, u);
