@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/armillary
 	@touch $(READY)
 
-demo: $(READY) ## fetch SmolLM2, serve 16 chats, report, then the chat page (ONCE=1: exit after the report)
+demo: $(READY) ## serve 16 chats with SmolLM2, pre-train a small model, then both chat pages (ONCE=1: exit after the reports)
 	$(BIN)/armillary demo $(if $(filter-out 0,$(ONCE)),--once)
 
 lint: $(READY) ## ruff, mypy, and the order of the rings

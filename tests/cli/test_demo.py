@@ -58,7 +58,7 @@ def test_the_run_agrees_with_its_table(armillary: Command, long_context_model: P
 
 @pytest.mark.slow
 def test_once_prints_the_table_and_where_the_run_is(armillary: Command, long_context_model: Path, tmp_path: Path) -> None:
-    ran = armillary("demo", long_context_model, "--once", "--runs", tmp_path)
+    ran = armillary("demo", long_context_model, "--once", "--train-seconds", "0", "--runs", tmp_path)
     assert ran.returncode == 0, ran.stderr
     (folder,) = tmp_path.iterdir()
     for line in ("time to first token, p50", "time between tokens, p99", "answer throughput", "KV cache, peak", "preemptions"):
@@ -72,3 +72,21 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(armillary: Co
     assert ran.returncode == 2
     assert "--runs" in ran.stderr
     assert "loading" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_the_small_model_is_trained_in_the_time_given_and_continues_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from armillary.cli.demo_train import train_small
+    from armillary.data.prepare import prepare_text
+    from armillary.models.load import load
+
+    for index in range(6):
+        (tmp_path / f"{index}.txt").write_text("to be or not to be, that is the question. " * (20 + index), encoding="utf-8")
+    prepare_text(sorted(tmp_path.glob("*.txt")), tmp_path / "corpus", vocabulary=300)
+    session = train_small(tmp_path / "corpus", tmp_path / "runs", seconds=0.1)
+    assert session.run.trainer.progress.step == session.run.config.steps == 20  # the fewest
+    assert session.evaluations[-1][1].loss < session.evaluations[0][1].loss
+    loaded = load(session.folder / "model")
+    assert loaded.chat_template is not None
+    assert loaded.chat_template.render([{"role": "user", "content": "to be"}]) == "to be"
+    assert "report" in capsys.readouterr().out

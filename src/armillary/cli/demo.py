@@ -1,4 +1,4 @@
-"""`armillary demo`: sixteen chats at once with a real model, seen live, measured, reported; then the chat page."""
+"""`armillary demo`: sixteen chats at once with a real model, seen live, measured, reported; a small model pre-trained; both served."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from armillary.cli.launch import Running
     from armillary.core.config import Resolved
     from armillary.core.trace import Trace
+    from armillary.serve.http.server import Server
     from armillary.serve.latency import Latencies, RequestTiming
     from armillary.serve.request import Request
     from armillary.web.report import Metric
@@ -28,16 +29,21 @@ def demo(
     model: Annotated[str | None, Parameter(help="A name (smollm2), a .gguf file or a model folder.")] = None,
     /,
     *,
-    once: Annotated[bool, Parameter(negative=(), help="Exit after the report instead of serving the chat page.")] = False,
+    once: Annotated[bool, Parameter(negative=(), help="Exit after the reports instead of serving the chat pages.")] = False,
+    train_seconds: Annotated[
+        float | None,
+        Parameter(show_default=False, help="How long to pre-train a small model; 0 trains none (default: 120, with --once 20)."),
+    ] = None,
     runs: Annotated[Path, Parameter(help="Where the run's folder goes.")] = Path("runs"),
     config: ConfigFile = None,
     json: Json = False,
     server: ServerFlags = ServerFlags(),  # noqa: B008 (frozen)
     engine: EngineFlags = EngineFlags(),  # noqa: B008
 ) -> None:
-    """Serve 16 chats at once with a real model, measure them, write a report, then keep the chat page open.
+    """Serve 16 chats at once with a real model, pre-train a small one on Shakespeare, and keep both models' chat pages open.
 
-    The run's report.html, trace.json and config.toml go to a folder named after the time under --runs; --json implies --once.
+    Each half leaves a folder named after the time under --runs: report.html, trace.json, config.toml and, of the training, the model.
+    --json implies --once and trains nothing.
     """
     from armillary.cli.launch import launch
     from armillary.cli.serve import refuse_open_door
@@ -68,8 +74,9 @@ def demo(
             )
             return
         _print(requests, listeners, metrics, folder)
+        trained = _train(runs, (20.0 if once else 120.0) if train_seconds is None else train_seconds)
         if not once:
-            _keep_serving(running, settled)
+            _keep_serving(running, settled, trained)
     finally:
         running.engine.stop()
 
@@ -291,19 +298,64 @@ def _print(requests: Sequence[Request], listeners: Sequence[Any], metrics: Seque
     )
 
 
-def _keep_serving(running: Running, settled: Resolved[Any]) -> None:
-    """The chat page, until Ctrl-C. A port that nobody asked for gives way when it is taken."""
+def _train(runs: Path, seconds: float) -> Path | None:
+    """Pre-train the small model and give its folder; None where that is not wanted, or its text cannot be had."""
+    from armillary.cli import demo_train
+    from armillary.cli.terminal import note
+    from armillary.core.errors import ArmillaryError
+    from armillary.train.session import MODEL
+
+    if seconds <= 0:
+        return None
+    try:
+        corpus = demo_train.prepare()
+    except ArmillaryError as error:
+        note(f"no small model is trained, for want of its text: {error}")
+        return None
+    print(f"\nNow a model from nothing: pre-training on Shakespeare for about {seconds:g} s (Ctrl-C ends it early).\n", flush=True)
+    return demo_train.train_small(corpus, runs, seconds).folder / MODEL
+
+
+def _keep_serving(running: Running, settled: Resolved[Any], trained: Path | None) -> None:
+    """The chat pages, until Ctrl-C: the model's, and on the next port that of the model that was trained."""
+    from armillary.cli.launch import launch
+    from armillary.core.config import Resolved
+
+    http = _listen(running, settled, 0)
+    if trained is None:
+        print(f"\nchat with it at {http.url} (OpenAI-compatible API at {http.url}/v1); Ctrl-C stops", flush=True)
+        http.run()
+        return
+    value = settled.value
+    small = value.model_copy(
+        update={"model": str(trained), "engine": value.engine.model_copy(update={"kv_memory": 16_000_000, "kv_blocks": None})}
+    )
+    beside = launch(Resolved(small, settled.provenance))
+    beside.engine.start()
+    try:
+        with _listen(beside, settled, 1) as second:
+            print(
+                f"\nchat with {running.loaded.name} at {http.url} (OpenAI-compatible API at {http.url}/v1)\n"
+                f"and let the model that you have just trained go on where your text ends, at {second.url}; Ctrl-C stops both",
+                flush=True,
+            )
+            http.run()
+    finally:
+        beside.engine.stop()
+
+
+def _listen(running: Running, settled: Resolved[Any], offset: int) -> Server:
+    """The server on the configured port plus `offset`. A port that nobody asked for gives way when it is taken."""
     from armillary.cli.serve import http_server
     from armillary.cli.terminal import note
     from armillary.core.errors import InputError
 
     server = settled.value.server
+    port = server.port + offset if server.port else 0
     try:
-        http = http_server(running.service, server)
+        return http_server(running.service, server.model_copy(update={"port": port}))
     except InputError as error:
-        if settled.provenance["server.port"] != "default":
+        if settled.provenance["server.port"] != "default" and not offset:
             raise
         note(f"{error.problem}; taking a free port instead")
-        http = http_server(running.service, server.model_copy(update={"port": 0}))
-    print(f"\nchat with it at {http.url} (OpenAI-compatible API at {http.url}/v1); Ctrl-C stops", flush=True)
-    http.run()
+        return http_server(running.service, server.model_copy(update={"port": 0}))

@@ -26,7 +26,7 @@ def new_run_folder(runs: Path, now: datetime, name: str = "") -> Path:
     for number in itertools.count(1):
         folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             continue

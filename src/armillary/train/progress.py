@@ -149,7 +149,7 @@ class LiveView:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             ProgressBar(total=self.steps, completed=reading.step, width=wide, complete_style="cyan", finished_style="green"),
-            Text(f"step {reading.step:,} of {self.steps:,}, {format_duration(reading.seconds_left * S)} left"),
+            Text(f"step {reading.step:,} of {self.steps:,}, {time_left(reading)}"),
         )
         body = Group(Columns([picture, numbers], padding=(0, 3)), Text(), bar)
         return Panel(
@@ -181,7 +181,11 @@ def facts(reading: Reading) -> list[tuple[str, str]]:
 def line(reading: Reading) -> str:
     """A reading in one line."""
     words = ", ".join(f"{name} {value}" for name, value in facts(reading))
-    return f"step {reading.step:,}/{reading.steps:,}: {words}, {format_duration(reading.seconds_left * S)} left"
+    return f"step {reading.step:,}/{reading.steps:,}: {words}, {time_left(reading)}"
+
+
+def time_left(reading: Reading) -> str:
+    return "done" if reading.step == reading.steps else f"{format_duration(reading.seconds_left * S)} left"
 
 
 def evaluation_line(step: int, result: Evaluation) -> str:

@@ -73,7 +73,7 @@ def write_train_report(
             f"<tr><td>{html.escape(m.name)}</td><td class=value>{html.escape(m.value)}</td><td>{html.escape(m.meaning)}</td></tr>"
             for m in metrics
         ),
-        "SAMPLE": f"<section><h2>What it writes</h2><p>Sampled from the trained model.</p><pre class=sample>{html.escape(sample)}</pre></section>"
+        "SAMPLE": f"<section><h2>What it writes</h2><p>The first words of a held-out document, and how the trained model goes on.</p><pre class=sample>{html.escape(sample)}</pre></section>"
         if sample
         else "",
         "CONFIG": html.escape(config),
