@@ -11,17 +11,19 @@ from peers.workload import Case
 HERE = Path(__file__).resolve().parent
 TEXT = HERE.parent / "LICENSE"  # English prose that is always here
 NEW = 64  # tokens a decode case adds to each sequence
-SCALE, LONGEST_PROMPT = 4, 512  # conversations are a quarter as long as in the trace: the model and the machine are small
+BARS = ("prefill-512", "decode-*-after-32", "offline-64")  # the cases that have a bar
 
 
-def conversations() -> list[tuple[int, int]]:
-    """(prompt, new) tokens of the trace's requests, scaled."""
+def conversations(context: int) -> list[tuple[int, int]]:
+    """(prompt, new) tokens of the trace's requests, as they are; a prompt that leaves no room in `context` is cut (none of the trace's first 64 is)."""
     lines = (line for line in (HERE / "conversations.csv").read_text().splitlines() if not line.startswith("#"))
-    rows = [(int(row["prompt_tokens"]) // SCALE, int(row["new_tokens"]) // SCALE) for row in csv.DictReader(lines)]
-    return [(min(LONGEST_PROMPT, max(8, prompt)), max(2, new)) for prompt, new in rows]
+    rows = [(int(row["prompt_tokens"]), int(row["new_tokens"])) for row in csv.DictReader(lines)]
+    return [(min(prompt, context - new), new) for prompt, new in rows]
 
 
-def build(text: Sequence[int], requests: int, decode_prompts: Sequence[int] = (32, 512), batches: Sequence[int] = (1, 8, 32)) -> list[Case]:
+def build(
+    text: Sequence[int], context: int, requests: int, decode_prompts: Sequence[int] = (32, 512), batches: Sequence[int] = (1, 8, 32)
+) -> list[Case]:
     """All cases. `text` is a long text's tokens; sequence i starts elsewhere in it, so that no two share a prefix."""
 
     def prompt(index: int, length: int) -> tuple[int, ...]:
@@ -34,7 +36,7 @@ def build(text: Sequence[int], requests: int, decode_prompts: Sequence[int] = (3
         for batch in batches:
             prompts = tuple(prompt(i, length) for i in range(batch))
             cases.append(Case(f"decode-{batch}-after-{length}", "decode", prompts, (NEW,) * batch))
-    lengths = conversations()[:requests]
+    lengths = conversations(context)[:requests]
     prompts = tuple(prompt(i, length) for i, (length, _) in enumerate(lengths))
     cases.append(Case(f"offline-{len(lengths)}", "offline", prompts, tuple(new for _, new in lengths)))
     return cases

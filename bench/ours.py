@@ -29,8 +29,11 @@ def main(path: str, variant: str) -> None:
         sampling = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in new]
         return [list(completion.tokens) for completion in llm.generate(list(prompts), sampling)]
 
+    step = getattr(llm.engine.executor.forward, "step", None)  # the plain torch path has none
+    weight_bytes = step.model.nbytes if step is not None else None
     for case in workload.cases:
-        report("armillary", armillary.__version__, case, *measure(generate, workload, case), variant=variant)
+        found = measure(generate, workload, case)
+        report("armillary", armillary.__version__, case, *found, variant=variant, weight_bytes=weight_bytes)
 
 
 if __name__ == "__main__":

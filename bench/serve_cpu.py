@@ -1,6 +1,7 @@
 """Serving on this machine's CPU, ours beside the peers and beside what the machine can do, all in one run.
 
-    python bench/serve_cpu.py --peers --publish
+    python bench/serve_cpu.py --bars --publish          # what the bars need: vLLM, llama.cpp and its server beside fp32, int8 and int4
+    python bench/serve_cpu.py --peers                   # everything
 
 Each side runs alone in a process of its own (a peer in its own virtual environment: bench/peers/setup.sh), on the same
 weights and the same prompts, greedy, best of several. A peer that is not set up is left out, and said so. Its python is
@@ -22,11 +23,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bars
 import cases
 import limits
 import table
 from ours import VARIANTS
-from peers.workload import Workload, results
+from peers.workload import Case, Workload, results
 
 from armillary.cluster.machine import describe
 from armillary.core.paths import cache_dir
@@ -35,7 +37,8 @@ from armillary.models.load import load
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEERS = ("vllm", "transformers", "llama")
+PEERS = {"vllm": "vllm", "transformers": "transformers", "llama": "llama", "llama_server": "llama"}  # and in whose environment
+BARS_PEERS, BARS_VARIANTS = ["vllm", "llama", "llama_server"], ["fp32", "int8", "int4"]
 QUIET = 0.5  # load average above which timings mean nothing
 
 
@@ -53,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "workload.json"
         workload.save(path)
-        (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads)], options) or [None]
+        (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads), str(config.parameters())], options) or [None]
         if raw is None:
             return 1
         found = []
@@ -62,14 +65,20 @@ def main() -> int:
         for peer in options.peers:
             python = peer_python(peer)
             if python is None:
-                print(f"{peer}: not set up here, left out (bench/peers/setup.sh {peer})")
+                print(f"{peer}: not set up here, left out (bench/peers/setup.sh {PEERS[peer]})")
                 continue
             found += run_side(peer, python, [f"peers.{peer}", str(path)], options)
-    machine_limits = limits.Limits(**raw)
+    machine_limits = limits.parse(raw)
     names = [case.name for case in workload.cases]
-    bounds = {case.name: limits.bound(case, config, machine_limits) for case in workload.cases}
+    weight_bytes = {result["variant"]: result["weight_bytes"] for result in found if result["side"] == "armillary"}
+    bounds = {
+        (variant, case.name): limits.bound(case, config, machine_limits, variant, weight_bytes.get(variant))
+        for variant in options.variants
+        if variant in limits.WEIGHT_BITS
+        for case in workload.cases
+    }
     after = os.getloadavg()
-    text = page(found, names, bounds, machine_limits, options, before, after)
+    text = page(found, workload.cases, bounds, machine_limits, options, before, after)
     print(f"\n{text}")
     if options.publish:
         publish(text, found, bounds, machine_limits, before, after)
@@ -79,21 +88,27 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=None, help="measure these peers too (without names: all)")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which of ours (default: all)")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=None, help="measure these peers too (without names: all)")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None, help="which of ours (default: all)")
+    parser.add_argument("--bars", action="store_true", help="only the cases, variants and peers that the bars need, unless named")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every side (default: all cores)")
-    parser.add_argument("--cases", nargs="+", default=["*"], help="only cases whose name matches one, such as 'decode-*-after-32'")
-    parser.add_argument("--requests", type=int, default=32, help="conversations of the offline case, at most 32")
+    parser.add_argument("--cases", nargs="+", default=None, help="only cases whose name matches one, such as 'decode-*-after-32'")
+    parser.add_argument("--requests", type=int, default=64, help="conversations of the offline case, at most 64")
     parser.add_argument("--repeats", type=int, default=5, help="best of at most this many")
-    parser.add_argument("--seconds", type=float, default=20.0, help="no further repeat of a case after this long")
+    parser.add_argument("--seconds", type=float, default=10.0, help="no further repeat of a case after this long")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a side may take")
     parser.add_argument("--publish", action="store_true", help="write bench/results/serve_cpu.{json,md}; wants a quiet machine")
     parser.add_argument("--force", action="store_true", help="publish although the machine is not quiet")
     options = parser.parse_args()
-    options.peers = list(PEERS) if options.peers == [] else options.peers or []
-    if not 1 <= options.requests <= 32 or options.threads < 1 or options.repeats < 1:
-        parser.error("--requests is 1 to 32, --threads and --repeats at least 1")
+    if options.peers is None:
+        options.peers = BARS_PEERS if options.bars else []
+    elif not options.peers:
+        options.peers = list(PEERS)
+    options.variants = options.variants or (BARS_VARIANTS if options.bars else list(VARIANTS))
+    options.cases = options.cases or (list(cases.BARS) if options.bars else ["*"])
+    if not 1 <= options.requests <= 64 or options.threads < 1 or options.repeats < 1:
+        parser.error("--requests is 1 to 64, --threads and --repeats at least 1")
     return options
 
 
@@ -106,13 +121,10 @@ def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         save_hf(loaded.decoder, folder, loaded.tokenizer)
     tokens = loaded.tokenizer.encode(cases.TEXT.read_text(), special=False)
-    chosen = [
-        case for case in cases.build(tokens, options.requests) if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)
-    ]
+    known = cases.build(tokens, loaded.config.max_context, options.requests)
+    chosen = [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)]
     if not chosen:
-        raise SystemExit(
-            f"no case is called {' or '.join(options.cases)}: {', '.join(case.name for case in cases.build(tokens, options.requests))}"
-        )
+        raise SystemExit(f"no case is called {' or '.join(options.cases)}: {', '.join(case.name for case in known)}")
     workload = Workload(
         cases=tuple(chosen),
         hf_folder=str(folder),
@@ -127,8 +139,9 @@ def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
 
 def peer_python(peer: str) -> str | None:
     """The python of a peer's environment; transformers may also stand in this one (it is among the tests' dependencies)."""
-    named = os.environ.get(f"ARMILLARY_PEER_{peer.upper()}")
-    standing = Path(os.environ.get("ARMILLARY_PEERS", ROOT / ".venv-peers")) / peer / "bin" / "python"
+    home = PEERS[peer]
+    named = os.environ.get(f"ARMILLARY_PEER_{home.upper()}")
+    standing = Path(os.environ.get("ARMILLARY_PEERS", ROOT / ".venv-peers")) / home / "bin" / "python"
     if named or standing.exists():
         return named or str(standing)
     if peer == "transformers" and subprocess.run([sys.executable, "-c", "import transformers"], capture_output=True).returncode == 0:
@@ -167,44 +180,46 @@ def run_side(name: str, python: str, arguments: list[str], options: argparse.Nam
 
 def page(
     found: list[dict[str, Any]],
-    names: list[str],
-    bounds: dict[str, float],
+    chosen: tuple[Case, ...],
+    bounds: dict[tuple[str, str], limits.Bound],
     machine: limits.Limits,
     options: argparse.Namespace,
     before: tuple[float, ...],
     after: tuple[float, ...],
 ) -> str:
     """The results with what one needs to judge them."""
-    about = describe()
-    lines = [
+    reads = ", ".join(f"{rate / 1e9:.1f} of {size / 1e6:,.0f} MB" for size, rate in machine.reads)
+    blocks = [
         f"# Serving {options.model} on a CPU",
-        "",
-        f"{about.cpu}, {options.threads} threads; at most {machine.gemm / 1e9:,.0f} GFLOP/s in fp32 ({machine.gemm_shape})"
-        f" and {machine.memory_read / 1e9:.1f} GB/s read, measured in this run. {time.strftime('%Y-%m-%d')}.",
+        bars.bars(found, bounds),
+        f"{describe().cpu}, {options.threads} threads. At most, measured in this run: {machine.fma / 1e9:,.0f} GFLOP/s in fp32,"
+        f" {machine.dot / 1e9:,.0f} Gop/s of byte products ({machine.dot_instruction}); GB/s read over and over on huge pages: {reads}."
+        f" {time.strftime('%Y-%m-%d')}.\n"
         f"Load average {' '.join(f'{load:.2f}' for load in before)} before, {' '.join(f'{load:.2f}' for load in after)} after"
-        " (the bench's own threads included).",
-        "",
-        table.fp32(found, names, bounds),
-        "",
-        table.small(found, names),
-        "",
+        f" (the bench's own threads included). Best of at most {options.repeats}.",
+        table.fp32(found, chosen),
+        table.small(found, chosen),
+        table.offline(found, chosen),
+        table.reached(found, bounds),
         f"`prefill-512`: prompt tokens a second until the first new token. `decode-B-after-P`: new tokens a second of B sequences with prompts"
-        f" of P tokens, {cases.NEW} new tokens each, after the first. `offline-N`: new tokens a second of N requests with the lengths of real"
-        " conversations (a quarter of them), all there at the start. Greedy, best of several.",
-        "The bound is fp32 arithmetic and memory traffic on this machine overlapped perfectly.",
-        "",
+        f" of P tokens, {cases.NEW} new tokens each, after the first. `offline-N`: new tokens a second of N requests with the lengths of the"
+        " first N conversations of a real trace, all there at the start, each engine's own scheduler deciding. Greedy, end-of-text ignored,"
+        " the same tokens for every side, no prefix cache.\n"
+        "The bound is the format's arithmetic and memory traffic overlapped perfectly, at the rates above: products of int8 and int4 at the"
+        " rate of byte products, attention and all else at fp32's.",
         "Greedy tokens equal to our fp32 side's, before the first difference of a case (smaller weights are other models): "
         + "; ".join(table.agreement(found))
+        + ".\nVersions: "
+        + ", ".join(sorted({f"{result['side']} {result['version']}" for result in found}))
         + ".",
-        "Versions: " + ", ".join(sorted({f"{result['side']} {result['version']}" for result in found})) + ".",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def publish(
     text: str,
     found: list[dict[str, Any]],
-    bounds: dict[str, float],
+    bounds: dict[tuple[str, str], limits.Bound],
     machine: limits.Limits,
     before: tuple[float, ...],
     after: tuple[float, ...],
@@ -218,7 +233,7 @@ def publish(
         "load_before": before,
         "load_after": after,
         "limits": asdict(machine),
-        "fp32_bound": bounds,
+        "bounds": [{"variant": variant, "case": case, **asdict(bound)} for (variant, case), bound in bounds.items()],
         "results": found,
     }
     (folder / "serve_cpu.json").write_text(json.dumps(record, indent=1) + "\n")

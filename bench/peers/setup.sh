@@ -35,12 +35,28 @@ vllm)
   check="import vllm; vllm.LLM"
   ;;
 llama)
-  # Built from source for this very machine (llama.cpp's default): about a quarter of an hour on two cores.
-  command -v g++ >/dev/null || {
-    echo "llama: building it needs g++ (apt-get install g++)" >&2
-    exit 1
-  }
-  install --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
+  # Built from source for this very machine (llama.cpp's default): about half an hour on two cores, the server included.
+  for tool in g++ cmake; do
+    command -v "$tool" >/dev/null || {
+      echo "llama: building it needs $tool (apt-get install g++ cmake)" >&2
+      exit 1
+    }
+  done
+  release="llama-cpp-python==0.3.36"
+  install --no-binary llama-cpp-python "$release"
+  if ! test -x "$venv/bin/llama-server"; then
+    # The same release's source carries the llama.cpp that it was built from, with the server that the package leaves out.
+    source="$(mktemp -d)"
+    trap 'rm -rf "$source"' EXIT
+    "$venv/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$source" "$release"
+    tar -xzf "$source"/llama_cpp_python-*.tar.gz -C "$source" --strip-components 1
+    cmake -S "$source/vendor/llama.cpp" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
+      -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+      -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF >/dev/null
+    cmake --build "$source/build" --target llama-server --parallel "$(nproc)" >/dev/null
+    cp "$source/build/bin/llama-server" "$venv/bin/"
+  fi
+  "$venv/bin/llama-server" --version >/dev/null
   check="import llama_cpp; assert llama_cpp.llama_print_system_info()"
   ;;
 esac

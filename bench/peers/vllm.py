@@ -18,7 +18,7 @@ def main(path: str) -> None:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
         "OMP_NUM_THREADS": str(threads),
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GB
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # GB, as much as our own pool
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process between the caller and the engine
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 MARK = "@result "
 SHOWN = 16  # new tokens of a case's first request that a side reports, for comparison
+WARM = 8  # requests of an offline case that warm a side up
 Kind = Literal["prefill", "decode", "offline"]
 
 
@@ -94,7 +95,9 @@ def measure(generate: Generate, workload: Workload, case: Case) -> tuple[float, 
     Decoding is a difference: the time for all tokens less the time for the first of each, so neither the prompt
     nor what a call costs once is counted.
     """
-    tokens = generate(case.prompts, [min(new, SHOWN) for new in case.new])[0]  # also warms up: compilation, allocation, packed weights
+    first_ones = WARM if case.kind == "offline" else case.batch
+    # Also warms up: compilation, allocation, packed weights.
+    tokens = generate(case.prompts[:first_ones], [min(new, SHOWN) for new in case.new[:first_ones]])[0]
     if case.kind == "prefill":
         return case.prompt_tokens / best(lambda: generate(case.prompts, [1] * case.batch), workload), tokens
     whole = best(lambda: generate(case.prompts, case.new), workload)
@@ -104,8 +107,10 @@ def measure(generate: Generate, workload: Workload, case: Case) -> tuple[float, 
     return sum(new - 1 for new in case.new) / max(whole - first, 1e-9), tokens
 
 
-def report(side: str, version: str, case: Case, tokens_per_second: float, tokens: Sequence[int], variant: str = "") -> None:
-    """Print one result."""
+def report(
+    side: str, version: str, case: Case, tokens_per_second: float, tokens: Sequence[int], variant: str = "", weight_bytes: int | None = None
+) -> None:
+    """Print one result. `weight_bytes`: what a decode step reads of the weights, where the side knows it."""
     result = {
         "side": side,
         "version": version,
@@ -113,6 +118,7 @@ def report(side: str, version: str, case: Case, tokens_per_second: float, tokens
         "case": case.name,
         "tokens_per_second": tokens_per_second,
         "tokens": list(tokens[:SHOWN]),
+        "weight_bytes": weight_bytes,
     }
     sys.stdout.write(f"\n{MARK}{json.dumps(result)}\n")
     sys.stdout.flush()
