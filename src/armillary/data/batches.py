@@ -36,8 +36,8 @@ class Source(Protocol):
     @property
     def lengths(self) -> NDArray[np.int64]: ...
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]: ...
-    def document(self, index: int) -> NDArray[Any]: ...
-    def scored(self, index: int) -> NDArray[np.uint8] | None: ...
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[Any]: ...
+    def scored(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[np.uint8] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,15 +195,15 @@ class BatchStream:
         for line in range(self.rows):
             place, segment = 0, 0
             for document, begin, end in self._plan(chosen[line][0]).row(chosen[line][1]) if line < len(chosen) else ():
-                ids = self.source.document(document)
-                flags = self.source.scored(document)
-                size, scored = end - begin, min(end, len(ids) - 1) - begin
+                # One token more than the inputs: the last one's target, unless the document ends with it.
+                ids = self.source.document(document, begin, end + 1)
+                flags = self.source.scored(document, begin, end + 1)
+                size, following = end - begin, ids[1:].astype(np.int64)
                 here = slice(place, place + size)
-                tokens[line, here] = ids[begin:end]
-                following = ids[begin + 1 : begin + 1 + scored].astype(np.int64)
+                tokens[line, here] = ids[:size]
                 if flags is not None:
-                    following[flags[begin + 1 : begin + 1 + scored] == 0] = IGNORE
-                targets[line, place : place + scored] = following
+                    following[flags[1:] == 0] = IGNORE
+                targets[line, place : place + following.size] = following
                 positions[line, here] = np.arange(size)
                 documents[line, here] = segment
                 place, segment = place + size, segment + 1

@@ -107,13 +107,13 @@ class Mixture:
         order = np.concatenate(drawn)
         return np.random.default_rng([seed, epoch, 0x313]).permutation(order) if shuffle else order
 
-    def document(self, index: int) -> NDArray[Any]:
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
         part, own = self._locate(index)
-        return part.source.document(own)
+        return part.source.document(own, begin, end)
 
-    def scored(self, index: int) -> NDArray[np.uint8] | None:
+    def scored(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[np.uint8] | None:
         part, own = self._locate(index)
-        return part.source.scored(own)
+        return part.source.scored(own, begin, end)
 
     def part_of(self, index: int) -> str:
         """The name of the part that a document belongs to."""

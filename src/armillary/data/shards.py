@@ -86,6 +86,7 @@ class TokenShards:
     def __init__(self, folder: Path, manifest: Manifest, offsets: NDArray[np.int64], tokens: list[Any], scored: list[Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.offsets = offsets  # [documents + 1]
+        self._lengths = np.diff(offsets)
         self._tokens, self._scored = tokens, scored
         self._starts = np.cumsum([0, *(shard.tokens for shard in manifest.shards)])  # [shards + 1], in tokens
 
@@ -142,20 +143,23 @@ class TokenShards:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document: [documents]."""
-        return np.diff(self.offsets)
+        return self._lengths
 
-    def document(self, index: int) -> NDArray[Any]:
-        """The tokens of one document: a view of [tokens] uint16 or uint32. Raises `FormatError` for an id beyond the vocabulary."""
-        tokens: NDArray[Any] = self._slice(self._tokens, index)
-        if tokens.max() >= self.vocab_size:
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The tokens `begin` to `end` of one document (all of them): a view of [tokens] uint16 or uint32.
+
+        Raises `FormatError` for an id beyond the vocabulary.
+        """
+        tokens: NDArray[Any] = self._slice(self._tokens, index, begin, end)
+        if tokens.max(initial=0) >= self.vocab_size:
             raise FormatError(
                 f"{self.folder}: document {index} holds token {int(tokens.max()):,}; the vocabulary has {self.vocab_size:,}", _FIX
             )
         return tokens
 
-    def scored(self, index: int) -> NDArray[np.uint8] | None:
-        """One flag a token of the document (may a loss be taken on it?), None when all count."""
-        return self._slice(self._scored, index) if self._scored else None
+    def scored(self, index: int, begin: int = 0, end: int | None = None) -> NDArray[np.uint8] | None:
+        """One flag for each of these tokens (may a loss be taken on it?), None when all count."""
+        return self._slice(self._scored, index, begin, end) if self._scored else None
 
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
         """The documents of an epoch in the order in which they are read: a pure function of its arguments."""
@@ -163,13 +167,13 @@ class TokenShards:
             return np.arange(self.documents)
         return np.random.default_rng([seed, epoch, 0xD0C]).permutation(self.documents)
 
-    def _slice(self, files: list[Any], index: int) -> Any:
+    def _slice(self, files: list[Any], index: int, begin: int, end: int | None) -> Any:
         if not 0 <= index < self.documents:
             raise InputError(f"document {index} is outside 0 .. {self.documents - 1}", "give the number of a document that is there")
-        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        shard = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        first = int(self._starts[shard])
-        return files[shard][begin - first : end - first]
+        start, length = int(self.offsets[index]), int(self._lengths[index])
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        start -= int(self._starts[shard])
+        return files[shard][start + begin : start + (length if end is None else min(end, length))]
 
 
 def write_shards(
