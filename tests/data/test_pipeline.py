@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from armillary.core.errors import InputError
 from armillary.core.trace import Trace
-from armillary.data.executors.local import LocalExecutor, OperatorError
+from armillary.data.executors.local import LocalExecutor
+from armillary.data.executors.nodes import OperatorError
 from armillary.data.pipeline import AUTO, Batch, Filter, Interleave, Map, Operator, Pipeline, Prefetch, Shuffle
 from armillary.data.policies.autotune import Limits
 

@@ -11,7 +11,7 @@ from typing import Final
 from armillary.core.errors import NotFoundError
 from armillary.core.trace import Trace
 
-_MODULES: Final = {"orca": "armillary.reproduce.orca"}
+_MODULES: Final = {"orca": "armillary.reproduce.orca", "tf-data": "armillary.reproduce.tf_data"}
 """Slug to the module whose EXPERIMENT it is."""
 
 
