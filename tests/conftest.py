@@ -1,6 +1,16 @@
-"""Hypothesis times no example: a test that fails on a busy machine says nothing about the code."""
+"""Hypothesis times no example, for a test that fails on a busy machine says nothing about the code; the header says what is left out."""
+
+from importlib import metadata
 
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_report_header() -> str:
+    """Says where CI cannot see it otherwise whether the GPU kernels are tested at all."""
+    try:
+        return f"GPU kernels: interpreted and compiled offline by triton {metadata.version('triton')}"
+    except metadata.PackageNotFoundError:
+        return "GPU kernels: NOT tested, triton is not installed (pip install 'armillary[gpu]', Linux)"

@@ -81,8 +81,10 @@ class PagedAttend:
         self._cache = cache
         self._spans = tuple(spans)
         self._device = cache.keys[0].device
-        tables = [_table(span, cache) for span in self._spans]
-        self._slots = [_slots(table, span.start + span.count, cache.block_size) for table, span in zip(tables, self._spans, strict=True)]
+        tables = [checked_table(span, cache) for span in self._spans]
+        self._slots = [
+            slots_below(table, span.start + span.count, cache.block_size) for table, span in zip(tables, self._spans, strict=True)
+        ]
         new = [slots[span.start :] for slots, span in zip(self._slots, self._spans, strict=True)]
         self._new = self._tensor(np.concatenate(new) if new else np.empty(0, np.int64))
         self._segments: dict[int | None, list[_Decode | _Chunk]] = {}
@@ -249,7 +251,7 @@ def _attention(
     return functional.softmax(scores, -1).to(v.dtype) @ v, lse
 
 
-def _table(span: Span, cache: PagedCache) -> np.ndarray:
+def checked_table(span: Span, cache: PagedCache) -> np.ndarray:
     """The blocks that the span's positions need, as an array; checked."""
     if span.start < 0 or span.count < 1:
         raise InputError(f"a span of {span.count} tokens from position {span.start}", "give at least one token from position 0 on")
@@ -263,7 +265,7 @@ def _table(span: Span, cache: PagedCache) -> np.ndarray:
     return table
 
 
-def _slots(table: np.ndarray, length: int, block_size: int) -> np.ndarray:
+def slots_below(table: np.ndarray, length: int, block_size: int) -> np.ndarray:
     """Slot of each position below `length`."""
     return (table[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
 
