@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from armillary.core.errors import InputError
 from armillary.kernels import cpu_library, cpu_step
-from armillary.kernels.cpu_step import DecoderStep, StepCache
+from armillary.kernels.cpu_step import CACHE_DTYPES, DecoderStep, StepCache
 
 pytestmark = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
@@ -62,6 +63,72 @@ def test_paged_attention_equals_float64(
     torch.testing.assert_close(torch.cat(out).double(), expected, rtol=0, atol=1e-5)
 
 
+def stored_int8(x: Tensor) -> Tensor:
+    """What an int8 cache holds of x [T, Hkv, D]: multiples of each row's largest magnitude / 127, in float64."""
+    x = x.double()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def off_the_ties(x: Tensor) -> Tensor:
+    """x without numbers so close to half a unit that fp32 and float64 may round them to different sides."""
+    units = x / (x.abs().amax(-1, keepdim=True) / 127)
+    return torch.where((units - units.floor() - 0.5).abs() < 1e-3, x * (1 + 0.01 / units), x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    block=st.sampled_from([1, 4, 16, 64, 5]),
+    heads=st.sampled_from([(1, 1), (3, 1), (6, 2), (9, 3), (7, 1), (16, 2)]),
+    d=st.sampled_from([16, 64, 80, 128]),
+    chunks=st.lists(st.integers(1, 130), min_size=1, max_size=5),
+    window=st.sampled_from([None, 1, 7, 96, 100]),
+    softcap=st.sampled_from([None, 2.0]),
+    spread=st.sampled_from([1e-6, 1.0, 1e3]),
+    seed=st.integers(0, 2**31),
+)
+def test_int8_attention_is_within_its_rounding(
+    block: int, heads: tuple[int, int], d: int, chunks: list[int], window: int | None, softcap: float | None, spread: float, seed: int
+) -> None:
+    """The bound of `cpu/attention_int8.h`, for any block size, grouping, chunking and size of the values.
+
+    Scores that are off by at most e change a mean of values by at most (exp(2 e) - 1) max |v|. Here e is half a unit of a
+    query's largest component / 16,256 times what it meets; weights, half a unit of 1 / 32,767 for each of a chunk's 64 keys.
+    Against keys and values as they were, half a unit of 1 / 127 of each row's largest adds to both.
+    """
+    torch.manual_seed(seed)
+    total, (hq, hkv), scale = sum(chunks), heads, d**-0.5
+    q, k, v = torch.randn(total, hq, d), off_the_ties(torch.randn(total, hkv, d)), off_the_ties(torch.randn(total, hkv, d) * spread)
+    blocks = -(-total // block) + 3
+    cache, table, out, at = StepCache(1, blocks, block, hkv, d, torch.int8), torch.randperm(blocks).int(), [], 0
+    for count in chunks:
+        part = slice(at, at + count)
+        out.append(cpu_step.attention(cache, q[part], k[part], v[part], at, table, scale=scale, window=window, softcap=softcap))
+        at += count
+    got, most = torch.cat(out).double(), float(v.abs().max())
+    in_scores = scale * float(q.abs().max()) / (2 * 16256) * float(k.abs().sum(-1).max()) * 1.01
+    in_mean = float(np.expm1(2 * in_scores)) + 64 / (2 * 32767) + 1e-5
+    expected = attention64(q, stored_int8(k), stored_int8(v), scale, window, softcap)
+    assert float((got - expected).abs().max()) <= most * in_mean
+    in_scores += scale * float(k.abs().max()) / 254 * float(q.abs().sum(-1).max())
+    in_mean = float(np.expm1(2 * in_scores)) + 64 / (2 * 32767) + 1e-5 + 1 / 254
+    assert float((got - attention64(q, k, v, scale, window, softcap)).abs().max()) <= most * in_mean
+
+
+def test_int8_holds_what_it_can_represent_exactly() -> None:
+    """Whole numbers up to 127 times a power of two: the cache adds nothing to the arithmetic's 2^-15, one key nothing at all."""
+    torch.manual_seed(0)
+    k, v = (torch.randint(-127, 128, (200, 2, 64)).float() / 64 for _ in range(2))
+    k[..., 5] = v[..., 9] = 127 / 64
+    q = torch.randn(200, 6, 64)
+    cache = StepCache(1, 13, 16, 2, 64, torch.int8)
+    out = cpu_step.attention(cache, q, k, v, 0, torch.randperm(13).int(), scale=0.125)
+    torch.testing.assert_close(out[0], v[0].repeat_interleave(3, 0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.double(), attention64(q, k, v, 0.125, None, None), rtol=0, atol=1e-3)
+    fp16 = StepCache(1, 13, 16, 2, 64, torch.float16)
+    assert cache.nbytes * 128 == fp16.nbytes * 68  # 64 bytes and a scale instead of 128
+
+
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (600, 3.0), (40, None)])
 def test_long_contexts_are_merged_from_segments(window: int | None, softcap: float | None) -> None:
     """More positions than a softmax runs over without a new start (kSegment of cpu/attention.h)."""
@@ -77,7 +144,7 @@ def test_long_contexts_are_merged_from_segments(window: int | None, softcap: flo
     heads=st.sampled_from([(9, 3), (4, 4), (7, 1), (16, 2)]),
     cuts=st.lists(st.integers(1, 699), min_size=1, max_size=6, unique=True),
     window=st.sampled_from([None, 100, 600]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(CACHE_DTYPES),
 )
 def test_a_query_does_not_depend_on_its_chunk(
     block: int, heads: tuple[int, int], cuts: list[int], window: int | None, dtype: torch.dtype
@@ -99,18 +166,19 @@ def test_a_query_does_not_depend_on_its_chunk(
     assert torch.equal(results[0], results[2])
 
 
-def test_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
     """Every query that sees a key that is not a number says so; queries long before it do not."""
     torch.manual_seed(0)
     q, k, v = torch.randn(100, 1, 16), torch.randn(100, 1, 16), torch.randn(100, 1, 16)
     k[70, 0, 3] = torch.nan
-    out = cpu_step.attention(StepCache(1, 7, 16, 1, 16), q, k, v, 0, torch.arange(7).int(), scale=0.25)
+    out = cpu_step.attention(StepCache(1, 7, 16, 1, 16, dtype), q, k, v, 0, torch.arange(7).int(), scale=0.25)
     assert bool(out[:64].isfinite().all())
     assert bool(out[70:].isnan().any(-1).all())
 
 
 def test_cache_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(InputError, match="float32 or float16"):
+    with pytest.raises(InputError, match="float32, float16 or int8"):
         StepCache(1, 4, 16, 1, 16, torch.bfloat16)
 
 

@@ -76,16 +76,19 @@ def test_every_option_equals_the_plain_decoder(case: str, block_size: int) -> No
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantisation", ["none", "fp16", "int8", "int4"])
-def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str) -> None:
+@pytest.mark.parametrize(
+    ("quantisation", "kv_dtype"),
+    [("none", torch.float32), ("fp16", torch.float16), ("int8", torch.int8), ("int4", torch.float16), ("none", torch.int8)],
+)
+def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str, kv_dtype: torch.dtype) -> None:
     """Neither the number of threads, nor the chunking, nor other sequences in the batch change one bit of a logit."""
     decoder = decoder_of(BASE)
     tokens = torch.randint(0, 101, (90,)).tolist()
     results = []
     for threads, chunks in ((1, (90,)), (2, (90,)), (3, (1,) * 90), (2, (33, 57))):
-        forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=threads, quantisation=quantisation)
+        forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=threads, quantisation=quantisation, kv_dtype=kv_dtype)
         results.append(run(forward, tokens, list(range(20)), chunks))
-    forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=2, quantisation=quantisation)
+    forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=2, quantisation=quantisation, kv_dtype=kv_dtype)
     other = torch.randint(0, 101, (37,)).tolist()
     batch = FlatBatch(other + tokens, [*range(37), *range(90)], [Span(0, 37, [9, 3, 14]), Span(0, 90, [0, 1, 2, 4, 5, 6])], range(37, 127))
     results.append(forward.logits(batch).values.clone())

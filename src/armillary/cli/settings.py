@@ -44,7 +44,7 @@ class EngineFlags:
         None
     )
     kv_dtype: Annotated[
-        str | None, _flag("Keys and values in memory: fp32 (default) or fp16, which needs the native backend.", _ENGINE)
+        str | None, _flag("Keys and values in memory: fp32 (default), fp16 or int8; the latter two need the native backend.", _ENGINE)
     ] = None
     weight_cache: Annotated[str | None, _flag("Keep laid-out weights on disk for the next start: on (default) or off.", _ENGINE)] = None
     deterministic: Annotated[

@@ -20,7 +20,7 @@ _ISAS = {
     "portable": (),
 }
 PHASES = ("prepare", "qkv", "rope", "attention", "o", "gate_up", "down", "head", "embed")  # of cpu/step.cpp, in its order
-MAX_HEAD_DIM = 512  # the gather buffer of cpu/attention.h
+MAX_HEAD_DIM = 512  # the buffers of cpu/attention.h
 
 
 class CWeight(ctypes.Structure):
@@ -40,7 +40,9 @@ class CCache(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
-        ("half", ctypes.c_int32),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+        ("format", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),

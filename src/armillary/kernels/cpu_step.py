@@ -67,29 +67,46 @@ class StepModel:
         return self.head.nbytes + sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
 
+CACHE_DTYPES = (torch.float32, torch.float16, torch.int8)  # in the order of CacheFormat in cpu/kv_cache.h
+
+
+def cache_row_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one head's key (or value) of one token: int8 has an fp32 scale beside it."""
+    return head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+
+
 class StepCache:
-    """Keys and values of every layer in pages. fp32 or fp16; 16 slots are a tile, so the pool is padded to whole tiles."""
+    """Keys and values of every layer in pages; 16 slots are a tile, so the pool is padded to whole tiles.
+
+    fp32, fp16 or int8. int8 has a scale for each token and head, its largest magnitude / 127: every number is then within
+    half a scale of what was stored, and attention adds 2^-15 to that (`cpu/attention_int8.h`).
+    """
 
     def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> None:
-        if dtype not in (torch.float32, torch.float16):
-            raise InputError(f"the native cache holds float32 or float16, not {dtype}", "choose one of the two")
+        if dtype not in CACHE_DTYPES:
+            raise InputError(f"the native cache holds float32, float16 or int8, not {dtype}", "choose one of the three")
         slots = -(-blocks * block_size // 16) * 16
         self.block_size, self.dtype, self.blocks = block_size, dtype, blocks
         self.kv_heads, self.head_dim = kv_heads, head_dim
         # Zeroes, which the system gives page by page as the pool is first written: lanes of a tile that no token has
         # written yet are multiplied by weight 0, and 0 x NaN would be NaN.
-        nbytes, arena = layers * slots * kv_heads * head_dim * dtype.itemsize, Arena()
-        self.keys, self.values = (arena.take(nbytes).view(dtype).view(layers, -1) for _ in range(2))
+        arena, rows = Arena(), layers * slots * kv_heads
+        self.keys, self.values = (arena.take(rows * head_dim * dtype.itemsize).view(dtype).view(layers, -1) for _ in range(2))
+        scales = rows if dtype == torch.int8 else 0
+        self.key_scales, self.value_scales = (
+            arena.take(4 * scales).view(torch.float32).view(layers, -1) if scales else None for _ in range(2)
+        )
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return 2 * self.keys.numel() // self.head_dim * cache_row_bytes(self.head_dim, self.dtype)
 
     def struct(self, layer: int) -> CCache:
         return CCache(
             self.keys[layer].data_ptr(),
             self.values[layer].data_ptr(),
-            int(self.dtype == torch.float16),
+            *(None if scales is None else scales[layer].data_ptr() for scales in (self.key_scales, self.value_scales)),
+            CACHE_DTYPES.index(self.dtype),
             self.kv_heads,
             self.head_dim,
             self.block_size,

@@ -38,7 +38,9 @@ class EngineConfig(Config):
     """Most tokens of one sequence, prompt and answer; none leaves it to the model."""
     backend: Literal["auto", "native", "torch"] = Field("auto", description="who computes: the CPU kernels (native), or plain torch")
     quantize: Literal["none", "fp16", "int8", "int4"] = Field("none", description="weights in memory; needs the native backend")
-    kv_dtype: Literal["fp32", "fp16"] = Field("fp32", description="keys and values in memory; fp16 needs the native backend")
+    kv_dtype: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
+    )
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     deterministic: bool = False
     """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""

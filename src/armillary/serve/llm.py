@@ -24,7 +24,7 @@ from armillary.serve.admission import known_tokens
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.forward import Forward
-from armillary.serve.executors.local import LocalExecutor, kv_capacity
+from armillary.serve.executors.local import LocalExecutor, kv_bytes_per_token, kv_capacity
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
@@ -32,7 +32,7 @@ from armillary.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
-KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 POOL_SHARE = 4  # the default pool takes one part in four of the free memory ...
 POOL_LIMIT = 4 * 10**9  # ... and at most this many bytes
 
@@ -129,7 +129,7 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> Engi
             f"serve with --context {model.max_context} or less",
             field="context",
         )
-    per_token = model.kv_bytes_per_token(KV_DTYPES[config.kv_dtype].itemsize)
+    per_token = kv_bytes_per_token(model, KV_DTYPES[config.kv_dtype])
     if config.kv_blocks is None and config.kv_memory is None:
         most = config.max_running * -(-context // config.block_size)
         size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)

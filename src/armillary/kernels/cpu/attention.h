@@ -1,112 +1,31 @@
-// Paged attention with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over keys stored transposed.
+// Paged attention with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //
-// Slots come in tiles of 16. Keys live as [tile][kv_head][head_dim][16]: 16 slots side by side, so that one vector holds
-// the same component of 16 keys and scores need no horizontal sums. Values live as [tile][kv_head][16][head_dim].
 // A row is one head of one query. A row's keys are taken in chunks of kChunk positions counted from 0, its softmax starts
 // anew every kSegment positions, and the segments are merged in order; a key that it may not see contributes exactly 0.
 // So a row's result depends on its own position alone: not on the rows computed beside it, nor on who computes which segment.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
-#include "simd.h"
+#include "attention_int8.h"
+#include "kv_cache.h"
 
 namespace arm {
 
-constexpr int kChunk = 64;       // positions: one chunk's keys and values stay in the first-level cache
 constexpr int kSegment = 512;    // positions, a multiple of kChunk
 constexpr int kTileRows = 6;     // rows of a register tile
 constexpr int kBlockRows = 48;   // rows that share a pass over the keys
-constexpr int kMaxHeadDim = 512;
 #if defined(__AVX512F__)
 constexpr int kTileVectors = 4;  // 6 x 4 of 32 registers accumulate
 #else
 constexpr int kTileVectors = 1;  // 6 x 1, two registers each, of 16
 #endif
 
-struct Cache {
-  void* keys;
-  void* values;
-  int32_t half;  // 0: fp32, 1: fp16
-  int32_t kv_heads, head_dim, block_size;
-};
-
-struct Sequence {
-  const int32_t* table;  // block table
-  int32_t start;         // position of its first query
-  int32_t count;         // queries
-  int32_t row;           // row of its first query in the flat batch
-};
-
 struct AttentionOptions {
   float scale;
   float softcap;   // 0: none
   int32_t window;  // 0: none
 };
-
-static inline size_t slot_of(const Sequence& s, int block_size, int position) {
-  return (size_t)s.table[position / block_size] * block_size + position % block_size;
-}
-
-// Where the tile of `slot` begins, in elements of either array.
-static inline size_t tile_of(const Cache& c, size_t slot, int head) { return (slot / 16 * c.kv_heads + head) * c.head_dim * 16; }
-
-static inline f32x16 load_as_float(const float* p) { return load(p); }
-static inline f32x16 load_as_float(const uint16_t* p) { return load_half(p); }
-
-// rows[i][j] becomes rows[j][i]: four perfect shuffles.
-static inline void transpose(f32x16 rows[16]) {
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; stage++) {
-    f32x16 next[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) rows[i] = next[i];
-  }
-}
-
-static inline void store_as(float* p, f32x16 v) { store(p, v); }
-static inline void store_as(uint16_t* p, f32x16 v) { store_half(p, v); }
-
-template <class T>
-static void write_cache(const Cache& c, size_t slot, int count, int head, const float* keys, const float* values, size_t stride) {
-  const int d = c.head_dim;
-  const size_t tile = tile_of(c, slot, head), lane = slot % 16;
-  T *to = (T*)c.keys + tile, *rows = (T*)c.values + tile + lane * d;
-  for (int i = 0; i < d; i += 16) {
-    for (int t = 0; t < count; t++) store_as(rows + (size_t)t * d + i, load(values + t * stride + i));
-    if (count == 16) {
-      f32x16 tokens[16];
-#pragma GCC unroll 16
-      for (int t = 0; t < 16; t++) tokens[t] = load(keys + t * stride + i);
-      transpose(tokens);
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; j++) store_as(to + (size_t)(i + j) * 16, tokens[j]);
-      continue;
-    }
-    for (int t = 0; t < count; t++) {
-      T token[16];
-      store_as(token, load(keys + t * stride + i));
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; j++) to[(size_t)(i + j) * 16 + lane + t] = token[j];
-    }
-  }
-}
-
-// Keys and values of `count` consecutive slots of one tile; a token's lie `stride` apart from the next one's.
-static inline void write_cache(const Cache& c, size_t slot, int count, int head, const float* keys, const float* values, size_t stride) {
-  if (c.half) return write_cache<uint16_t>(c, slot, count, head, keys, values, stride);
-  write_cache<float>(c, slot, count, head, keys, values, stride);
-}
-
-// How many of the sequence's tokens from `position` on, at most `left`, lie in consecutive slots of one tile.
-static inline int run_of(const Sequence& s, int block_size, int position, int left) {
-  const size_t slot = slot_of(s, block_size, position);
-  return std::min({left, 16 - (int)(slot % 16), block_size - position % block_size});
-}
 
 // 2^x for finite x <= 0 to 2 ulp, 0 far below; NaN stays NaN. The polynomial is the minimax of degree 5 on [-1/2, 1/2].
 static inline f32x16 exp2_16(f32x16 x) {
@@ -139,13 +58,6 @@ static inline f32x16 tanh16(f32x16 x) {
   f32x16 e = exp16(vmin(vmax(x, splat(-9.0f)), splat(9.0f)) * 2.0f);
   return (e - 1.0f) / (e + 1.0f);
 }
-
-// One chunk's keys and values, tile by tile: in the cache itself, or copied.
-template <class T>
-struct Chunk {
-  const T* keys[kChunk / 16];    // each [head_dim][16]
-  const T* values[kChunk / 16];  // each [16][head_dim]
-};
 
 // Raw scores of M queries q [M][d] against 16 W keys.
 template <int M, int W, class T>
@@ -241,42 +153,69 @@ static inline __attribute__((always_inline)) void soften(float (*p)[kChunk], int
   }
 }
 
+// The rows of one register tile.
+struct TileRows {
+  const float* q;  // [rows][head_dim]
+  EncodedQueries encoded;  // int8 only
+  const int *begin, *end;  // what of the chunk each row sees
+  float softcap;
+  Softmax& state;
+  float* out;  // [rows][head_dim]
+};
+
+template <int M, int W, class T>
+static inline __attribute__((always_inline)) void scores_of(const TileRows& x, int d, const Chunk<T>& chunk, int tile, float (*p)[kChunk]) {
+  if constexpr (sizeof(T) == 1)
+    scores_int8<M, W>(x.encoded, d, chunk, tile, p);
+  else
+    scores<M, W>(x.q, d, chunk.keys + tile, (float(*)[kChunk])(p[0] + 16 * tile));
+}
+
 // One chunk for M rows of a block: scores, softmax, weighted values.
 template <int M, class T>
-static inline void attend_tile(const Chunk<T>& chunk, const float* q, int d, const int* begin, const int* end, float softcap, Softmax& state, float* out) {
+static inline void attend_tile(const Chunk<T>& chunk, int d, const TileRows& x) {
   alignas(64) float p[M][kChunk];
-  const int keys = std::min(*std::max_element(end, end + M) + 1, kChunk), tiles = (keys + 15) / 16;
+  const int keys = std::min(*std::max_element(x.end, x.end + M) + 1, kChunk), tiles = (keys + 15) / 16;
   int t = 0;
-  for (; t + kTileVectors <= tiles; t += kTileVectors) scores<M, kTileVectors>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t));
+  for (; t + kTileVectors <= tiles; t += kTileVectors) scores_of<M, kTileVectors>(x, d, chunk, t, p);
   if constexpr (kTileVectors > 2)
-    if (t + 2 <= tiles) scores<M, 2>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t)), t += 2;
+    if (t + 2 <= tiles) scores_of<M, 2>(x, d, chunk, t, p), t += 2;
   if constexpr (kTileVectors > 1)
-    if (t < tiles) scores<M, 1>(q, d, chunk.keys + t, (float(*)[kChunk])(p[0] + 16 * t));
+    if (t < tiles) scores_of<M, 1>(x, d, chunk, t, p);
   float shrink[16];
   if (tiles == kChunk / 16)
-    soften<M>(p, kChunk / 16, begin, end, softcap, state, shrink);
+    soften<M>(p, kChunk / 16, x.begin, x.end, x.softcap, x.state, shrink);
   else
-    soften<M>(p, tiles, begin, end, softcap, state, shrink);
+    soften<M>(p, tiles, x.begin, x.end, x.softcap, x.state, shrink);
   int offset = 0;
-  const T* values[kChunk / 16];
-  auto from = [&](int at) {
-    for (int i = 0; i < tiles; i++) values[i] = chunk.values[i] + at;
-    return values;
-  };
-  for (; offset + 16 * kTileVectors <= d; offset += 16 * kTileVectors) weigh<M, kTileVectors>(p, from(offset), keys, d, shrink, out + offset);
-  if constexpr (kTileVectors > 1)
-    for (; offset < d; offset += 16) weigh<M, 1>(p, from(offset), keys, d, shrink, out + offset);
+  if constexpr (sizeof(T) == 1) {
+    alignas(64) int8_t weights[M * 2 * kChunk];
+    float unit[M];
+    encode_weights<M>(p, chunk, tiles, weights, unit);
+    for (; offset + 16 * kTileVectors <= d; offset += 16 * kTileVectors) weigh_int8<M, kTileVectors>(weights, unit, chunk, keys, d, offset, shrink, x.out);
+    if constexpr (kTileVectors > 1)
+      for (; offset < d; offset += 16) weigh_int8<M, 1>(weights, unit, chunk, keys, d, offset, shrink, x.out);
+  } else {
+    const T* values[kChunk / 16];
+    auto from = [&](int at) {
+      for (int i = 0; i < tiles; i++) values[i] = chunk.values[i] + at;
+      return values;
+    };
+    for (; offset + 16 * kTileVectors <= d; offset += 16 * kTileVectors) weigh<M, kTileVectors>(p, from(offset), keys, d, shrink, x.out + offset);
+    if constexpr (kTileVectors > 1)
+      for (; offset < d; offset += 16) weigh<M, 1>(p, from(offset), keys, d, shrink, x.out + offset);
+  }
 }
 
 template <class T>
-static void attend_tile(int rows, const Chunk<T>& chunk, const float* q, int d, const int* begin, const int* end, float softcap, Softmax& state, float* out) {
+static void attend_tile(int rows, const Chunk<T>& chunk, int d, const TileRows& x) {
   switch (rows) {
-    case 1: return attend_tile<1>(chunk, q, d, begin, end, softcap, state, out);
-    case 2: return attend_tile<2>(chunk, q, d, begin, end, softcap, state, out);
-    case 3: return attend_tile<3>(chunk, q, d, begin, end, softcap, state, out);
-    case 4: return attend_tile<4>(chunk, q, d, begin, end, softcap, state, out);
-    case 5: return attend_tile<5>(chunk, q, d, begin, end, softcap, state, out);
-    case 6: return attend_tile<6>(chunk, q, d, begin, end, softcap, state, out);
+    case 1: return attend_tile<1>(chunk, d, x);
+    case 2: return attend_tile<2>(chunk, d, x);
+    case 3: return attend_tile<3>(chunk, d, x);
+    case 4: return attend_tile<4>(chunk, d, x);
+    case 5: return attend_tile<5>(chunk, d, x);
+    case 6: return attend_tile<6>(chunk, d, x);
   }
 }
 
@@ -313,8 +252,12 @@ struct Block {
 struct AttentionScratch {
   alignas(64) float q[kBlockRows * kMaxHeadDim];    // [rows][d], scaled
   alignas(64) float out[kBlockRows * kMaxHeadDim];  // [rows][d], this segment's
-  alignas(64) float keys[kChunk * kMaxHeadDim];     // tiles that had to be copied
+  alignas(64) int8_t encoded[kBlockRows * kMaxHeadDim * 2];  // queries for an int8 cache
+  float query_scale[kBlockRows];
+  int32_t query_bias[kBlockRows];
+  alignas(64) float keys[kChunk * kMaxHeadDim];  // tiles that had to be copied
   alignas(64) float values[kChunk * kMaxHeadDim];
+  alignas(64) float scales[kChunk * 2];
   alignas(64) Softmax state[kBlockRows / kTileRows];
   alignas(64) float merged[kBlockRows * (kMaxHeadDim + 2)];
 };
@@ -328,47 +271,6 @@ static inline float peak_of(const AttentionScratch& u, int r) { return u.state[r
 static inline float sum_of(const AttentionScratch& u, int r) { return horizontal_sum(u.state[r / kTileRows].sum[r % kTileRows]); }
 
 static inline int position_of(const Sequence& s, const Block& b, int group, int r) { return s.start + (b.first + r) / group; }
-
-// The tiles of a chunk in the cache, where blocks are whole tiles.
-template <class T>
-static inline void tiles_in_place(const Cache& c, const Sequence& s, int head, int position, int tiles, Chunk<T>& to) {
-  for (int t = 0; t < tiles; t++) {
-    const size_t at = tile_of(c, slot_of(s, c.block_size, position + 16 * t), head);
-    to.keys[t] = (const T*)c.keys + at;
-    to.values[t] = (const T*)c.values + at;
-  }
-}
-
-// The tiles of a chunk as fp32, side by side.
-template <class T>
-static void copy_tiles(const Cache& c, const Sequence& s, int head, int position, int tiles, int last, AttentionScratch& u, Chunk<float>& to) {
-  const int d = c.head_dim;
-  for (int t = 0; t < tiles; t++) {
-    float *keys = u.keys + (size_t)t * 16 * d, *values = u.values + (size_t)t * 16 * d;
-    to.keys[t] = keys;
-    to.values[t] = values;
-    if (c.block_size % 16 == 0) {
-      const size_t at = tile_of(c, slot_of(s, c.block_size, position + 16 * t), head);
-      for (int i = 0; i < d; i++) {
-        store(keys + (size_t)i * 16, load_as_float((const T*)c.keys + at + (size_t)i * 16));
-        store(values + (size_t)i * 16, load_as_float((const T*)c.values + at + (size_t)i * 16));
-      }
-      continue;
-    }
-    for (int lane = 0; lane < 16; lane++) {
-      const size_t slot = slot_of(s, c.block_size, std::min(position + 16 * t + lane, last)), at = tile_of(c, slot, head);
-      const T *key = (const T*)c.keys + at + slot % 16, *value = (const T*)c.values + at + slot % 16 * d;
-      for (int i = 0; i < d; i += 16) {
-        store(values + (size_t)lane * d + i, load_as_float(value + i));
-        T sixteen[16];
-        for (int j = 0; j < 16; j++) sixteen[j] = key[(size_t)(i + j) * 16];
-        float as_float[16];
-        store(as_float, load_as_float(sixteen));
-        for (int j = 0; j < 16; j++) keys[(size_t)(i + j) * 16 + lane] = as_float[j];
-      }
-    }
-  }
-}
 
 template <class T>
 static void attend_segment(const Cache& c, const Sequence& s, const AttentionOptions& o, const Block& b, int group, int segment, AttentionScratch& u) {
@@ -384,24 +286,28 @@ static void attend_segment(const Cache& c, const Sequence& s, const AttentionOpt
   for (int chunk = std::max(segment * kSegment, seen_from[0] / kChunk * kChunk); chunk <= last; chunk += kChunk) {
     const int tiles = std::min(kChunk / 16, (last - chunk) / 16 + 1);
     const bool whole = c.block_size % 16 == 0;
-    // Keys and values used once are read where they lie; those used by many rows are made fp32 and contiguous first.
-    const bool in_place = whole && (b.rows <= kTileRows || sizeof(T) == 4);
+    // fp16 that is used once is read where it lies; what many rows use is made fp32 first.
+    const bool in_place = whole && (b.rows <= kTileRows || sizeof(T) != 2);
     Chunk<T> there;
-    Chunk<float> copied;
+    Chunk<std::conditional_t<sizeof(T) == 1, T, float>> copied;
     if (in_place)
       tiles_in_place(c, s, b.head, chunk, tiles, there);
+    else if constexpr (sizeof(T) == 1)
+      copy_tiles_int8(c, s, b.head, chunk, tiles, last, (T*)u.keys, (T*)u.values, u.scales, copied);
     else
-      copy_tiles<T>(c, s, b.head, chunk, tiles, last, u, copied);
+      copy_tiles<T>(c, s, b.head, chunk, tiles, last, u.keys, u.values, copied);
     for (int r = 0; r < b.rows; r += kTileRows) {
       const int rows = std::min(kTileRows, b.rows - r);
       if (seen_to[r + rows - 1] < chunk || seen_from[r] >= chunk + kChunk) continue;
       int begin[kTileRows], end[kTileRows];
       for (int i = 0; i < rows; i++) begin[i] = seen_from[r + i] - chunk, end[i] = seen_to[r + i] - chunk;
       const size_t at = (size_t)r * d;
+      const EncodedQueries encoded = {u.encoded + 2 * at, u.query_scale + r, u.query_bias + r};
+      const TileRows x = {u.q + at, encoded, begin, end, o.softcap, u.state[r / kTileRows], u.out + at};
       if (in_place)
-        attend_tile(rows, there, u.q + at, d, begin, end, o.softcap, u.state[r / kTileRows], u.out + at);
+        attend_tile(rows, there, d, x);
       else
-        attend_tile(rows, copied, u.q + at, d, begin, end, o.softcap, u.state[r / kTileRows], u.out + at);
+        attend_tile(rows, copied, d, x);
     }
   }
 }
@@ -414,12 +320,16 @@ static inline void scale_queries(const Cache& c, const AttentionOptions& o, cons
     const int index = b.first + r;
     const float* q = x.q + (size_t)(index / group) * x.stride + (size_t)(b.head * group + index % group) * d;
     for (int i = 0; i < d; i += 16) store(u.q + (size_t)r * d + i, load(q + i) * scale);
+    if (c.format == CACHE_I8) encode_query(u.q + (size_t)r * d, d, u.encoded + (size_t)r * 2 * d, u.query_scale[r], u.query_bias[r]);
   }
 }
 
 static inline void attend_segment(const Cache& c, const Sequence& s, const AttentionOptions& o, const Block& b, int group, int segment, AttentionScratch& u) {
-  if (c.half) return attend_segment<uint16_t>(c, s, o, b, group, segment, u);
-  attend_segment<float>(c, s, o, b, group, segment, u);
+  switch (c.format) {
+    case CACHE_F32: return attend_segment<float>(c, s, o, b, group, segment, u);
+    case CACHE_F16: return attend_segment<uint16_t>(c, s, o, b, group, segment, u);
+    case CACHE_I8: return attend_segment<uint8_t>(c, s, o, b, group, segment, u);
+  }
 }
 
 static inline void write_result(const Cache& c, const Queries& x, const Block& b, int r, const float* merged) {
