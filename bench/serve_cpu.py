@@ -196,7 +196,7 @@ def page(
         f" {machine.dot / 1e9:,.0f} Gop/s of byte products ({machine.dot_instruction}); GB/s read over and over on huge pages: {reads}."
         f" {time.strftime('%Y-%m-%d')}.\n"
         f"Load average {' '.join(f'{load:.2f}' for load in before)} before, {' '.join(f'{load:.2f}' for load in after)} after"
-        f" (the bench's own threads included). Best of at most {options.repeats}.",
+        f" (the bench's own threads included). Best of {options.repeats}, or of as many as fit {options.seconds:.0f} s and at least two.",
         table.fp32(found, chosen),
         table.small(found, chosen),
         table.offline(found, chosen),

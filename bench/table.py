@@ -28,9 +28,11 @@ SMALL = tuple(column for column in NAMES if "fp32" not in column[1] and column[0
 
 
 def fp32(results: Sequence[Result], cases: Sequence[Case]) -> str:
-    """A line a case, both of our backends beside each peer. Ratios are ours over theirs."""
+    """A line a case, both of our backends beside each peer. Ratios are ours over theirs. "" when there is none."""
     speeds = _speeds(results)
     columns = [column for column in EXACT if any((column, case.name) in speeds for case in cases)]
+    if not columns:
+        return ""
     ours = [column for column in columns if column[0] == "armillary"]
     pairs = [(own, other) for other in columns if other[0] != "armillary" for own in ours]
     lines = [
