@@ -11,7 +11,7 @@ from armillary.core import native
 from armillary.core.errors import InputError
 
 FOLDER = Path(__file__).parent / "cpu"
-SOURCES = ("step.cpp", "pack.cpp")  # and the headers beside them
+SOURCES = ("step.cpp", "pack.cpp", "sample.cpp")  # and the headers beside them
 # What ARMILLARY_ISA may ask for instead of the best that this machine has: the tests run all of them.
 _ISAS = {
     "native": native.FLAGS[1:3],
@@ -123,6 +123,9 @@ def library() -> ctypes.CDLL | None:
     lib.arm_engine_destroy.argtypes = [ctypes.c_void_p]
     lib.arm_engine_phases.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
     lib.arm_forward.argtypes = [ctypes.c_void_p, ctypes.POINTER(CModel), ctypes.POINTER(CBatch)]
+    lib.arm_sample.argtypes = [
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_float, ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_double,
+    ]  # fmt: skip
     sizes = (ctypes.c_int32 * 6)()
     lib.arm_struct_sizes(sizes)
     ours = [ctypes.sizeof(c) for c in (CWeight, CLayer, CModel, CBatch, CSequence, CCache)]

@@ -4,8 +4,8 @@ The order of operations follows Hugging Face's processors: repetition penalty (o
 frequency penalties (over output), logit bias, temperature, top-k, top-p over what is left, min-p. Log-probabilities are
 those of the model itself, before any of this, as the OpenAI API and vLLM report them.
 
-A draw is the inverse of the cumulative distribution at one uniform number, a hash of (seed, position). So a seeded
-request gives the same tokens whatever else is in its batch and however often it was preempted.
+A draw (`kernels.sample`) is the inverse of the cumulative distribution at one uniform number, a hash of (seed, position). So a
+seeded request gives the same tokens whatever else is in its batch and however often it was preempted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError
+from armillary.kernels.sample import draw, reference
 from armillary.serve.request import Request, SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # as in vLLM: below this temperature the division would only add rounding errors
-_FLOOR = math.log(1e-4)  # top-p sorts tokens down to 1e-4 of the best, and all of them only when that mass falls short
 _SALT = os.urandom(8)
 
 
@@ -57,7 +57,9 @@ def sample(
         for i, token in zip(plain, best.tolist(), strict=True):
             chosen[i] = token
     shaped = [i for i, request in enumerate(requests) if not _is_plain_greedy(request.sampling)]
-    for i, result in zip(shaped, _draw(logits[shaped], [requests[i] for i in shaped], seed) if shaped else [], strict=True):
+    for i, result in zip(
+        shaped, _draw(logits, peak.tolist(), shaped, requests, seed, draw if peaks is not None else reference), strict=True
+    ):
         chosen[i] = result
     if not bool(healthy.all()):
         for i, ok in enumerate(healthy.tolist()):
@@ -126,77 +128,38 @@ def _reshapes(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or bool(params.logit_bias)
 
 
-def _draw(logits: Tensor, requests: Sequence[Request], seed: int | None) -> list[int | SamplingError]:
-    """The rows that need more than an argmax of the raw logits."""
-    results: list[int | SamplingError] = [0] * len(requests)
-    for i, request in enumerate(requests):
+def _draw(
+    logits: Tensor,
+    peaks: Sequence[float],
+    rows: Sequence[int],
+    requests: Sequence[Request],
+    seed: int | None,
+    one: Callable[[Tensor, float, float, int, float, float, float], int],
+) -> list[int | SamplingError]:
+    """The rows that need more than an argmax of the raw logits. `peaks` are those of all rows; `one` draws from a row."""
+    results: list[int | SamplingError] = []
+    for i in rows:
+        request = requests[i]
         params = request.sampling
         try:
             row = penalise(logits[i], request) if _reshapes(params) else logits[i]
+            peak = row.max().item() if _reshapes(params) else peaks[i]
         except IndexError:
-            results[i] = SamplingError(
-                f"request '{request.id}' names a token outside the vocabulary of {logits.shape[-1]}",
-                "check prompt tokens and logit_bias",
+            results.append(
+                SamplingError(
+                    f"request '{request.id}' names a token outside the vocabulary of {logits.shape[-1]}",
+                    "check prompt tokens and logit_bias",
+                )
             )
             continue
-        peak = row.max()
-        if not math.isfinite(peak.item()):
-            results[i] = _unusable(request, float(peak))
+        if not math.isfinite(peak):
+            results.append(_unusable(request, peak))
         elif params.temperature < GREEDY_BELOW:
-            results[i] = int(row.argmax())
+            results.append(int(row.argmax()))
         else:
-            # Subtract first: a tiny temperature must not turn large logits into infinities.
-            results[i] = _draw_row((row - peak) / params.temperature, params, uniform(request, seed))
+            u = uniform(request, seed)
+            results.append(one(row, peak, params.temperature, params.top_k, params.top_p, params.min_p, u))
     return results
-
-
-def _draw_row(row: Tensor, params: SamplingParams, u: float) -> int:
-    """Draw from softmax(row) [vocab] after top-k, top-p and min-p. `row`'s maximum is 0."""
-    vocabulary = row.shape[-1]
-    top_k = min(params.top_k, vocabulary) if params.top_k > 0 else vocabulary
-    if top_k == vocabulary and params.top_p >= 1.0:
-        weights = row.exp()
-        if params.min_p > 0.0:
-            weights = weights.where(weights >= params.min_p, 0.0)
-        return _invert(weights.double().cumsum(0), u)
-    weights, tokens = _heaviest(row, top_k, params.top_p)
-    if params.min_p > 0.0:
-        weights = weights[: int((weights >= params.min_p).sum())]
-    return int(tokens[_invert(weights.cumsum(0), u)])
-
-
-def _heaviest(row: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Weights (float64, descending, 1 for the best) and tokens of the smallest set that top-k and then top-p leave.
-
-    Top-p (Holtzman et al. 2020) keeps a token when the mass before it is below `top_p`, so the best always stays.
-    """
-    if top_k < row.shape[-1]:
-        values, tokens = row.topk(top_k)
-        weights = values.double().exp()
-        return _nucleus(weights, top_p * weights.sum()) if top_p < 1.0 else weights, tokens
-    limit = top_p * row.exp().sum(dtype=torch.float64)
-    for floor in (_FLOOR, -math.inf):
-        tokens = (row >= floor).nonzero().squeeze(1)
-        values, order = row[tokens].sort(descending=True, stable=True)
-        weights = values.double().exp()
-        if weights.sum() >= limit:
-            break
-    return _nucleus(weights, limit), tokens[order]
-
-
-def _nucleus(weights: Tensor, limit: Tensor) -> Tensor:
-    """The shortest head of descending `weights` whose sum reaches `limit`."""
-    mass = weights.cumsum(0)
-    return weights[: max(1, int((mass - weights < limit).sum()))]
-
-
-def _invert(cumulative: Tensor, u: float) -> int:
-    """The first index whose cumulative weight exceeds `u` times the total; never one of weight zero."""
-    target = u * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    if index < cumulative.shape[0]:
-        return index
-    return int(torch.searchsorted(cumulative, cumulative[-1]))  # u * total rounded up to the total itself
 
 
 def _unusable(request: Request, peak: float) -> SamplingError:
