@@ -56,7 +56,12 @@ TINY: dict[str, dict[str, Any]] = {
         "evaluate": {"batches": 2, "every": 10},
         "steps": 30,
     },
-    "finetune": {"batch": {"rows": 2, "micro_rows": 2, "length": 64}, "evaluate": {"batches": 2, "every": 2}, "steps": 4},
+    "finetune": {
+        "batch": {"rows": 2, "micro_rows": 2, "length": 64},
+        "schedule": {"warmup": 1},
+        "evaluate": {"batches": 2, "every": 4},
+        "steps": 8,
+    },
 }
 
 

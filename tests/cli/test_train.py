@@ -107,6 +107,7 @@ def test_fine_tuning_goes_through_the_same_door(place):
         (["--batch.micro_rows", "3"], "no multiple of batch.micro_rows = 3"),
         (["--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
         (["--steps"], "--steps has no value"),
+        (["--checkpoint.every", "2"], "writes no checkpoints yet"),
         (["--data.folder", "/nowhere"], "/nowhere"),
         (["--batch.length", "64", "--architecture.context", "32"], "beyond the model's context of 32"),
         (["--architecture.heads", "5"], "does not divide into 5 heads"),
