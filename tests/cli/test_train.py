@@ -62,7 +62,14 @@ def test_a_run_leaves_everything_that_it_promises(place):
     losses = [line["loss"] for line in lines if line["event"] == "evaluation"]
     assert losses[0] > losses[1] > losses[2]
     folder = Path(lines[-1]["run"])
-    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "metrics.jsonl", "model", "report.html", "trace.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+        "trace.json",
+    ]
     assert "weight_decay = 0.2  # flag" in (folder / "config.toml").read_text()
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == lines[:-1]
     spans = Trace.load(folder / "trace.json").spans()

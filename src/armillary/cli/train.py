@@ -24,6 +24,9 @@ def train(
     ],
     runs: Annotated[Path, Parameter(help="Where the run's folder goes.")] = Path("runs"),
     deepspeed: Annotated[Path | None, Parameter(help="A DeepSpeed JSON: what both have is taken over, the rest refused by name.")] = None,
+    resume: Annotated[
+        Path | None, Parameter(help="Go on with this run (of a folder of runs: the newest) from its last checkpoint.")
+    ] = None,
     dry_run: Annotated[bool, Parameter(negative=(), help="Say what would be trained, and stop.")] = False,
     list_keys: Annotated[
         bool, Parameter(name="--keys", negative=(), help="List every key with its default and meaning, and stop.")
@@ -34,8 +37,8 @@ def train(
 ) -> int:
     """Pre-train a new model, or fine-tune one, from a TOML file.
 
-    The run's folder under --runs gets config.toml (with where each value came from), metrics.jsonl, trace.json, report.html and model/,
-    which `armillary serve` takes. Ctrl-C ends the run after the current step and saves it.
+    The run's folder under --runs gets config.toml (with where each value came from), metrics.jsonl, checkpoints/, trace.json, report.html
+    and model/, which `armillary serve` takes. Ctrl-C ends the run after the current step and saves it; --resume goes on, bit for bit.
     """
     from armillary.cli.main import INTERRUPTED
     from armillary.cli.terminal import note
@@ -45,15 +48,19 @@ def train(
         _print_keys(json)
         return 0
     file = Path(config[0]) if config and not config[0].startswith("-") else None
-    resolved = settle_training(file, config[file is not None :], deepspeed)
+    if resume is not None:
+        resume = _settle_resume(resume, file, deepspeed)
+    resolved = settle_training(file or (resume and _config_of(resume)), config[file is not None :], deepspeed)
     if dry_run:
         _dry_run(resolved, json)
         return 0
     check_runs(runs)
-    session = train_session(resolved, runs, json)
+    session = train_session(resolved, runs, json, resume)
     finish(session, resolved, json)
     if session.interrupted:
-        note(f"interrupted after {session.run.trainer.progress.step:,} of {resolved.value.steps:,} steps; the model so far is saved")
+        note(
+            f"interrupted after {session.run.trainer.progress.step:,} of {resolved.value.steps:,} steps; armillary train --resume {session.folder} goes on"
+        )
         return INTERRUPTED
     return 0
 
@@ -77,8 +84,8 @@ def settle_training(file: Path | None, words: Sequence[str] = (), deepspeed: Pat
     return Resolved(settled.value, origin)
 
 
-def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = False) -> Session:
-    """Train in a new folder under `runs`, telling the reader everything on the way. It then holds all but the report."""
+def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = False, resume: Path | None = None) -> Session:
+    """Train in a new folder under `runs`, or go on in `resume`, telling the reader everything on the way. It then holds all but the report."""
     from armillary.cli.terminal import byte_progress, note, timed
     from armillary.models import hub
     from armillary.train import progress
@@ -100,17 +107,35 @@ def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = Fals
         peak = measure(0.4).gemm
         done(f"this machine multiplies matrices at {peak / 1e9:.0f} GFLOP/s: the peak that MFU is a share of")
     with timed("opening the model and the data") as done:
-        session = open_session(resolved, runs, peak=peak)
+        session = open_session(resolved, runs, peak=peak, resume=resume)
         done("opened the model and the data")
     for line in describe(session.run):
         note(line)
-    note(f"run {session.folder}")
+    note(f"run {session.folder}" + (f", from step {session.run.trainer.progress.step:,} on" if resume else ""))
     session.view = progress.choose(heading(session), config.steps, json)
     try:
         session.go()
     finally:
         session.view.close()
     return session
+
+
+def _settle_resume(resume: Path, file: Path | None, deepspeed: Path | None) -> Path:
+    from armillary.core.errors import InputError
+    from armillary.train.session import find_run
+
+    if file is not None or deepspeed is not None:
+        raise InputError(
+            f"--resume takes the configuration of its run, and {file or deepspeed} is given too",
+            "leave it out; flags may change single keys",
+        )
+    return find_run(resume)
+
+
+def _config_of(run: Path) -> Path:
+    from armillary.train.session import CONFIG
+
+    return run / CONFIG
 
 
 def heading(session: Session) -> str:

@@ -149,8 +149,8 @@ class EvaluateConfig(Config):
 class CheckpointConfig(Config):
     """When the state of a run is saved: at the end and on Ctrl-C too, where checkpoints are written at all."""
 
-    every: int = Field(0, ge=0)
-    """Steps between checkpoints (0: only at the end; also before each evaluation once it is not 0)."""
+    every: int = Field(100, ge=0)
+    """Steps between checkpoints, written in the background (0: only at the end; also before each evaluation once it is not 0)."""
     keep: int = Field(2, ge=1, le=1000)
     """Newest checkpoints that are kept."""
 

@@ -13,25 +13,28 @@ from pathlib import Path
 from typing import Any, Final
 
 from armillary.core.config import Resolved
+from armillary.core.errors import NotFoundError
 from armillary.core.run_folder import new_run_folder
 from armillary.core.trace import Trace
 from armillary.models.hf import save_hf
 from armillary.train.build import Run, build
+from armillary.train.checkpoint import FolderCheckpoints, newest
 from armillary.train.config import TrainConfig
 from armillary.train.evaluate import Evaluation
 from armillary.train.meter import Meter, Reading
 from armillary.train.progress import PlainView, View, evaluation_json, memory_bytes
-from armillary.train.trainer import Checkpoints, Hooks, StepResult
+from armillary.train.trainer import Hooks, StepResult
 
 CONFIG: Final = "config.toml"
 METRICS: Final = "metrics.jsonl"
 TRACE: Final = "trace.json"
 MODEL: Final = "model"
+CHECKPOINTS: Final = "checkpoints"
 
 
 @dataclass(slots=True)
 class Session:
-    """A run with its folder: config.toml (with where each value came from), metrics.jsonl (a line a step), trace.json and model/."""
+    """A run with its folder: config.toml (with where each value came from), metrics.jsonl (a line a step), checkpoints/, trace.json, model/."""
 
     run: Run
     folder: Path
@@ -65,8 +68,11 @@ class Session:
                     self.view.evaluation(step, result)
 
             hooks.on_step, hooks.evaluate, hooks.stop = on_step, on_evaluation, stop
-            if trainer.progress.step == 0:
-                on_evaluation(0)
+            begin = trainer.progress.step
+            # Saved before evaluated: the evaluation that a crash cut short is made up for.
+            due = begin == 0 or (hooks.evaluate_every and begin % hooks.evaluate_every == 0)
+            if due and begin not in (step for step, _ in self.evaluations):
+                on_evaluation(begin)
             trainer.run()
             self.interrupted = trainer.progress.step < trainer.schedule.steps and stop()
             if self.readings and (not self.evaluations or self.evaluations[-1][0] != trainer.progress.step) and not self.interrupted:
@@ -85,16 +91,63 @@ def open_session(
     name: str = "train",
     *,
     peak: float | None = None,
-    checkpoints: Checkpoints | None = None,
+    resume: Path | None = None,
 ) -> Session:
-    """Build the run, then make its folder under `runs` with its configuration. `peak`: the machine's FLOP/s, for MFU."""
+    """Build the run, then make its folder under `runs` with its configuration. `peak`: the machine's FLOP/s, for MFU.
+
+    resume: go on in this run's folder instead, from its newest checkpoint (from the start when it has none).
+    """
     config = resolved.value
     trace = Trace("train", meta={"model": config.model or "from scratch"})
     hooks = Hooks(evaluate_every=config.evaluate.every, save_every=config.checkpoint.every)
-    run = build(config, checkpoints=checkpoints, hooks=hooks, trace=trace)
-    folder = new_run_folder(runs, datetime.now(UTC), name)
-    resolved.save(folder / CONFIG)
-    return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak), trace)
+    run = build(config, hooks=hooks, trace=trace)
+    folder = resume or new_run_folder(runs, datetime.now(UTC), name)
+    checkpoints = FolderCheckpoints(folder / CHECKPOINTS, config.checkpoint.keep)
+    run.trainer.checkpoints = checkpoints
+    if resume is None:
+        resolved.save(folder / CONFIG)
+        return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak), trace)
+    run.trainer.restore()
+    if "flag" in resolved.provenance.values():
+        resolved.save(folder / CONFIG)
+    meter = Meter(run.decoder.config, config.steps, peak, tokens=run.trainer.progress.tokens)
+    readings, evaluations = _keep_metrics(folder / METRICS, run.trainer.progress.step)
+    return Session(run, folder, PlainView(), meter, trace, readings, evaluations)
+
+
+def find_run(path: Path) -> Path:
+    """A run's folder: `path` itself, or of a folder of runs the newest that has a checkpoint. Raises NotFoundError."""
+    if (path / CONFIG).is_file():
+        return path
+    runs = sorted(run for run in path.glob("*") if (run / CONFIG).is_file() and newest(run / CHECKPOINTS) is not None)
+    if not runs:
+        raise NotFoundError(
+            f"{path} is no run's folder, nor does it hold a run with a checkpoint", "give a folder that armillary train made"
+        )
+    return runs[-1]
+
+
+def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int, Evaluation]]]:
+    """What a run had told until `step`; what came after it, and is made again, is taken out of the file."""
+    readings: list[Reading] = []
+    evaluations: list[tuple[int, Evaluation]] = []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:  # cut short by a crash
+            continue
+        if value["step"] > step:
+            continue
+        kept.append(line)
+        if value.pop("event") == "step":
+            readings.append(Reading(**value))
+        else:
+            evaluations.append((value["step"], Evaluation(value["loss"], value["tokens"])))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return readings, evaluations
 
 
 @contextmanager

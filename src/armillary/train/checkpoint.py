@@ -1,0 +1,337 @@
+"""Checkpoints of a run: layout-free, written in the background, and never half: what a crash leaves behind is the last whole one.
+
+`FOLDER/step-00000100/` holds a safetensors file a rank and manifest.json. It is written as `.step-00000100.part`, forced to the disk and then
+renamed, so a folder without a leading dot is whole. Tensors have the names of `models/`, so any layout on any number of ranks loads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from armillary.core.errors import InputError
+from armillary.train.checkpoint_storage import (
+    CheckpointError,
+    Manifest,
+    Parts,
+    Staging,
+    part_file,
+    synchronise,
+    synchronise_folder,
+    write_manifest,
+    write_part,
+)
+
+COMMIT_SECONDS: Final = 600.0  # how long rank 0 waits for the others' parts
+_WHOLE: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+
+
+class FolderCheckpoints:
+    """The `trainer.Checkpoints` of a folder that all ranks see. Keeps the newest `keep`.
+
+    `save` copies the state and returns; a thread writes the copy. One at most is being written: the next `save` waits for it, and raises
+    CheckpointError, on all ranks, when it failed. Raises InputError when another process writes here.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[Path, Future[None]] | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(folder)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        self.wait()
+        staging = Staging(self.rank)
+        tensors, pieces = _split(state)
+        tensors |= {f"rng.{self.rank}.{name}": value for name, value in state["rng"].state_dict().items()}
+        with _quietly():
+            save(tensors, storage_writer=staging, planner=DefaultSavePlanner(flatten_state_dict=False), no_dist=self.world == 1)
+        body = {"step": step, "world": self.world, "optimizer": _kind(state["optimizer"]), "tensors": staging.tensors, "pieces": pieces}
+        part = Path(self._from_rank_0(lambda: str(self._new_part(step))))
+        self._writing = part, self._thread.submit(self._write, part, staging.blocks, body)
+
+    def wait(self) -> None:
+        if self._writing is None:
+            return
+        part, writing = self._writing
+        self._writing = None
+        failure = writing.exception()
+        failures = self._gathered(None if failure is None else f"{failure}" or type(failure).__name__)
+        told = [(rank, text) for rank, text in enumerate(failures) if text is not None]
+        if not told:
+            return
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        # What rank 0 says of another rank's failure is less than what that rank says.
+        rank, text = min(told, key=lambda failed: failed[1].startswith("rank "))
+        whole = newest(self.folder)
+        left = "no older one exists" if whole is None else f"{whole} is untouched: go on from there"
+        raise CheckpointError(
+            f"{_name(part)} could not be written{f' by rank {rank}' if self.world > 1 else ''} ({text})", f"free disk space; {left}"
+        ) from failure
+
+    def restore(self, state: Mapping[str, Any]) -> int | None:
+        """As the protocol says. Warns of unfinished checkpoints; raises FormatError for a damaged one, InputError for another model's."""
+        chosen = self._from_rank_0(self._newest_told)
+        if chosen is None:
+            return None
+        manifest = Manifest.read(Path(chosen))
+        self._check_parts(manifest)
+        _check_fits(manifest, state)
+        _make_state(_inner(state["optimizer"]))
+        tensors, _ = _split(state)
+        _forget_unsaved(_inner(state["optimizer"]), state["parallel"], tensors, manifest)
+        own = self.rank % manifest.world
+        rng = {name: torch.empty_like(value) for name, value in state["rng"].state_dict().items()}
+        tensors |= {f"rng.{own}.{name}": value for name, value in rng.items()}
+        _check_tensors(manifest, tensors)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        with _quietly():
+            load(tensors, storage_reader=Parts(manifest), planner=planner, no_dist=self.world == 1)
+        for name, entries in _optimizer_state(state["optimizer"], state["parallel"]):
+            for key, value in entries.items():
+                if isinstance(value, int):
+                    entries[key] = int(tensors[f"optimizer.{name}.{key}"])
+        state["rng"].load_state_dict(rng)
+        for name, piece in manifest.pieces.items():
+            state[name].load_state_dict(piece)
+        return manifest.step
+
+    def _write(self, part: Path, blocks: Mapping[str, Tensor], body: dict[str, Any]) -> None:
+        try:
+            told = write_part(part / part_file(self.rank), blocks)
+            _write_json(part / f"{part_file(self.rank)}.json", told)
+            if self.rank == 0:
+                self._commit(part, body)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                (part / f"{part_file(self.rank)}.failed").touch()  # rank 0 need not wait for it
+            raise
+
+    def _commit(self, part: Path, body: dict[str, Any]) -> None:
+        """Rank 0, once every rank's part is on the disk: the manifest, the rename, and the oldest ones go."""
+        deadline = time.monotonic() + COMMIT_SECONDS
+        notes = {part_file(rank): part / f"{part_file(rank)}.json" for rank in range(self.world)}
+        for file, note in notes.items():
+            while not note.exists():
+                if (part / f"{file}.failed").exists() or time.monotonic() > deadline:
+                    raise CheckpointError(f"rank {file[5:10].lstrip('0') or '0'} did not write its part")
+                time.sleep(0.01)
+        parts = {file: json.loads(note.read_text(encoding="utf-8")) for file, note in notes.items()}
+        for note in notes.values():
+            note.unlink()
+        write_manifest(part, {**body, "parts": parts})
+        part.rename(self.folder / _name(part))
+        synchronise_folder(self.folder)
+        for old in whole_checkpoints(self.folder)[: -self.keep]:
+            _remove(old)
+
+    def _new_part(self, step: int) -> Path:
+        for stale in self.folder.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for attempt in itertools.count(1):
+            name = f"step-{step:08}" if attempt == 1 else f"step-{step:08}-{attempt}"
+            if not (self.folder / name).exists():
+                part = self.folder / f".{name}.part"
+                part.mkdir()
+                return part
+        raise AssertionError("unreachable: some number is free")
+
+    def _newest_told(self) -> str | None:
+        for part in sorted(self.folder.glob(".step-*.part")):
+            warnings.warn(f"{part} was not finished when its run ended: ignored", stacklevel=3)
+        chosen = newest(self.folder)
+        return None if chosen is None else str(chosen)
+
+    def _check_parts(self, manifest: Manifest) -> None:
+        """Every part's bytes, shared among the ranks; the error of one is raised on all."""
+        failure = None
+        try:
+            for part in sorted(manifest.parts)[self.rank :: self.world]:
+                manifest.check(part)
+        except InputError as error:
+            failure = error
+        first = next((told for told in self._gathered(failure) if told is not None), None)
+        if first is not None:
+            raise first
+
+    def _from_rank_0(self, make: Any) -> Any:
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told = [make()]
+            except OSError as error:
+                told = [CheckpointError(f"{self.folder} cannot be used ({error.strerror})", "check its permissions and the free space")]
+        if self.world > 1:
+            dist.broadcast_object_list(told)
+        if isinstance(told[0], Exception):
+            raise told[0]
+        return told[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a folder, oldest first."""
+    found = [(int(match[1]), int(match[2] or 1), path) for path in folder.glob("step-*") if (match := _WHOLE.fullmatch(path.name))]
+    return [path for _, _, path in sorted(found)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest finished checkpoint of a folder."""
+    return next(reversed(whole_checkpoints(folder)), None)
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors under global names and as JSON pieces."""
+    parallel = state["parallel"]
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parallel.named_parameters()}
+    for name, entries in _optimizer_state(state["optimizer"], parallel):
+        for key, value in entries.items():
+            tensors[f"optimizer.{name}.{key}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+    pieces = {name: piece.state_dict() for name, piece in state.items() if name not in ("parallel", "optimizer", "rng")}
+    return tensors, pieces
+
+
+def _optimizer_state(optimizer: Any, parallel: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The state that this rank keeps, by the parameter's name. Options (learning rate, ...) are the configuration's, not state."""
+    names = {parameter: name for name, parameter in parallel.named_parameters()}
+    for parameter, entries in list(_inner(optimizer).state.items()):
+        if entries:
+            yield names[parameter], entries
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """Under ZeRO stage 1 the optimizer of this rank's parameters."""
+    inner: Optimizer = getattr(optimizer, "optim", optimizer)
+    return inner
+
+
+def _kind(optimizer: Any) -> str:
+    return type(_inner(optimizer)).__name__
+
+
+@torch.no_grad()
+def _make_state(optimizer: Optimizer) -> None:
+    """Lets an optimizer that has made no step lay out its state: a step with zero gradients and a learning rate of zero."""
+    if any(optimizer.state.values()):
+        return
+    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    gradients, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _forget_unsaved(optimizer: Optimizer, parallel: Any, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """A parameter that never had a gradient has no saved state, and gets none."""
+    for name, parameter in parallel.named_parameters():
+        mine = [key for key in tensors if key.startswith(f"optimizer.{name}.")]
+        if mine and not any(key in manifest.tensors for key in mine):
+            optimizer.state.pop(parameter, None)
+            for key in mine:
+                del tensors[key]
+
+
+def _check_fits(manifest: Manifest, state: Mapping[str, Any]) -> None:
+    """Raises InputError for another model or another optimizer, saying which."""
+    where = manifest.folder
+    have = {name.removeprefix("model."): tensor["shape"] for name, tensor in manifest.tensors.items() if name.startswith("model.")}
+    want = {name: list(parameter.shape) for name, parameter in state["parallel"].named_parameters()}
+    fix = "resume with the run's own configuration (config.toml beside its checkpoints)"
+    if missing := sorted(want.keys() - have.keys()):
+        raise InputError(f"{where} is another model's: it has no {missing[0]} ({len(missing)} such)", fix)
+    if extra := sorted(have.keys() - want.keys()):
+        raise InputError(f"{where} is another model's: its {extra[0]} ({len(extra)} such) has no place in this one", fix)
+    for name, shape in want.items():
+        if have[name] != shape:
+            raise InputError(f"{where} is another model's: its {name} is {have[name]}, this model's is {shape}", fix)
+    if manifest.optimizer != _kind(state["optimizer"]):
+        raise InputError(f"{where} was trained with {manifest.optimizer}, not {_kind(state['optimizer'])}", fix, field="optimizer.name")
+    pieces = {name for name in state if name not in ("parallel", "optimizer", "rng")}
+    if differing := sorted(pieces ^ manifest.pieces.keys()):
+        has = "has" if differing[0] in manifest.pieces else "has no"
+        raise InputError(f"{where} {has} state of {differing[0]!r}, other than this run (its precision is another)", fix, field="precision")
+
+
+def _check_tensors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name not in manifest.tensors:
+            raise InputError(f"{manifest.folder} has no {name}", "its optimizer had other options: resume with the run's own configuration")
+        if manifest.tensors[name]["shape"] != list(tensor.shape):
+            raise InputError(
+                f"{manifest.folder} has {name} as {manifest.tensors[name]['shape']}, this run as {list(tensor.shape)}",
+                "resume with the run's own configuration",
+            )
+
+
+def _name(part: Path) -> str:
+    return part.name.removeprefix(".").removesuffix(".part")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight first: a half-removed one must not look whole."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        synchronise(file)
+    temporary.rename(path)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """One process is what we want where there is one: DCP warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _locked(folder: Path) -> Any:
+    """A lock that the system takes back when the process dies, however it dies."""
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"another process trains into {folder}", "wait for it, or end it first") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
