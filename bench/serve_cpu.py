@@ -15,7 +15,6 @@ import fnmatch
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,8 @@ import cases
 import limits
 import table
 from ours import VARIANTS
-from peers.workload import Case, Workload, results
+from peers.workload import Case, Workload
+from sides import peer_python, run_side
 
 from armillary.cluster.machine import describe
 from armillary.core.paths import cache_dir
@@ -56,18 +56,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "workload.json"
         workload.save(path)
-        (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads), str(config.parameters())], options) or [None]
+        (raw,) = run_side("limits", sys.executable, ["limits", str(options.threads), str(config.parameters())], options.timeout) or [None]
         if raw is None:
             return 1
         found = []
         for variant in options.variants:
-            found += run_side(f"armillary {variant}", sys.executable, ["ours", str(path), variant], options)
+            found += run_side(f"armillary {variant}", sys.executable, ["ours", str(path), variant], options.timeout)
         for peer in options.peers:
-            python = peer_python(peer)
+            python = peer_python(PEERS[peer])
             if python is None:
                 print(f"{peer}: not set up here, left out (bench/peers/setup.sh {PEERS[peer]})")
                 continue
-            found += run_side(peer, python, [f"peers.{peer}", str(path)], options)
+            found += run_side(peer, python, [f"peers.{peer}", str(path)], options.timeout)
     machine_limits = limits.parse(raw)
     names = [case.name for case in workload.cases]
     weight_bytes = {result["variant"]: result["weight_bytes"] for result in found if result["side"] == "armillary"}
@@ -135,47 +135,6 @@ def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
         seconds=options.seconds,
     )
     return workload, loaded.config
-
-
-def peer_python(peer: str) -> str | None:
-    """The python of a peer's environment; transformers may also stand in this one (it is among the tests' dependencies)."""
-    home = PEERS[peer]
-    named = os.environ.get(f"ARMILLARY_PEER_{home.upper()}")
-    standing = Path(os.environ.get("ARMILLARY_PEERS", ROOT / ".venv-peers")) / home / "bin" / "python"
-    if named or standing.exists():
-        return named or str(standing)
-    if peer == "transformers" and subprocess.run([sys.executable, "-c", "import transformers"], capture_output=True).returncode == 0:
-        return sys.executable
-    return None
-
-
-def run_side(name: str, python: str, arguments: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A side's results; a side that fails says why and is left out."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if python == sys.executable:
-        environment["PYTHONPATH"] = str(ROOT / "src")
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as chatter:
-        try:
-            done = subprocess.run(
-                [python, "-m", *arguments],
-                cwd=HERE,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=chatter,
-                text=True,
-                timeout=options.timeout,
-            )
-            output, status = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as expired:
-            output, status = (expired.stdout or b"").decode(errors="replace"), f"no end after {options.timeout:.0f} s"
-        chatter.seek(0)
-        if status:
-            print(f"{name}: failed ({status}); the last of what it said:\n{chatter.read()[-2000:]}", file=sys.stderr)
-    found = results(output)
-    print(f"{name}: {len(found)} results in {time.monotonic() - start:.0f} s", flush=True)
-    return found
 
 
 def page(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set one peer of the bench up in its own virtual environment: setup.sh transformers | vllm | llama
+# Set one peer of the bench up in its own virtual environment: setup.sh transformers | vllm | llama | litgpt
 # PYTHON chooses the interpreter, ARMILLARY_PEERS the folder (default .venv-peers beside the Makefile).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -10,9 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 install() { "$venv/bin/python" -m pip install --quiet "$@"; }
 
 case "$peer" in
-transformers | vllm | llama) ;;
+transformers | vllm | llama | litgpt) ;;
 *)
-  echo "usage: $0 transformers | vllm | llama" >&2
+  echo "usage: $0 transformers | vllm | llama | litgpt" >&2
   exit 2
   ;;
 esac
@@ -22,8 +22,8 @@ install --upgrade pip
 case "$peer" in
 transformers)
   install "torch==2.13.0"
-  install "transformers==5.23.0"
-  check="import transformers"
+  install "transformers==5.23.0" "accelerate==1.15.0"  # accelerate: for its Trainer
+  check="import transformers; transformers.Trainer"
   ;;
 vllm)
   install "torch==2.13.0"
@@ -33,6 +33,11 @@ vllm)
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
   command -v g++ >/dev/null || echo "vllm: compiling needs g++ (apt-get install g++)" >&2
   check="import vllm; vllm.LLM"
+  ;;
+litgpt)
+  install "torch==2.13.0"
+  install "litgpt==0.5.13" "lightning==2.6.6"
+  check="import lightning, litgpt"
   ;;
 llama)
   # Built from source for this very machine (llama.cpp's default): about half an hour on two cores, the server included.
