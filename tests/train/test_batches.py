@@ -29,10 +29,10 @@ class Documents:
     def order(self, seed, epoch, shuffle=True):
         return np.random.default_rng([seed, epoch]).permutation(len(self.ids)) if shuffle else np.arange(len(self.ids))
 
-    def document(self, index):
-        return self.ids[index]
+    def document(self, index, begin=0, end=None):
+        return self.ids[index][begin:end]
 
-    def scored(self, index):
+    def scored(self, index, begin=0, end=None):
         return None
 
 
