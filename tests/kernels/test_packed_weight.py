@@ -89,6 +89,65 @@ def test_bit_equal_to_the_integer_reference(format: str) -> None:
     np.testing.assert_array_equal(PackedWeight([w], format).multiply(x).numpy(), exact.astype(np.float32))
 
 
+def widened(weight: PackedWeight) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes - 128 and the columns' scales that cpu/wide.h makes of a 4-bit weight, in plain numpy: [n, k padded] and [n]."""
+    (n, k), arrays = weight.shape, weight.arrays()
+    tiles, groups = -(-n // 16), -(-k // 32)
+    data = arrays["data"].numpy().reshape(tiles, groups, 4, 16, 4)  # byte j of 16 columns holds k = 4j .. 4j + 3, and 16 above them
+    levels = np.concatenate([data & 15, data >> 4], 2).transpose(0, 3, 1, 2, 4).reshape(tiles * 16, groups, 32)[:n].astype(np.int64)
+
+    def a_column(name: str) -> np.ndarray:
+        return arrays[name].float().numpy().reshape(tiles, groups, 16).transpose(0, 2, 1).reshape(tiles * 16, groups)[:n]
+
+    scales = a_column("scales")
+    lowest = a_column("minimums") if weight.format == "int4m" else scales * np.float32(-8)
+    top = np.maximum(np.abs(lowest), np.abs(lowest + scales * np.float32(15))).max(1)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)[:, None]
+    away = lambda v: np.trunc(v + np.copysign(np.float32(0.5), v)).astype(np.int64)  # noqa: E731
+    factor, offset = away(scales * inverse * np.float32(256)), away(lowest * inverse * np.float32(256)) + 128 * 256 + 128
+    return ((levels * factor[..., None] + offset[..., None]) % 65536 // 256 - 128).reshape(len(top), -1), top * np.float32(1 / 127)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    format=st.sampled_from(("int4", "int4m")),
+    n=st.integers(1, 50),
+    k=st.integers(1, 600),
+    rows=st.integers(1, 37),
+    seed=st.integers(0, 2**31),
+)
+def test_wide_products_are_the_integers_that_they_claim(format: str, n: int, k: int, rows: int, seed: int) -> None:
+    """Bytes, activations in blocks of 256 and exact integer sums: equal to numpy in float64 within the last additions' rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    w, x = torch.randn(n, k, generator=generator), torch.randn(rows, k, generator=generator)
+    w[0], x[0] = 1.0, -3.0  # all extremes: 255 x 127 in every product
+    weight = PackedWeight([w], format)
+    bytes_, columns = widened(weight)
+    expected = np.zeros((rows, n))
+    padded = np.zeros((rows, bytes_.shape[1]), np.float32)
+    padded[:, :k] = x.numpy()
+    for first in range(0, padded.shape[1], 256):
+        block = padded[:, first : first + 256]
+        biggest = np.abs(block).max(1, keepdims=True)
+        scaled = block * np.divide(np.float32(127), biggest, out=np.zeros_like(biggest), where=biggest > 0)
+        quants = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
+        expected += (quants @ bytes_[:, first : first + 256].T) * (biggest / np.float32(127)).astype(np.float64)
+    np.testing.assert_allclose(weight.multiply(x, wide=True).numpy(), expected * columns, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["int4", "int4m"])
+def test_wide_products_are_near_the_exact_ones(format: str) -> None:
+    """Bytes round a weight to 1/254 of its column's largest and activations to 1/254 of a block's largest: a hundredth of the result."""
+    weight, x = PackedWeight([torch.randn(96, 576)], format), torch.randn(70, 576)
+    exact = weight.multiply(x)
+    assert float((weight.multiply(x, wide=True) - exact).std() / exact.std()) < 0.015
+    x[3, 5] = float("nan")
+    x[4, 300] = float("inf")
+    y = weight.multiply(x, wide=True)
+    assert not y[3:5].isfinite().any()
+    assert bool(y[:3].isfinite().all() & y[5:].isfinite().all())
+
+
 @pytest.mark.parametrize("format", INTEGER)
 def test_requantising_what_a_file_holds_is_lossless(format: str) -> None:
     """Weights that already lie on a format's grid (as dequantised Q4_0, Q4_1 or Q8_0 do) come back unchanged."""

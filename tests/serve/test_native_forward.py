@@ -84,16 +84,47 @@ def test_bit_equal_for_any_threads_chunks_and_company(quantisation: str, kv_dtyp
     """Neither the number of threads, nor the chunking, nor other sequences in the batch change one bit of a logit."""
     decoder = decoder_of(BASE)
     tokens = torch.randint(0, 101, (90,)).tolist()
+    options = {"num_blocks": 20, "block_size": 16, "quantisation": quantisation, "kv_dtype": kv_dtype, "deterministic": True}
     results = []
     for threads, chunks in ((1, (90,)), (2, (90,)), (3, (1,) * 90), (2, (33, 57))):
-        forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=threads, quantisation=quantisation, kv_dtype=kv_dtype)
+        forward = NativeForward(decoder, threads=threads, **options)
         results.append(run(forward, tokens, list(range(20)), chunks))
-    forward = NativeForward(decoder, num_blocks=20, block_size=16, threads=2, quantisation=quantisation, kv_dtype=kv_dtype)
+    forward = NativeForward(decoder, threads=2, **options)
     other = torch.randint(0, 101, (37,)).tolist()
     batch = FlatBatch(other + tokens, [*range(37), *range(90)], [Span(0, 37, [9, 3, 14]), Span(0, 90, [0, 1, 2, 4, 5, 6])], range(37, 127))
     results.append(forward.logits(batch).values.clone())
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+def test_many_rows_of_int4_are_near_what_few_are_and_equal_for_any_threads() -> None:
+    """Without `deterministic` a chunk of 64 rows or more is multiplied by cpu/wide.h: the same bits from any number of threads,
+    nearer to the exact products of the same levels than those are to the weights that were quantised."""
+    decoder = decoder_of(BASE)
+    tokens = torch.randint(0, 101, (90,)).tolist()
+
+    def logits(threads: int, deterministic: bool, quantisation: str = "int4") -> torch.Tensor:
+        options = {"quantisation": quantisation, "deterministic": deterministic}
+        forward = NativeForward(decoder, num_blocks=8, block_size=16, threads=threads, **options)
+        return run(forward, tokens, list(range(8)), (90,))
+
+    exact, wide = logits(1, True), logits(1, False)
+    assert torch.equal(logits(3, False), wide)
+    assert 0 < float((wide - exact).std()) < float((exact - logits(1, False, "none")).std()) / 2
+
+
+@pytest.mark.parametrize("quantisation", ["none", "int4"])
+def test_the_last_layer_of_rows_that_nobody_samples_is_left_out_and_changes_nothing(quantisation: str) -> None:
+    decoder = decoder_of(BASE)
+    tokens = torch.randint(0, 101, (40,)).tolist()
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        forward = NativeForward(decoder, num_blocks=8, block_size=16, threads=2, quantisation=quantisation, deterministic=True)
+        return forward.logits(FlatBatch(tokens, range(40), [Span(0, 40, range(3))], rows)).values.clone()
+
+    every = logits(list(range(40)))
+    for rows in ([39], [0, 17, 38], [5, 5, 2], []):
+        assert torch.equal(logits(rows), every[rows])
 
 
 def test_a_long_context_shared_by_threads_is_bit_equal() -> None:

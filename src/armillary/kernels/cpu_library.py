@@ -75,6 +75,7 @@ class CModel(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap", "embedding_scale")),
         ("embedding_half", ctypes.c_int32),
+        ("deterministic", ctypes.c_int32),
         ("embedding", ctypes.c_void_p),
         ("final_norm", ctypes.c_void_p),
         ("layer", ctypes.POINTER(CLayer)),

@@ -2,7 +2,8 @@
 
 Weights are laid out once (`PackedWeight`), keys and values live in a paged pool of this kernel's own layout (`StepCache`),
 and `DecoderStep.forward` runs a flat, padding-free batch through every layer without coming back to Python.
-Results do not depend on the number of threads nor on what else is in the batch (see `cpu/gemm.h`, `cpu/attention.h`).
+Results do not depend on the number of threads, and with `deterministic` or without 4-bit weights not on what else is in the
+batch (see `cpu/gemm.h`, `cpu/wide.h`, `cpu/attention.h`).
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def attention(
 class DecoderStep:
     """Runs batches through a packed decoder with `threads` threads of its own (they sleep between calls). One caller at a time."""
 
-    def __init__(self, model: StepModel, cache: StepCache, threads: int) -> None:
+    def __init__(self, model: StepModel, cache: StepCache, threads: int, deterministic: bool = False) -> None:
         if model.head_dim % 16 or model.head_dim > MAX_HEAD_DIM:
             raise InputError(
                 f"head_dim is {model.head_dim}; the native kernels take multiples of 16 up to {MAX_HEAD_DIM}", "serve with --backend torch"
@@ -209,6 +210,7 @@ class DecoderStep:
             model.logit_softcap or 0.0,
             model.embedding_scale,
             int(embedding.dtype == torch.float16),
+            int(deterministic),
             embedding.data_ptr(),
             pointer(model.final_norm),
             self._layers,

@@ -214,11 +214,12 @@ class PackedWeight:
         require().arm_unpack(ctypes.byref(self.struct()), ctypes.c_void_p(out.data_ptr()))
         return out
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [rows, k] fp32 -> [rows, n], on one thread."""
+    def multiply(self, x: Tensor, *, wide: bool = False) -> Tensor:
+        """x [rows, k] fp32 -> [rows, n], on one thread; `wide` as a step multiplies many rows with 4-bit weights (cpu/wide.h)."""
         x = x.contiguous()
         out = torch.empty(x.shape[0], self.shape[0])
-        require().arm_multiply(ctypes.byref(self.struct()), ctypes.c_void_p(x.data_ptr()), x.shape[0], ctypes.c_void_p(out.data_ptr()))
+        product = require().arm_multiply_wide if wide else require().arm_multiply
+        product(ctypes.byref(self.struct()), ctypes.c_void_p(x.data_ptr()), x.shape[0], ctypes.c_void_p(out.data_ptr()))
         return out
 
 

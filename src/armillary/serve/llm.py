@@ -108,6 +108,7 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
             threads=threads,
             quantisation=config.quantize,
             kv_dtype=KV_DTYPES[config.kv_dtype],
+            deterministic=config.deterministic,
             release=in_place,
             keep=config.weight_cache == "on",
         )

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "wide.h"
 
 using namespace arm;
 
@@ -260,6 +260,20 @@ void arm_multiply(const Weight* w, const float* x, int32_t rows, float* y) {
   const Rows input = {x, quants.data(), exponents.data(), sums.data(), finish.data()};
   for (int t = 0; t < tiles(*w); t++)
     multiply_tile(*w, t, input, rows, [&](int r, int column, f32x16 v) {
+      for (int i = 0; i < 16 && column + i < w->n; i++) y[(size_t)r * w->n + column + i] = v[i] + (w->bias ? w->bias[column + i] : 0.0f);
+    });
+}
+
+// The same by wide.h, which only the 4-bit formats know.
+void arm_multiply_wide(const Weight* w, const float* x, int32_t rows, float* y) {
+  const size_t padded = padded_rows(rows), pk = padded_k(w->k), blocks = wide_blocks(w->k);
+  std::vector<int8_t> quants(padded * pk);
+  std::vector<float> scales(padded * blocks);
+  std::vector<int32_t> sums(padded * blocks);
+  const WideRows input = {quants.data(), scales.data(), sums.data()};
+  for (int r = 0; r < rows; r++) quantise_wide(x + (size_t)r * w->k, w->k, r, input);
+  for (int t = 0; t < tiles(*w); t++)
+    multiply_tile_wide(*w, t, input, rows, [&](int r, int column, f32x16 v) {
       for (int i = 0; i < 16 && column + i < w->n; i++) y[(size_t)r * w->n + column + i] = v[i] + (w->bias ? w->bias[column + i] : 0.0f);
     });
 }

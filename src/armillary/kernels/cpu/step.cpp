@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "pool.h"
+#include "wide.h"
 
 using namespace arm;
 
@@ -38,6 +39,7 @@ struct Model {
   int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, activation;
   float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
   int32_t embedding_half;  // the embedding table is fp16
+  int32_t deterministic;   // results must not depend on the batch: no product goes by wide.h
   const void* embedding;   // [vocabulary][hidden]
   const float* final_norm;
   const Layer* layer;
@@ -101,6 +103,8 @@ struct Buffers {
   Buffer<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
   Buffer<int8_t> quants;
   Buffer<int32_t> exponents, sums;
+  Buffer<float> scales;                    // of wide.h
+  Buffer<float> picked_x, picked_attended;  // of the last layer: the sampled rows
   std::vector<int> runs;  // of each sequence: in how many pieces its tokens go to the cache (run_of)
   std::vector<AttentionItem> items;
   std::vector<SharedBlock> shared;
@@ -195,10 +199,19 @@ struct Run {
     began = now;
   }
 
+  // Rows as a product takes them: one by one, or many at once (wide.h).
+  struct Ready {
+    Rows rows;
+    WideRows wide;
+    bool is_wide;
+  };
+
   // Rows of `source` made ready for `w`: normed by `weight` when given (only then may `pick` choose rows), quantised when
   // the format wants it. Ends with a barrier.
-  Rows ready(const Weight& w, const float* source, int stride, int rows, const float* weight, const int32_t* pick = nullptr) {
+  Ready ready(const Weight& w, const float* source, int stride, int rows, const float* weight, const int32_t* pick = nullptr) {
     const int k = w.k;
+    const WideRows many = {u.quants.data(), u.scales.data(), u.sums.data()};
+    const bool is_wide = !m.deterministic && wide(w, rows);
     int begin, end;
     share(rows, thread, threads, begin, end);
     for (int r = begin; r < end; r++) {
@@ -208,18 +221,26 @@ struct Run {
         rms_norm(x, weight, k, m.norm_eps, normed);
         x = normed;
       }
-      if (is_integer(w)) quantise_row(x, k, r, sum_factor(w.format), {u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()});
+      if (is_wide)
+        quantise_wide(x, k, r, many);
+      else if (is_integer(w))
+        quantise_row(x, k, r, sum_factor(w.format), {u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()});
     }
     finish(PREPARE);
-    return {weight ? u.normed.data() : source, u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()};
+    return {{weight ? u.normed.data() : source, u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()}, many, is_wide};
+  }
+
+  template <class Sink>
+  void product(const Weight& w, int tile, const Ready& x, int rows, const Sink& sink) {
+    x.is_wide ? multiply_tile_wide(w, tile, x.wide, rows, sink) : multiply_tile(w, tile, x.rows, rows, sink);
   }
 
   // out = rows W^T + bias, added to what is there when `add`. Ends with a barrier.
-  void multiply(Phase phase, const Weight& w, const Rows& x, int rows, float* out, int stride, bool add) {
+  void multiply(Phase phase, const Weight& w, const Ready& x, int rows, float* out, int stride, bool add) {
     int begin, end;
     share(tiles(w), thread, threads, begin, end);
     for (int t = begin; t < end; t++)
-      multiply_tile(w, t, x, rows, [&](int r, int column, f32x16 y) {
+      product(w, t, x, rows, [&](int r, int column, f32x16 y) {
         if (column >= w.n) return;
         float* to = out + (size_t)r * stride;
         if (w.bias) y += get(w.bias, column, w.n);
@@ -230,18 +251,18 @@ struct Run {
   }
 
   // hidden = activation(gate) * up; the weight holds gate's and up's tiles in turn, 16 (or 48) columns each.
-  void gated(const Weight& w, const Rows& x, int rows) {
+  void gated(const Weight& w, const Ready& x, int rows) {
     const int width = tile_width(w), pairs = tiles(w) / 2, n = m.intermediate;
     int begin, end;
     share(pairs, thread, threads, begin, end);
     for (int t = begin; t < end; t++) {
-      multiply_tile(w, 2 * t, x, rows, [&](int r, int column, f32x16 y) {
+      product(w, 2 * t, x, rows, [&](int r, int column, f32x16 y) {
         const int at = column - width * t;
         if (at >= n) return;
         if (w.bias) y += load(w.bias + column);
         put(u.hidden.data() + (size_t)r * n, at, n, activate(y, m.activation));
       });
-      multiply_tile(w, 2 * t + 1, x, rows, [&](int r, int column, f32x16 y) {
+      product(w, 2 * t + 1, x, rows, [&](int r, int column, f32x16 y) {
         const int at = column - width * (t + 1);
         if (at >= n) return;
         if (w.bias) y += load(w.bias + column);
@@ -315,16 +336,46 @@ struct Run {
     finish(ATTENTION);
   }
 
-  void add_normed(const float* source, const float* norm) {  // x += norm(source)
+  void add_normed(const float* source, const float* norm, int rows, float* x) {  // x += norm(source)
     int begin, end;
-    share(b.tokens, thread, threads, begin, end);
+    share(rows, thread, threads, begin, end);
     for (int r = begin; r < end; r++) {
       float* normed = u.normed.data() + (size_t)r * m.hidden;
       rms_norm(source + (size_t)r * m.hidden, norm, m.hidden, m.norm_eps, normed);
-      float* x = u.x.data() + (size_t)r * m.hidden;
-      for (int i = 0; i < m.hidden; i++) x[i] += normed[i];
+      for (int i = 0; i < m.hidden; i++) x[(size_t)r * m.hidden + i] += normed[i];
     }
     finish(PREPARE);
+  }
+
+  void pick_sampled() {
+    int begin, end;
+    share(b.sampled, thread, threads, begin, end);
+    const size_t h = m.hidden, width = (size_t)m.heads * m.head_dim;
+    for (size_t r = begin; r < (size_t)end; r++) {
+      memcpy(u.picked_x.data() + r * h, u.x.data() + b.sampled_row[r] * h, h * 4);
+      memcpy(u.picked_attended.data() + r * width, u.attended.data() + b.sampled_row[r] * width, width * 4);
+    }
+    finish(PREPARE);
+  }
+
+  // What follows attention in a layer, for `rows` rows of its result and of the residual stream `x`.
+  void after_attention(const Layer& l, const float* attended, int rows, float* x) {
+    const int h = m.hidden;
+    const Ready heads = ready(l.o, attended, m.heads * m.head_dim, rows, nullptr);
+    if (l.post_attention_norm) {
+      multiply(O, l.o, heads, rows, u.qkv.data(), h, false);
+      add_normed(u.qkv.data(), l.post_attention_norm, rows, x);
+    } else {
+      multiply(O, l.o, heads, rows, x, h, true);
+    }
+    gated(l.gate_up, ready(l.gate_up, x, h, rows, l.mlp_norm), rows);
+    const Ready hidden = ready(l.down, u.hidden.data(), m.intermediate, rows, nullptr);
+    if (l.post_mlp_norm) {
+      multiply(DOWN, l.down, hidden, rows, u.qkv.data(), h, false);
+      add_normed(u.qkv.data(), l.post_mlp_norm, rows, x);
+    } else {
+      multiply(DOWN, l.down, hidden, rows, x, h, true);
+    }
   }
 
   void operator()(std::atomic<int>* next) {
@@ -361,24 +412,18 @@ struct Run {
       multiply(QKV, l.qkv, ready(l.qkv, u.x.data(), h, rows, l.attention_norm), rows, u.qkv.data(), qkv_width, false);
       rope_and_store(l);
       attention(l, next[i]);
-      Rows attended = ready(l.o, u.attended.data(), m.heads * m.head_dim, rows, nullptr);
-      if (l.post_attention_norm) {
-        multiply(O, l.o, attended, rows, u.qkv.data(), h, false);
-        add_normed(u.qkv.data(), l.post_attention_norm);
-      } else {
-        multiply(O, l.o, attended, rows, u.x.data(), h, true);
-      }
-      gated(l.gate_up, ready(l.gate_up, u.x.data(), h, rows, l.mlp_norm), rows);
-      Rows hidden = ready(l.down, u.hidden.data(), m.intermediate, rows, nullptr);
-      if (l.post_mlp_norm) {
-        multiply(DOWN, l.down, hidden, rows, u.qkv.data(), h, false);
-        add_normed(u.qkv.data(), l.post_mlp_norm);
-      } else {
-        multiply(DOWN, l.down, hidden, rows, u.x.data(), h, true);
+      // Of the last layer nobody but the head reads: its other rows end here.
+      if (i + 1 < m.layers || b.sampled >= rows) {
+        after_attention(l, u.attended.data(), rows, u.x.data());
+      } else if (b.sampled) {
+        pick_sampled();
+        after_attention(l, u.picked_attended.data(), b.sampled, u.picked_x.data());
       }
     }
     if (b.sampled) {
-      multiply(HEAD, m.head, ready(m.head, u.x.data(), h, b.sampled, m.final_norm, b.sampled_row), b.sampled, b.logits, m.vocabulary, false);
+      const bool picked = b.sampled < rows;
+      const Ready x = ready(m.head, picked ? u.picked_x.data() : u.x.data(), h, b.sampled, m.final_norm, picked ? nullptr : b.sampled_row);
+      multiply(HEAD, m.head, x, b.sampled, b.logits, m.vocabulary, false);
       if (m.logit_softcap > 0.0f) {
         share(b.sampled, thread, threads, begin, end);
         for (size_t i = (size_t)begin * m.vocabulary; i < (size_t)end * m.vocabulary; i++) b.logits[i] = tanhf(b.logits[i] / m.logit_softcap) * m.logit_softcap;
@@ -491,6 +536,9 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
     u.finish.grow(rows);
     u.exponents.grow((size_t)rows * width / kGroup);
     u.sums.grow((size_t)rows * width / kGroup);
+    u.scales.grow((size_t)rows * wide_blocks(width));
+    u.picked_x.grow((size_t)rows * model->hidden);
+    u.picked_attended.grow((size_t)rows * model->heads * model->head_dim);
     u.rows = rows;
   }
   plan_runs(*model, *batch, u);

@@ -22,7 +22,8 @@ from armillary.serve.executors.weight_cache import prepare
 class NativeForward:
     """`Forward` in C++: packed weights, a pool of its own layout, `threads` threads that sleep between iterations.
 
-    Results do not depend on the number of threads nor on what else is in the batch. `quantisation`: "none" is fp32 weights
+    Results do not depend on the number of threads, and with `deterministic` not on what else is in the batch either; only int4
+    takes that liberty (see `kernels/cpu/wide.h`), the others are so at no cost. `quantisation`: "none" is fp32 weights
     and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. `release` says that
     nobody else needs the weights of `source` any more: a decoder's linear layers are emptied as they are packed. `keep` as in `weight_cache.prepare`.
     Raises InputError where the kernels cannot run (`unsupported` says why), and for weights that the format cannot hold.
@@ -37,6 +38,7 @@ class NativeForward:
         threads: int,
         quantisation: Quantisation = "none",
         kv_dtype: torch.dtype = torch.float32,
+        deterministic: bool = False,
         release: bool = False,
         keep: bool = False,
     ) -> None:
@@ -48,7 +50,7 @@ class NativeForward:
         found = prepare(weights, quantisation, release=release, keep=keep)
         model, self.prepared, self.keeping = found.model, found.words, found.keeping
         self.cache = StepCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, kv_dtype)
-        self.step = DecoderStep(model, self.cache, threads)
+        self.step = DecoderStep(model, self.cache, threads, deterministic)
         self.weight_bytes = model.nbytes + model.embedding.nbytes
         self.cache_bytes = self.cache.nbytes
 
