@@ -91,6 +91,15 @@ def test_an_interrupt_ends_after_the_step_and_saves(place):
     assert "stopping after this step, then saving" in errors
     saved = re.search(r"^model +(\S+)", out, re.MULTILINE)[1]
     assert load(saved).config.hidden_size == 32
+    assert f"armillary train --resume {Path(saved).parent} goes on" in errors
+
+    done = len((Path(saved).parent / "metrics.jsonl").read_text().splitlines())
+    command = [sys.executable, "-m", "armillary", "train", "--resume", str(Path(saved).parent), "--steps", str(done + 2), "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ARMILLARY_NATIVE": "0"})
+    assert answer.returncode == 0, answer.stderr
+    steps = [json.loads(line).get("step") for line in answer.stdout.splitlines()]
+    assert steps[0] == done  # the first line of its metrics was the evaluation before the first step
+    assert load(saved).config.hidden_size == 32
 
 
 @pytest.mark.slow
@@ -114,7 +123,7 @@ def test_fine_tuning_goes_through_the_same_door(place):
         (["--batch.micro_rows", "3"], "no multiple of batch.micro_rows = 3"),
         (["--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
         (["--steps"], "--steps has no value"),
-        (["--checkpoint.every", "2"], "writes no checkpoints yet"),
+        (["--resume", "runs"], "--resume takes the configuration of its run"),
         (["--data.folder", "/nowhere"], "/nowhere"),
         (["--batch.length", "64", "--architecture.context", "32"], "beyond the model's context of 32"),
         (["--architecture.heads", "5"], "does not divide into 5 heads"),

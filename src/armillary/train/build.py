@@ -57,12 +57,6 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
 
     Raises InputError or NotFoundError for what does not: another tokenizer, rows beyond the context, a split that is missing.
     """
-    if config.checkpoint.every and checkpoints is None:
-        raise InputError(
-            f"checkpoint.every = {config.checkpoint.every}, and this run writes no checkpoints yet: only its model, at the end",
-            "leave it at 0",
-            field="checkpoint.every",
-        )
     tokenizer, decoder = _model(config)
     if config.batch.length > decoder.config.max_context:
         raise InputError(

@@ -147,7 +147,7 @@ class EvaluateConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When the state of a run is saved: at the end and on Ctrl-C too, where checkpoints are written at all."""
+    """When the state of a run is saved; it always is at the end and on Ctrl-C."""
 
     every: int = Field(100, ge=0)
     """Steps between checkpoints, written in the background (0: only at the end; also before each evaluation once it is not 0)."""
