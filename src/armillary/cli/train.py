@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,7 +56,11 @@ def train(
         _dry_run(resolved, json)
         return 0
     check_runs(runs)
-    session = train_session(resolved, runs, json, resume)
+    with _rank() as rank:
+        if rank > 0:
+            _follow(resolved, runs, resume)
+            return 0
+        session = train_session(resolved, runs, json, resume)
     finish(session, resolved, json)
     if session.interrupted:
         note(
@@ -63,6 +68,24 @@ def train(
         )
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _rank() -> Iterator[int]:
+    """This process's rank, within the process group that a launcher's environment describes; 0 without one."""
+    if "WORLD_SIZE" not in os.environ:  # PyTorch is loaded later, where the reader is told of it
+        yield 0
+        return
+    from armillary.train.parallel.launch import launched
+
+    with launched() as rank:
+        yield rank
+
+
+def _follow(resolved: Resolved[TrainConfig], runs: Path, resume: Path | None) -> None:
+    """The run of a rank other than 0: the same without a word, in the folder that rank 0 names."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        train_session(resolved, runs, resume=resume)
 
 
 def settle_training(file: Path | None, words: Sequence[str] = (), deepspeed: Path | None = None) -> Resolved[TrainConfig]:

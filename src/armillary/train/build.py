@@ -21,7 +21,9 @@ from armillary.train.batches import RowBatches
 from armillary.train.config import ArchitectureConfig, ScheduleConfig, TrainConfig
 from armillary.train.evaluate import Evaluation, evaluate
 from armillary.train.optimizers import choose
-from armillary.train.parallel.apply import Parallel, Single
+from armillary.train.parallel.apply import Parallel
+from armillary.train.parallel.layout import Layout
+from armillary.train.parallel.parallelize import parallelize
 from armillary.train.precision import COMPUTE, LossScaler
 from armillary.train.schedules import Schedule
 from armillary.train.trainer import Checkpoints, Hooks, Trainer
@@ -71,9 +73,7 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
         if config.evaluate.every:
             raise
         validation = None
-    if config.layout:
-        raise InputError(f"layout = {config.layout!r}: only one process trains yet", "leave layout out", field="layout")
-    parallel = Single(decoder, COMPUTE[config.precision])
+    parallel = parallelize(decoder, Layout.parse(config.layout), compute_dtype=COMPUTE[config.precision])
     batches = RowBatches(
         train, config.batch, seed=config.data.seed, packing=config.data.packing, rank=parallel.dp_rank, world=parallel.dp_world
     )

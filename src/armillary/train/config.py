@@ -168,7 +168,7 @@ class TrainConfig(Config):
     loss_scale: float = Field(65536.0, gt=0)
     """fp16: the first loss scale; it halves at overflows and doubles after 2,000 clean steps."""
     layout: str = ""
-    """How the model lies over ranks, such as "dp_shard=2,tp=2"; empty: one process."""
+    """How the model lies over ranks, such as "dp_shard=2,tp=2" (start with torchrun); empty: one process."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
     """Seed of a new model's weights."""
     threads: int | None = Field(None, ge=1, le=1024)

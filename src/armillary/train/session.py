@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+import torch.distributed as dist
 
 from armillary.core.config import Resolved
 from armillary.core.errors import NotFoundError
@@ -22,6 +25,7 @@ from armillary.train.checkpoint import FolderCheckpoints, newest
 from armillary.train.config import TrainConfig
 from armillary.train.evaluate import Evaluation
 from armillary.train.meter import Meter, Reading
+from armillary.train.parallel.apply import Parallel
 from armillary.train.progress import PlainView, View, evaluation_json, memory_bytes
 from armillary.train.trainer import Hooks, StepResult
 
@@ -48,7 +52,8 @@ class Session:
     def go(self) -> None:
         """Train to the end, or until the first signal; then save the model. A second signal is KeyboardInterrupt."""
         trainer, hooks = self.run.trainer, self.run.trainer.hooks
-        with (self.folder / METRICS).open("a", encoding="utf-8") as metrics, stop_requested(self._told) as stop:
+        told = self.folder / METRICS if self.run.parallel.rank == 0 else Path(os.devnull)
+        with told.open("a", encoding="utf-8") as metrics, stop_requested(self._told) as stop:
 
             def write(value: dict[str, Any]) -> None:
                 metrics.write(json.dumps(value) + "\n")
@@ -74,12 +79,13 @@ class Session:
             if due and begin not in (step for step, _ in self.evaluations):
                 on_evaluation(begin)
             trainer.run()
-            self.interrupted = trainer.progress.step < trainer.schedule.steps and stop()
+            self.interrupted = self.run.parallel.any_rank(stop()) and trainer.progress.step < trainer.schedule.steps
             if self.readings and (not self.evaluations or self.evaluations[-1][0] != trainer.progress.step) and not self.interrupted:
                 on_evaluation(trainer.progress.step)
-        if self.run.parallel.rank == 0:
+        model = self.run.parallel.whole_model()
+        if model is not None:
             self.trace.save(self.folder / TRACE)
-            save_hf(self.run.decoder, self.folder / MODEL, self.run.tokenizer, overwrite=True)
+            save_hf(model, self.folder / MODEL, self.run.tokenizer, overwrite=True)
 
     def _told(self) -> None:
         self.view.note("stopping after this step, then saving; Ctrl-C again stops at once")
@@ -101,18 +107,28 @@ def open_session(
     trace = Trace("train", meta={"model": config.model or "from scratch"})
     hooks = Hooks(evaluate_every=config.evaluate.every, save_every=config.checkpoint.every)
     run = build(config, hooks=hooks, trace=trace)
-    folder = resume or new_run_folder(runs, datetime.now(UTC), name)
+    first = run.parallel.rank == 0
+    folder = _of_rank_0(run.parallel, lambda: resume or new_run_folder(runs, datetime.now(UTC), name))
     checkpoints = FolderCheckpoints(folder / CHECKPOINTS, config.checkpoint.keep)
     run.trainer.checkpoints = checkpoints
     if resume is None:
-        resolved.save(folder / CONFIG)
+        if first:
+            resolved.save(folder / CONFIG)
         return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak), trace)
     run.trainer.restore()
-    if "flag" in resolved.provenance.values():
+    if first and "flag" in resolved.provenance.values():
         resolved.save(folder / CONFIG)
     meter = Meter(run.decoder.config, config.steps, peak, tokens=run.trainer.progress.tokens)
-    readings, evaluations = _keep_metrics(folder / METRICS, run.trainer.progress.step)
+    readings, evaluations = _keep_metrics(folder / METRICS, run.trainer.progress.step, first)
     return Session(run, folder, PlainView(), meter, trace, readings, evaluations)
+
+
+def _of_rank_0(parallel: Parallel, folder: Callable[[], Path]) -> Path:
+    """The folder that rank 0 makes, on every rank."""
+    told = [str(folder()) if parallel.rank == 0 else ""]
+    if parallel.world > 1:
+        dist.broadcast_object_list(told)
+    return Path(told[0])
 
 
 def find_run(path: Path) -> Path:
@@ -127,8 +143,8 @@ def find_run(path: Path) -> Path:
     return runs[-1]
 
 
-def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int, Evaluation]]]:
-    """What a run had told until `step`; what came after it, and is made again, is taken out of the file."""
+def _keep_metrics(path: Path, step: int, write: bool) -> tuple[list[Reading], list[tuple[int, Evaluation]]]:
+    """What a run had told until `step`; what came after it, and is made again, is taken out of the file where `write` says so."""
     readings: list[Reading] = []
     evaluations: list[tuple[int, Evaluation]] = []
     kept = []
@@ -144,9 +160,10 @@ def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int,
             readings.append(Reading(**value))
         else:
             evaluations.append((value["step"], Evaluation(value["loss"], value["tokens"])))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    if write:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
     return readings, evaluations
 
 

@@ -79,9 +79,7 @@ def rank_run(stage, rank):
         (loss / 64).backward()
         zero.step()
         losses.append(float(loss.detach()))
-    for unit in zero.units:
-        for flat in unit:
-            flat.gather(zero.group)
+    zero.gather_all()
     return losses, {name: value.detach().clone() for name, value in module.named_parameters()}, zero
 
 

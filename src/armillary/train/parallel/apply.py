@@ -67,6 +67,10 @@ class Parallel(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def whole_model(self) -> Decoder | None:
+        """The model with whole parameters, to be saved: on rank 0; None on the others."""
+        ...
+
 
 class TokenLoss(nn.Module):
     """A decoder and its loss as one module, whose `forward` is `Parallel.loss_sum`: what wrappers that hook `forward` need."""
@@ -127,3 +131,6 @@ class Single:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state)
+
+    def whole_model(self) -> Decoder:
+        return self.model

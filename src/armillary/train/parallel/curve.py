@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from armillary.models.config import ModelConfig, RopeConfig
 from armillary.models.decoder import Decoder
-from armillary.train.microbatch import IGNORED, MicroBatch
+from armillary.train.microbatch import IGNORED, MicroBatch, scored
 from armillary.train.optimizers.adamw import AdamW
-from armillary.train.parallel.apply import Parallel, Single
+from armillary.train.parallel.apply import Parallel, Single, TokenLoss
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.local_tensor import by_rank, local_ranks, rank_values
 from armillary.train.parallel.parallelize import parallelize
+from armillary.train.parallel.zero import ZeroExecutor
 from armillary.train.schedules import Schedule
 from armillary.train.trainer import Trainer
 
@@ -124,6 +127,25 @@ def layout_curve(layout: Layout, config: ModelConfig, *, replicas: Any = "torch"
     return train(parallelize(small_decoder(config), layout, replicas=replicas), config, **options)
 
 
+def zero_curve(stage: Any, rank: int, config: ModelConfig, *, microbatches: int, steps: int = 3) -> Curve:
+    """A rank's run of the reference executor at a ZeRO stage, one micro-batch a rank. Norms are not its business."""
+    module = TokenLoss(small_decoder(config))
+    optimizer = partial(AdamW, lr=1e-3, fused=False)
+    zero = ZeroExecutor(module, list(module.model.layers), stage, optimizer, rank, microbatches)
+    losses = []
+    for step in range(steps):
+        batch = global_batch(step, config.vocab_size, microbatches)
+        part, count = batch[rank], scored(batch)
+        loss = module(part.tokens, part.positions, part.targets, part.attend)
+        (loss / count).backward()
+        zero.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / count)
+    zero.gather_all()
+    return Curve(tuple(losses), (), {name.removeprefix("model."): value.detach().clone() for name, value in module.named_parameters()})
+
+
 def simulated_curves(layout: Layout, config: ModelConfig, *, microbatches: int, steps: int = 3) -> tuple[Curve, Curve]:
     """(one process, `layout` on LocalTensor's ranks), by the plain loop that both can run. Needs no other process."""
     batches = [global_batch(step, config.vocab_size, microbatches, alike=True) for step in range(steps)]
@@ -169,14 +191,14 @@ def _plain_loop(parallel: Parallel, batches: Sequence[Sequence[Any]]) -> Curve:
     """Training without the trainer's decisions, which a simulated rank cannot take."""
     parameters = [parameter for _, parameter in parallel.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, foreach=False)
-    scored = parallel.dp_world * len(batches[0]) * int((_first(batches[0][0].targets) != IGNORED).sum())
+    count = parallel.dp_world * len(batches[0]) * int((_first(batches[0][0].targets) != IGNORED).sum())
     losses, norms = [], []
     for batch in batches:
         optimizer.zero_grad()
         total = torch.zeros(())
         for number, part in enumerate(batch):
             with parallel.sync_gradients(number == len(batch) - 1):
-                loss = parallel.loss_sum(part.tokens, part.positions, part.targets, part.attend) / scored
+                loss = parallel.loss_sum(part.tokens, part.positions, part.targets, part.attend) / count
                 loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         losses.append(float(_first(parallel.sum_over_dp(total))))

@@ -68,6 +68,16 @@ def joined(timeout: float = COLLECTIVE_SECONDS, join_timeout: float = JOIN_SECON
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def launched() -> Iterator[int]:
+    """`joined` where a launcher started this process as one of several ranks; otherwise nothing, and rank 0."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    with joined() as rank:
+        yield rank
+
+
 class _Heart(contextlib.AbstractContextManager["_Heart"]):
     """Counts up in the group's store twice a second, so that the others can tell a dead rank from a slow one."""
 

@@ -55,9 +55,10 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """`dp_shard=2,tp=2,sequence_parallel` -> Layout. The empty string is one rank. Raises InputError that names the part."""
+        """`dp_shard=2,tp=2,sequence_parallel` -> Layout. The empty string, or `single`, is one rank. Raises InputError that names the part."""
         values: dict[str, int | bool] = {}
-        known = {field.name: field.type for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
+        text = "" if text.strip() == "single" else text
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             name, given, value = (piece.strip() for piece in part.partition("="))
             if name not in known:

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from armillary.core.errors import InputError
 from armillary.kernels.attention import Attend
 from armillary.models.decoder import Decoder
+from armillary.models.weights import assemble, hf_name
 from armillary.train.parallel.apply import OptimizerFactory, Parallel, Single, TokenLoss
 from armillary.train.parallel.ddp import BucketedAllReduce, torch_ddp
 from armillary.train.parallel.fsdp import apply_fsdp, fsdp_around_backward
@@ -43,6 +45,12 @@ def parallelize(
     layout.check_model(model.config)
     if layout.world == 1 and not (dist.is_initialized() and dist.get_world_size() > 1):
         return Single(model, compute_dtype)
+    if not dist.is_initialized():
+        raise InputError(
+            f"layout {layout} is for {layout.world} ranks, and this is one process",
+            f"start with torchrun --nproc-per-node {layout.world} -m armillary train ...",
+            field="layout",
+        )
     mesh = build_mesh(layout, device_type)
     check_same_weights(model)
     return Distributed(model, mesh, compute_dtype, replicas)
@@ -134,6 +142,15 @@ class Distributed:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._reshard()
         self.model.load_state_dict(state)
+
+    def whole_model(self) -> Decoder | None:
+        whole = {}
+        for name, parameter in self.named_parameters():  # one at a time: no rank but the first ever holds two of them
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.rank == 0:
+                whole[hf_name(name)] = value.cpu().clone()
+        return assemble(self.model.config, whole.keys(), whole.__getitem__) if self.rank == 0 else None
 
     def _reshard(self) -> None:
         """After a forward without backward the last unit is still whole; its shards are what optimizer and checkpoint know."""

@@ -180,6 +180,11 @@ class ZeroExecutor:
             if not flat.partitioned:
                 flat.gather(self.group)
 
+    def gather_all(self) -> None:
+        """Makes every parameter whole, to be read."""
+        for flat in (flat for unit in self.units for flat in unit):
+            flat.gather(self.group)
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank's model states hold right now: storages counted, each once."""
         seen: set[int] = set()
