@@ -106,6 +106,23 @@ def test_a_taken_port_is_an_error(armillary: Command, tiny_model: Path) -> None:
     assert "loading" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (("--context", "4096"), "context 4,096 is more than the 2,048 tokens that the model was made for"),
+        (("--kv-memory", "1 KB"), "does not hold one KV block"),
+        (("--kv-blocks", "200000000"), "the KV pool would take"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_torch_is_loaded(
+    armillary: Command, tiny_model: Path, wanted: tuple[str, str], said: str
+) -> None:
+    ran = armillary("serve", tiny_model, *wanted)
+    assert ran.returncode == MISUSED
+    assert said in ran.stderr
+    assert "loading" not in ran.stderr
+
+
 @pytest.mark.parametrize("wanted", [("--quantize", "int4"), ("--kv-dtype", "fp16"), ("--deterministic",)])
 def test_what_torch_does_not_have_is_refused_before_torch_is_loaded(armillary: Command, tiny_model: Path, wanted: tuple[str, ...]) -> None:
     ran = armillary("serve", tiny_model, "--backend", "torch", *wanted)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from armillary.core.errors import ArmillaryError, FormatError, InputError, NotFoundError
 from armillary.kernels.attention import CausalAttend
 from armillary.models.config import ModelConfig
+from armillary.models.config_file import read_config
 from armillary.models.decoder import Decoder
-from armillary.models.hf import INDEX, WEIGHTS, load_hf, read_config, save_hf
+from armillary.models.hf import INDEX, WEIGHTS, load_hf, save_hf
 from armillary.models.weights import hf_parameters
 
 TINY = ModelConfig("llama", 61, 16, 24, 2, 2, 1, 8, 128, tie_embeddings=True, bos_token_id=1, eos_token_ids=(2, 5))

@@ -9,7 +9,8 @@ from models import VOCABULARY, greedy, loaded, tiny
 
 from armillary.core.errors import CapacityError, InputError
 from armillary.serve.config import EngineConfig
-from armillary.serve.llm import LLM, available_memory, settle
+from armillary.serve.kv_pool import available_memory, settle
+from armillary.serve.llm import LLM
 from armillary.serve.request import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

@@ -9,9 +9,10 @@ from armillary.core.errors import InputError
 from armillary.kernels import cpu_library
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.local import LocalExecutor, kv_capacity
+from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward
 from armillary.serve.executors.torch_forward import TorchForward
+from armillary.serve.kv_pool import kv_bytes_per_token, kv_capacity
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.sampling import SamplingError
 from armillary.serve.schedule import Entry, Plan, Reason, Schedule
@@ -156,6 +157,7 @@ def test_capacity_in_closed_form():
     assert config.kv_bytes_per_token() == 512
     assert kv_capacity(config, 512 * 16 * 10, 16) == 10
     assert kv_capacity(config, 512 * 16 * 10 - 1, 16) == 9
-    assert kv_capacity(config, 512 * 16 * 10, 16, torch.float16) == 20
+    assert kv_capacity(config, 512 * 16 * 10, 16, "fp16") == 20
+    assert kv_bytes_per_token(config, "int8") == 2 * 2 * 2 * (16 + 4)  # a byte a number, and a scale a head
     with pytest.raises(InputError, match="do not hold one KV block"):
         kv_capacity(config, 511, 1)

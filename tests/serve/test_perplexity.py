@@ -12,7 +12,13 @@ from armillary.core.errors import ArmillaryError, InputError
 from armillary.kernels import cpu_library
 from armillary.serve.executors.native_forward import NativeForward
 from armillary.serve.executors.torch_forward import TorchForward
-from armillary.serve.perplexity import BLOCK, Scores, blocks, score, windows
+from armillary.serve.perplexity import Scores, score, windows
+
+BLOCK = 16
+
+
+def blocks(context: int) -> int:
+    return -(-context // BLOCK)
 
 
 @given(count=st.integers(4, 200), context=st.integers(4, 50), bos=st.none() | st.just(96))
@@ -61,7 +67,7 @@ def test_both_backends_give_the_losses_of_the_plain_decoder(native: bool, contex
     else:
         forward = TorchForward(decoder, num_blocks=blocks(context), block_size=BLOCK)
     seen = []
-    scores = score(forward, cut, lambda done, total: seen.append((done, total)))
+    scores = score(forward, cut, BLOCK, lambda done, total: seen.append((done, total)))
     torch.testing.assert_close(scores.losses, expected, rtol=0, atol=2e-4)
     assert scores.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-5)
     assert scores.second_half == pytest.approx(math.exp(expected[:, context // 2 :].mean()), rel=1e-5)  # predicts context/2 + 1 ...
@@ -73,7 +79,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> No
     with torch.no_grad():
         decoder.lm_head.weight.zero_()
     forward = TorchForward(decoder, num_blocks=blocks(64), block_size=BLOCK)
-    scores = score(forward, windows(list(range(64)) * 2, 64))
+    scores = score(forward, windows(list(range(64)) * 2, 64), BLOCK)
     assert scores.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
     assert scores.error == pytest.approx(0.0, abs=1e-4)
 
@@ -83,7 +89,7 @@ def test_a_model_with_nan_is_refused() -> None:
     with torch.no_grad():
         decoder.norm.weight[0] = float("nan")
     with pytest.raises(ArmillaryError, match="not numbers"):
-        score(TorchForward(decoder, num_blocks=2, block_size=BLOCK), windows(list(range(32)), 16))
+        score(TorchForward(decoder, num_blocks=2, block_size=BLOCK), windows(list(range(32)), 16), BLOCK)
 
 
 def test_the_excess_over_a_base_is_the_ratio_of_perplexities_with_the_error_of_the_paired_differences() -> None:

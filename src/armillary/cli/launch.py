@@ -50,7 +50,7 @@ class Running:
 def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
     """Fetch the model if need be, load it, build the engine; tells the reader each step on stderr."""
     name = settled.value.model
-    _fetch(name)
+    check_fit(settled)
     with timed("loading PyTorch") as done:
         from armillary.models.load import load
         from armillary.serve.llm import build_engine
@@ -73,9 +73,12 @@ def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
     return running
 
 
-def _fetch(name: str) -> None:
-    """An alias that is not on this machine yet is pulled, visibly."""
+def check_fit(settled: Resolved[Any]) -> None:
+    """Fetch the model if need be, visibly, and refuse a context or a pool that does not fit it or this machine: before torch is loaded."""
     from armillary.models import hub
+    from armillary.models.config_file import read_config
+    from armillary.serve.kv_pool import available_memory, settle
 
-    with byte_progress(name) as progress:
-        hub.resolve(name, progress=progress)
+    with byte_progress(settled.value.model) as progress:
+        path = hub.resolve(settled.value.model, progress=progress)
+    settle(settled.value.engine, read_config(path), available_memory())

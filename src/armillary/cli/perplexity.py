@@ -32,6 +32,10 @@ def perplexity(
     from armillary.cli.terminal import byte_progress, print_json, table
     from armillary.core.errors import InputError
     from armillary.core.units import format_bytes
+    from armillary.models import hub
+    from armillary.models.config_file import read_config
+    from armillary.serve.kv_pool import available_memory
+    from armillary.serve.kv_pool import settle as pool_for
 
     if context > tokens:
         raise InputError(f"{tokens:,} tokens are less than one window of {context:,}", "give more --tokens or a smaller --context")
@@ -43,9 +47,13 @@ def perplexity(
     with byte_progress(corpus) as progress:
         text = _documents(corpus, progress)
     with byte_progress(model) as progress:
-        from armillary.models import hub
-
-        hub.resolve(model, progress=progress)
+        described = read_config(hub.resolve(model, progress=progress))
+    configs = [
+        pool_for(
+            config.model_copy(update={"kv_blocks": -(-context // config.block_size), "kv_memory": None}), described, available_memory()
+        )
+        for config in configs
+    ]
     measured, windows, cut_short = _measure(model, text, configs, tokens, context)
     base = measured[0][2]
     if json:
@@ -90,9 +98,8 @@ def _measure(
 
     from armillary.cli.terminal import timed
     from armillary.models.load import load
-    from armillary.serve.llm import available_memory, build_forward
-    from armillary.serve.llm import settle as settle_pool
-    from armillary.serve.perplexity import BLOCK, blocks, score, windows
+    from armillary.serve.llm import build_forward
+    from armillary.serve.perplexity import score, windows
 
     loaded = load(model)
     ids = _tokens(text, loaded.tokenizer, tokens)
@@ -100,14 +107,11 @@ def _measure(
     cut = windows(ids[:tokens], context, tokenizer.bos if tokenizer.add_bos else None)
     measured = []
     for config in configs:
-        settled = settle_pool(
-            config.model_copy(update={"block_size": BLOCK, "kv_blocks": blocks(context)}), loaded.config, available_memory()
-        )
-        threads = settled.threads or torch.get_num_threads()
+        threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
         with timed(f"scoring {_name(config)}") as done:
-            forward = build_forward(loaded, settled, threads)
-            measured.append((config, forward.weight_bytes, score(forward, cut)))
+            forward = build_forward(loaded, config, threads)
+            measured.append((config, forward.weight_bytes, score(forward, cut, config.block_size)))
             done(f"scored {_name(config)}")
         del forward  # before the next one is laid out
     return measured, len(cut), len(ids) < tokens

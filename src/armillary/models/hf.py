@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
-from armillary.models.config import ModelConfig
+from armillary.models.config_file import read_config
 from armillary.models.decoder import Decoder
-from armillary.models.families import from_hf, to_hf
-from armillary.models.fields import Fields, read_json
+from armillary.models.families import to_hf
+from armillary.models.fields import read_json
 from armillary.models.hf_tokenizer import write_tokenizer
 from armillary.models.weights import assemble, hf_parameters
 
@@ -26,25 +26,8 @@ if TYPE_CHECKING:
     from armillary.models.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
 MAX_INDEX_BYTES = 256 * 1024 * 1024
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """The model of a folder's config.json; the ids in generation_config.json that end a text are added to it.
-
-    Raises NotFoundError without a config.json, InputError for a model that this version cannot run, FormatError for a bad value.
-    """
-    folder = Path(folder)
-    raw = read_json(folder / "config.json", MAX_CONFIG_BYTES)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        more = Fields(read_json(generation, MAX_CONFIG_BYTES), generation.name).token_ids("eos_token_id")
-        own = Fields(raw, "config.json").token_ids("eos_token_id")
-        if more:
-            raw = {**raw, "eos_token_id": list(dict.fromkeys([*own, *more]))}
-    return from_hf(raw)
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:

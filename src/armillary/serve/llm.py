@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from armillary.cluster.cgroup import cgroup_limits
 from armillary.core.clock import Clock
-from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.core.errors import ArmillaryError, InputError
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
-from armillary.models.config import ModelConfig
 from armillary.models.load import LoadedModel, load
 from armillary.serve.admission import known_tokens
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.forward import Forward
-from armillary.serve.executors.local import LocalExecutor, kv_bytes_per_token, kv_capacity
+from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.torch_forward import TorchForward
+from armillary.serve.kv_pool import available_memory, settle
 from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
 from armillary.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
 KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
-POOL_SHARE = 4  # the default pool takes one part in four of the free memory ...
-POOL_LIMIT = 4 * 10**9  # ... and at most this many bytes
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -115,63 +110,6 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
     if wanted := config.native_only:
         raise InputError(f"{wanted[0]} needs the native backend, but {why}", f"leave {wanted[0]} out", field=wanted[0])
     return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
-
-
-def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> EngineConfig:
-    """`config` with `kv_blocks` and `context` decided for this model and `memory` free bytes (None: unknown).
-
-    By default the pool takes a quarter of the free memory, at most 4 GB, and no more than `max_running` sequences of full
-    context could fill.
-    """
-    context = config.context if config.context is not None else model.max_context
-    if context > model.max_context:
-        raise InputError(
-            f"context {context:,} is more than the {model.max_context:,} tokens that the model was made for",
-            f"serve with --context {model.max_context} or less",
-            field="context",
-        )
-    per_token = kv_bytes_per_token(model, KV_DTYPES[config.kv_dtype])
-    if config.kv_blocks is None and config.kv_memory is None:
-        most = config.max_running * -(-context // config.block_size)
-        size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)
-        least = config.block_size * per_token
-        config = config.model_copy(
-            update={"kv_blocks": min(most, kv_capacity(model, max(size, least), config.block_size, KV_DTYPES[config.kv_dtype]))}
-        )
-    config = config.with_pool(per_token).model_copy(update={"context": context})
-    assert config.kv_blocks is not None
-    needed = config.kv_blocks * config.block_size * per_token
-    if memory is not None and needed > memory:
-        raise CapacityError(
-            f"the KV pool would take {format_bytes(needed)}; {format_bytes(memory)} of memory are free",
-            "give a smaller kv_blocks or kv_memory",
-            field="kv_blocks",
-        )
-    return config
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping and within the container's limit; None where the system does not say."""
-    limit = cgroup_limits(root).memory
-    left = None if limit is None else max(0, limit - _resident(root))
-    return min((size for size in (_available(root), left) if size is not None), default=None)
-
-
-def _available(root: Path) -> int | None:
-    with suppress(OSError, ValueError, IndexError):
-        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _resident(root: Path) -> int:
-    """Bytes that this process holds already; 0 where the system does not say."""
-    with suppress(AttributeError, OSError, ValueError, IndexError):
-        return int((root / "proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 class LLM:

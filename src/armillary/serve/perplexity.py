@@ -20,7 +20,6 @@ from torch import Tensor
 from armillary.core.errors import ArmillaryError, InputError
 from armillary.serve.executors.forward import FlatBatch, Forward, Span
 
-BLOCK = 16  # tokens a KV block
 _CHUNK = 256  # tokens a batch: their logits, and not a window's, are in memory at once
 
 
@@ -68,19 +67,16 @@ def windows(tokens: Sequence[int], context: int, bos: int | None = None) -> list
     return cut if bos is None else [[bos, *window[1:]] for window in cut]
 
 
-def blocks(context: int) -> int:
-    """KV blocks of `BLOCK` tokens that `forward` needs for windows of `context`."""
-    return -(-context // BLOCK)
+def score(forward: Forward, cut: Sequence[Sequence[int]], block_size: int, progress: Callable[[int, int], None] | None = None) -> Scores:
+    """Compute windows of equal length one after another; `progress(done, total)` counts tokens.
 
-
-def score(forward: Forward, cut: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> Scores:
-    """Compute windows of equal length one after another. `progress(done, total)` counts tokens.
+    `forward` needs KV blocks, of `block_size` tokens, for one window.
 
     Raises ArmillaryError when a logit is not a number.
     """
     context = len(cut[0])
     losses = torch.empty(len(cut), context - 1, dtype=torch.float64)
-    table = list(range(blocks(context)))
+    table = list(range(-(-context // block_size)))
     with torch.inference_mode():
         for index, window in enumerate(cut):
             for start in range(0, context, _CHUNK):

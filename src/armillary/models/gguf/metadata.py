@@ -18,7 +18,6 @@ from armillary.models.config import ModelConfig, RopeConfig
 from armillary.models.gguf.quant import dequantise
 from armillary.models.gguf.reader import GGUFFile
 from armillary.models.gguf.rope_factors import fit_llama3, llama3_factors
-from armillary.models.rope import attention_scaling, inverse_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 WINDOW_PERIOD = {"gemma2": 2, "gemma3": 6}  # every period-th layer attends to everything, the others through the window
@@ -265,6 +264,8 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
         out[f"{name}.rope.scaling.original_context_length"] = rope.original_context or config.max_context
         out[f"{name}.rope.scaling.yarn_beta_fast"] = float(rope.beta_fast)
         out[f"{name}.rope.scaling.yarn_beta_slow"] = float(rope.beta_slow)
+        from armillary.models.rope import attention_scaling  # torch is needed to write a config, not to read one
+
         relative = attention_scaling(rope) / _temperature(rope.factor)
         if not math.isclose(relative, 1.0):
             out[f"{name}.rope.scaling.attn_factor"] = relative
@@ -295,6 +296,8 @@ def check_representable(config: ModelConfig, metadata: Mapping[str, Any], shapes
 
 
 def _same_rope(left: RopeConfig, right: RopeConfig, head_dim: int) -> bool:
+    from armillary.models.rope import attention_scaling, inverse_frequencies
+
     ours, theirs = inverse_frequencies(left, head_dim).numpy(), inverse_frequencies(right, head_dim).numpy()
     return np.allclose(ours, theirs, rtol=1e-5, atol=0) and math.isclose(attention_scaling(left), attention_scaling(right), rel_tol=1e-6)
 

@@ -8,30 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from armillary.core.clock import Clock, RealClock
-from armillary.core.errors import InputError
-from armillary.kernels.cpu_step import cache_row_bytes
-from armillary.models.config import ModelConfig
 from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.sampling import SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of keys and values that one token holds in the cache over all layers; int8 has a scale for each head beside them."""
-    return 2 * config.num_layers * config.num_kv_heads * cache_row_bytes(config.head_dim, dtype)
-
-
-def kv_capacity(config: ModelConfig, size: int, block_size: int, dtype: torch.dtype = torch.float32) -> int:
-    """How many KV blocks of `block_size` tokens fit `size` bytes. Raises InputError when none does."""
-    block = block_size * kv_bytes_per_token(config, dtype)
-    if size < block:
-        raise InputError(
-            f"{size:,} bytes do not hold one KV block of {block_size} tokens ({block:,} bytes)",
-            "give more memory or a smaller block_size",
-            field="kv_memory",
-        )
-    return size // block
 
 
 class LocalExecutor:
