@@ -23,16 +23,16 @@ INTEGER = ("int8", "int4", "int4m")
 
 
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The plainest int8 quantisation of rows in groups of 32, scales being powers of two: levels and scales, padded to whole groups."""
+    """The plainest int8 quantisation of rows in groups of 32: levels and scales, padded to whole groups."""
     rows, k = x.shape
     padded = np.zeros((rows, -(-k // 32) * 32), np.float32)
     padded[:, :k] = x
     groups = padded.reshape(rows, -1, 32)
     biggest = np.abs(groups).max(-1, keepdims=True)
-    # The smallest power of two that keeps every level within 127.49.
-    scales = np.exp2(np.ceil(np.log2(np.maximum(biggest.astype(np.float64), 2.0**-57) / 127.49)))
-    scaled = groups / scales
-    return np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64), scales.squeeze(-1)
+    inverse = np.divide(np.float32(127), biggest, out=np.zeros_like(biggest), where=biggest > 2.0**-120)
+    scaled = groups * inverse
+    levels = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
+    return levels, (biggest / np.float32(127)).squeeze(-1)
 
 
 def levels_of(weight: PackedWeight, scales: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def exact_dot(weight: PackedWeight, x: np.ndarray) -> np.ndarray:
     levels, scales = quantised(x)
     meaning = np.zeros((weight.shape[0], levels.shape[1] * 32))
     meaning[:, : weight.shape[1]] = weight.unpack().numpy()
-    rows = levels.astype(np.float64) * scales[..., None]
+    rows = levels.astype(np.float64) * scales[..., None].astype(np.float64)
     return rows.reshape(x.shape[0], -1) @ meaning.T
 
 
@@ -117,7 +117,7 @@ def widened(weight: PackedWeight) -> tuple[np.ndarray, np.ndarray]:
     seed=st.integers(0, 2**31),
 )
 def test_wide_products_are_the_integers_that_they_claim(format: str, n: int, k: int, rows: int, seed: int) -> None:
-    """Bytes, activations in blocks of 256 and exact integer sums: equal to numpy in float64 within the last additions' rounding."""
+    """Bytes, activations in blocks of 64 and exact integer sums: equal to numpy in float64 within the last additions' rounding."""
     generator = torch.Generator().manual_seed(seed)
     w, x = torch.randn(n, k, generator=generator), torch.randn(rows, k, generator=generator)
     w[0], x[0] = 1.0, -3.0  # all extremes: 255 x 127 in every product
@@ -126,12 +126,12 @@ def test_wide_products_are_the_integers_that_they_claim(format: str, n: int, k: 
     expected = np.zeros((rows, n))
     padded = np.zeros((rows, bytes_.shape[1]), np.float32)
     padded[:, :k] = x.numpy()
-    for first in range(0, padded.shape[1], 256):
-        block = padded[:, first : first + 256]
+    for first in range(0, padded.shape[1], 64):
+        block = padded[:, first : first + 64]
         biggest = np.abs(block).max(1, keepdims=True)
         scaled = block * np.divide(np.float32(127), biggest, out=np.zeros_like(biggest), where=biggest > 0)
         quants = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
-        expected += (quants @ bytes_[:, first : first + 256].T) * (biggest / np.float32(127)).astype(np.float64)
+        expected += (quants @ bytes_[:, first : first + 64].T) * (biggest / np.float32(127)).astype(np.float64)
     np.testing.assert_allclose(weight.multiply(x, wide=True).numpy(), expected * columns, rtol=1e-5, atol=1e-5)
 
 
@@ -193,19 +193,14 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize("format", INTEGER)
-@pytest.mark.parametrize("magnitude", [1e-30, 2.0**-58, 1e-12, 1e15, 1e17, 3e38])
-def test_activations_of_any_magnitude_are_right_or_not_a_number(format: str, magnitude: float) -> None:
-    """Scales are powers of two within a range: below it a group counts as 0, above it the row is NaN, never a wrong number."""
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-37, 1e-30, 1e-12, 1e15, 1e30])
+def test_activations_of_any_magnitude(format: str, magnitude: float) -> None:
+    """From subnormal numbers, which count as 0, to the largest whose product fits."""
     weight = PackedWeight([torch.rand(20, 64) + 0.5], format)
     x = torch.rand(3, 64) + 0.5
     x[1] *= magnitude
-    y = weight.multiply(x).double()
-    if magnitude > 1e16:
-        assert bool(y[1].isnan().all())
-        x[1] = 1.0
-        y[1] = weight.multiply(x[1:2])
     expected = torch.from_numpy(exact_dot(weight, x.numpy()))
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2.0**-57 * 64 * 2)
+    torch.testing.assert_close(weight.multiply(x).double(), expected, rtol=1e-5, atol=1e-35)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -250,14 +250,14 @@ void arm_unpack(const Weight* w, float* out) {
 void arm_multiply(const Weight* w, const float* x, int32_t rows, float* y) {
   const int pk = padded_k(w->k);
   std::vector<int8_t> quants;
-  std::vector<int32_t> exponents, sums;
-  std::vector<float> finish;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
   if (w->format > F16) {
     const size_t padded = padded_rows(rows);
-    quants.resize(padded * pk), exponents.resize(padded * pk / kGroup), sums.resize(padded * pk / kGroup), finish.resize(padded);
-    for (int r = 0; r < rows; r++) quantise_row(x + (size_t)r * w->k, w->k, r, sum_factor(w->format), {quants.data(), exponents.data(), sums.data(), finish.data()});
+    quants.resize(padded * pk), scales.resize(padded * pk / kGroup), sums.resize(padded * pk / kGroup);
+    for (int r = 0; r < rows; r++) quantise_row(x + (size_t)r * w->k, w->k, r, sum_factor(w->format), {quants.data(), scales.data(), sums.data()});
   }
-  const Rows input = {x, quants.data(), exponents.data(), sums.data(), finish.data()};
+  const Rows input = {x, quants.data(), scales.data(), sums.data()};
   for (int t = 0; t < tiles(*w); t++)
     multiply_tile(*w, t, input, rows, [&](int r, int column, f32x16 v) {
       for (int i = 0; i < 16 && column + i < w->n; i++) y[(size_t)r * w->n + column + i] = v[i] + (w->bias ? w->bias[column + i] : 0.0f);
@@ -270,8 +270,8 @@ void arm_multiply_wide(const Weight* w, const float* x, int32_t rows, float* y) 
   std::vector<int8_t> quants(padded * pk);
   std::vector<float> scales(padded * blocks);
   std::vector<int32_t> sums(padded * blocks);
+  for (int r = 0; r < rows; r++) quantise_wide(x + (size_t)r * w->k, w->k, r, {quants.data(), scales.data(), sums.data()});
   const WideRows input = {quants.data(), scales.data(), sums.data()};
-  for (int r = 0; r < rows; r++) quantise_wide(x + (size_t)r * w->k, w->k, r, input);
   for (int t = 0; t < tiles(*w); t++)
     multiply_tile_wide(*w, t, input, rows, [&](int r, int column, f32x16 v) {
       for (int i = 0; i < 16 && column + i < w->n; i++) y[(size_t)r * w->n + column + i] = v[i] + (w->bias ? w->bias[column + i] : 0.0f);

@@ -99,11 +99,10 @@ class Buffer {
 
 struct Buffers {
   int rows = 0;
-  Buffer<float> x, normed, qkv, attended, hidden, finish;
+  Buffer<float> x, normed, qkv, attended, hidden, scales;
   Buffer<float> cosines[2], sines[2];  // [rows][head_dim/2] of each rotary embedding
   Buffer<int8_t> quants;
-  Buffer<int32_t> exponents, sums;
-  Buffer<float> scales;                    // of wide.h
+  Buffer<int32_t> sums;
   Buffer<float> picked_x, picked_attended;  // of the last layer: the sampled rows
   std::vector<int> runs;  // of each sequence: in how many pieces its tokens go to the cache (run_of)
   std::vector<AttentionItem> items;
@@ -210,7 +209,7 @@ struct Run {
   // the format wants it. Ends with a barrier.
   Ready ready(const Weight& w, const float* source, int stride, int rows, const float* weight, const int32_t* pick = nullptr) {
     const int k = w.k;
-    const WideRows many = {u.quants.data(), u.scales.data(), u.sums.data()};
+    const QuantisedRows to = {u.quants.data(), u.scales.data(), u.sums.data()};
     const bool is_wide = !m.deterministic && wide(w, rows);
     int begin, end;
     share(rows, thread, threads, begin, end);
@@ -222,12 +221,12 @@ struct Run {
         x = normed;
       }
       if (is_wide)
-        quantise_wide(x, k, r, many);
+        quantise_wide(x, k, r, to);
       else if (is_integer(w))
-        quantise_row(x, k, r, sum_factor(w.format), {u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()});
+        quantise_row(x, k, r, sum_factor(w.format), to);
     }
     finish(PREPARE);
-    return {{weight ? u.normed.data() : source, u.quants.data(), u.exponents.data(), u.sums.data(), u.finish.data()}, many, is_wide};
+    return {{weight ? u.normed.data() : source, to.quants, to.scales, to.sums}, {to.quants, to.scales, to.sums}, is_wide};
   }
 
   template <class Sink>
@@ -533,10 +532,8 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
     u.hidden.grow((size_t)rows * model->intermediate);
     for (int rope = 0; rope < 2; rope++) u.cosines[rope].grow((size_t)rows * model->head_dim / 2), u.sines[rope].grow((size_t)rows * model->head_dim / 2);
     u.quants.grow((size_t)rows * width);
-    u.finish.grow(rows);
-    u.exponents.grow((size_t)rows * width / kGroup);
+    u.scales.grow((size_t)rows * width / kGroup);
     u.sums.grow((size_t)rows * width / kGroup);
-    u.scales.grow((size_t)rows * wide_blocks(width));
     u.picked_x.grow((size_t)rows * model->hidden);
     u.picked_attended.grow((size_t)rows * model->heads * model->head_dim);
     u.rows = rows;
