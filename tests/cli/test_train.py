@@ -97,6 +97,8 @@ def test_an_interrupt_ends_after_the_step_and_saves(place):
     command = [sys.executable, "-m", "armillary", "train", "--resume", str(Path(saved).parent), "--steps", str(done + 2), "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ARMILLARY_NATIVE": "0"})
     assert answer.returncode == 0, answer.stderr
+    assert run(["models", "export", str(Path(saved).parent), str(place / "out.gguf"), "--to", "gguf"]) == 0
+    assert load(place / "out.gguf").config.hidden_size == 32
     steps = [json.loads(line).get("step") for line in answer.stdout.splitlines()]
     assert steps[0] == done  # the first line of its metrics was the evaluation before the first step
     assert load(saved).config.hidden_size == 32

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -54,6 +55,38 @@ def pull(name: Annotated[str, Parameter(help="A name of `armillary models`.")], 
     with byte_progress(name) as progress:
         path = hub.pull(name, progress=progress)
     print(path)
+
+
+@models.command(name="export")
+def export(
+    model: Annotated[str, Parameter(help="A run's folder (its newest checkpoint is taken), or a model by name or path.")],
+    path: Annotated[Path, Parameter(help="The folder or .gguf file to make.")],
+    /,
+    *,
+    to: Annotated[Literal["hf", "gguf"], Parameter(help="A Hugging Face folder or a GGUF file.")] = "hf",
+    stored: Annotated[str, Parameter(name="--as", help="How matrices are stored: F32, F16, BF16 (hf), Q8_0, Q4_0 (gguf).")] = "F32",
+    json: Json = False,
+) -> None:
+    """Write a model, read it back, and compare its logits with those before."""
+    from armillary.cli.terminal import note, print_json
+    from armillary.models.load import load
+    from armillary.train.export import export as write
+    from armillary.train.export import trained_model
+    from armillary.train.session import CONFIG
+
+    if (Path(model) / CONFIG).is_file():
+        decoder, tokenizer, step = trained_model(Path(model))
+        note(f"{model} after {step:,} steps")
+    else:
+        loaded = load(model)
+        decoder, tokenizer = loaded.decoder, loaded.tokenizer
+    done = write(decoder, tokenizer, path, to, stored)
+    if json:
+        print_json({"path": str(done.path), "max_logit_difference": done.difference, "relative": done.relative, "tokens": done.tokens})
+        return
+    print(
+        f"{done.path}: read back, logits of {done.tokens} tokens differ by at most {done.difference:.3g} ({done.relative:.2g} of their spread)"
+    )
 
 
 @models.command(name="cache")

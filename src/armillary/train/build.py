@@ -59,7 +59,7 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
 
     Raises InputError or NotFoundError for what does not: another tokenizer, rows beyond the context, a split that is missing.
     """
-    tokenizer, decoder = _model(config)
+    tokenizer, decoder = open_model(config)
     if config.batch.length > decoder.config.max_context:
         raise InputError(
             f"batch.length = {config.batch.length:,} is beyond the model's context of {decoder.config.max_context:,}",
@@ -144,7 +144,7 @@ def _shards(folder: str, split: str, tokenizer: Tokenizer) -> TokenShards:
     return shards
 
 
-def _model(config: TrainConfig) -> tuple[Tokenizer, Decoder]:
+def open_model(config: TrainConfig) -> tuple[Tokenizer, Decoder]:
     if config.model is not None:
         loaded = load(config.model)
         return loaded.tokenizer, loaded.decoder.float().train()

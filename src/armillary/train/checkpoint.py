@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from armillary.core.errors import InputError
+from armillary.core.errors import ArmillaryError, InputError
 from armillary.train.checkpoint_storage import (
     CheckpointError,
     Manifest,
@@ -41,6 +41,7 @@ from armillary.train.checkpoint_storage import (
 )
 
 COMMIT_SECONDS: Final = 600.0  # how long rank 0 waits for the others' parts
+_FIX: Final = "resume with the run's own configuration (config.toml beside its checkpoints)"
 _WHOLE: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
@@ -56,16 +57,15 @@ class FolderCheckpoints:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[Path, Future[None]] | None = None
-        if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder)
+        self._lock: Any = None
+        self._from_rank_0(self._claim)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         self.wait()
         staging = Staging(self.rank)
         tensors, pieces = _split(state)
         tensors |= {f"rng.{self.rank}.{name}": value for name, value in state["rng"].state_dict().items()}
-        with _quietly():
+        with _quietly(self.world):
             save(tensors, storage_writer=staging, planner=DefaultSavePlanner(flatten_state_dict=False), no_dist=self.world == 1)
         body = {"step": step, "world": self.world, "optimizer": _kind(state["optimizer"]), "tensors": staging.tensors, "pieces": pieces}
         part = Path(self._from_rank_0(lambda: str(self._new_part(step))))
@@ -107,7 +107,7 @@ class FolderCheckpoints:
         tensors |= {f"rng.{own}.{name}": value for name, value in rng.items()}
         _check_tensors(manifest, tensors)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
-        with _quietly():
+        with _quietly(self.world):
             load(tensors, storage_reader=Parts(manifest), planner=planner, no_dist=self.world == 1)
         for name, entries in _optimizer_state(state["optimizer"], state["parallel"]):
             for key, value in entries.items():
@@ -117,6 +117,17 @@ class FolderCheckpoints:
         for name, piece in manifest.pieces.items():
             state[name].load_state_dict(piece)
         return manifest.step
+
+    def close(self) -> None:
+        """Waits, and lets another process write here."""
+        self.wait()
+        self._thread.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
 
     def _write(self, part: Path, blocks: Mapping[str, Tensor], body: dict[str, Any]) -> None:
         try:
@@ -181,6 +192,8 @@ class FolderCheckpoints:
         if self.rank == 0:
             try:
                 told = [make()]
+            except ArmillaryError as error:
+                told = [error]
             except OSError as error:
                 told = [CheckpointError(f"{self.folder} cannot be used ({error.strerror})", "check its permissions and the free space")]
         if self.world > 1:
@@ -206,6 +219,18 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     """The newest finished checkpoint of a folder."""
     return next(reversed(whole_checkpoints(folder)), None)
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> int:
+    """A checkpoint's weights alone into a whole model, in one process. Returns its step. Raises as `restore`."""
+    manifest = Manifest.read(checkpoint)
+    for part in sorted(manifest.parts):
+        manifest.check(part)
+    _check_model(manifest, dict(model.named_parameters()))
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    with _quietly(1):
+        load(tensors, storage_reader=Parts(manifest), planner=DefaultLoadPlanner(flatten_state_dict=False), no_dist=True)
+    return manifest.step
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -267,23 +292,29 @@ def _forget_unsaved(optimizer: Optimizer, parallel: Any, tensors: dict[str, Tens
 
 def _check_fits(manifest: Manifest, state: Mapping[str, Any]) -> None:
     """Raises InputError for another model or another optimizer, saying which."""
+    _check_model(manifest, dict(state["parallel"].named_parameters()))
     where = manifest.folder
-    have = {name.removeprefix("model."): tensor["shape"] for name, tensor in manifest.tensors.items() if name.startswith("model.")}
-    want = {name: list(parameter.shape) for name, parameter in state["parallel"].named_parameters()}
-    fix = "resume with the run's own configuration (config.toml beside its checkpoints)"
-    if missing := sorted(want.keys() - have.keys()):
-        raise InputError(f"{where} is another model's: it has no {missing[0]} ({len(missing)} such)", fix)
-    if extra := sorted(have.keys() - want.keys()):
-        raise InputError(f"{where} is another model's: its {extra[0]} ({len(extra)} such) has no place in this one", fix)
-    for name, shape in want.items():
-        if have[name] != shape:
-            raise InputError(f"{where} is another model's: its {name} is {have[name]}, this model's is {shape}", fix)
     if manifest.optimizer != _kind(state["optimizer"]):
-        raise InputError(f"{where} was trained with {manifest.optimizer}, not {_kind(state['optimizer'])}", fix, field="optimizer.name")
+        raise InputError(f"{where} was trained with {manifest.optimizer}, not {_kind(state['optimizer'])}", _FIX, field="optimizer.name")
     pieces = {name for name in state if name not in ("parallel", "optimizer", "rng")}
     if differing := sorted(pieces ^ manifest.pieces.keys()):
         has = "has" if differing[0] in manifest.pieces else "has no"
-        raise InputError(f"{where} {has} state of {differing[0]!r}, other than this run (its precision is another)", fix, field="precision")
+        raise InputError(
+            f"{where} {has} state of {differing[0]!r}, other than this run (its precision is another)", _FIX, field="precision"
+        )
+
+
+def _check_model(manifest: Manifest, parameters: Mapping[str, Tensor]) -> None:
+    where = manifest.folder
+    have = {name.removeprefix("model."): tensor["shape"] for name, tensor in manifest.tensors.items() if name.startswith("model.")}
+    want = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    if missing := sorted(want.keys() - have.keys()):
+        raise InputError(f"{where} is another model's: it has no {missing[0]} ({len(missing)} such)", _FIX)
+    if extra := sorted(have.keys() - want.keys()):
+        raise InputError(f"{where} is another model's: its {extra[0]} ({len(extra)} such) has no place in this one", _FIX)
+    for name, shape in want.items():
+        if have[name] != shape:
+            raise InputError(f"{where} is another model's: its {name} is {have[name]}, this model's is {shape}", _FIX)
 
 
 def _check_tensors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -316,12 +347,11 @@ def _write_json(path: Path, value: Any) -> None:
     temporary.rename(path)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """One process is what we want where there is one: DCP warns of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def _quietly(world: int) -> contextlib.AbstractContextManager[Any]:
+    """One process is what is wanted where there is one: DCP warns of it."""
+    if world > 1:
+        return contextlib.nullcontext()
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def _locked(folder: Path) -> Any:
