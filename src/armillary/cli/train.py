@@ -29,6 +29,9 @@ def train(
         Path | None, Parameter(help="Go on with this run (of a folder of runs: the newest) from its last checkpoint.")
     ] = None,
     dry_run: Annotated[bool, Parameter(negative=(), help="Say what would be trained, and stop.")] = False,
+    ray: Annotated[
+        bool, Parameter(negative=(), help="Run the layout's ranks as Ray actors; a lost one costs the steps since the last checkpoint.")
+    ] = False,
     list_keys: Annotated[
         bool, Parameter(name="--keys", negative=(), help="List every key with its default and meaning, and stop.")
     ] = False,
@@ -56,6 +59,9 @@ def train(
         _dry_run(resolved, json)
         return 0
     check_runs(runs)
+    if ray:
+        _on_ray(resolved, runs, resume, json)
+        return 0
     with _rank() as rank:
         if rank > 0:
             _follow(resolved, runs, resume)
@@ -80,6 +86,35 @@ def _rank() -> Iterator[int]:
 
     with launched() as rank:
         yield rank
+
+
+def _on_ray(resolved: Resolved[TrainConfig], runs: Path, resume: Path | None, json: bool) -> None:
+    """The same command on every rank; after a loss it goes on in the folder that the first attempt made."""
+    from armillary.cli.terminal import note
+    from armillary.core.errors import InputError
+    from armillary.train.parallel.layout import Layout
+    from armillary.train.parallel.ray import run_on_ray
+    from armillary.train.session import CONFIG
+
+    if json:
+        raise InputError(
+            "--json with --ray: Ray puts a prefix before each line of a rank", "read metrics.jsonl in the run's folder", field="json"
+        )
+    here, runs = Path.cwd(), runs.resolve()
+    before = set(runs.glob("*"))
+
+    def work(attempt: int) -> None:
+        os.chdir(here)  # paths in the configuration are relative to where the command was given
+        made = [folder for folder in sorted(runs.glob("*")) if folder not in before and (folder / CONFIG).is_file()]
+        folder = made[-1] if attempt and made else resume
+        with _rank() as rank:
+            if rank > 0:
+                _follow(resolved, runs, folder)
+                return
+            session = train_session(resolved, runs, resume=folder)
+        finish(session, resolved)
+
+    run_on_ray(Layout.parse(resolved.value.layout).world, work, tell=note)
 
 
 def _follow(resolved: Resolved[TrainConfig], runs: Path, resume: Path | None) -> None:

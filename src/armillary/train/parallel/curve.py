@@ -139,7 +139,7 @@ def zero_curve(stage: Any, rank: int, config: ModelConfig, *, microbatches: int,
         loss = module(part.tokens, part.positions, part.targets, part.attend)
         (loss / count).backward()
         zero.step()
-        total = loss.detach().clone()
+        total = loss.detach().double()
         dist.all_reduce(total)
         losses.append(float(total) / count)
     zero.gather_all()

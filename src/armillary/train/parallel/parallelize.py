@@ -48,7 +48,7 @@ def parallelize(
     if not dist.is_initialized():
         raise InputError(
             f"layout {layout} is for {layout.world} ranks, and this is one process",
-            f"start with torchrun --nproc-per-node {layout.world} -m armillary train ...",
+            f"start with torchrun --nproc-per-node {layout.world} -m armillary train ..., or with --ray",
             field="layout",
         )
     mesh = build_mesh(layout, device_type)
