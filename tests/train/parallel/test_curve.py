@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from armillary.core.errors import InputError
-from armillary.train.parallel.curve import FAMILIES, layout_curve, simulated_curves, single_curve, small_decoder
+from armillary.train.parallel.apply import Single
+from armillary.train.parallel.curve import FAMILIES, layout_curve, simulated_curves, single_curve, small_decoder, train
 from armillary.train.parallel.launch import spawn
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.parallelize import parallelize
@@ -68,6 +69,28 @@ def test_eight_simulated_ranks(text, family):
     check(curve, expected)
 
 
+def frozen_decoder():
+    """The embedding (tied to the head), a norm and a projection are not trained."""
+    model = small_decoder(FAMILIES["everything"])
+    for frozen in (model.embed_tokens, model.layers[0].input_layernorm, model.layers[1].self_attn.qkv.k_proj):
+        frozen.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("text", ["dp_shard=4", "dp_replicate=4", "tp=2,sequence_parallel"])
+def test_frozen_parameters_stay_and_the_others_train_as_ever(text):
+    layout, config = Layout.parse(text), FAMILIES["everything"]
+
+    def work(_):
+        return train(parallelize(frozen_decoder(), layout, replicas="buckets"), config, microbatches=4, steps=2)
+
+    curve = run_ranks(layout.world, work)[0]
+    check(curve, train(Single(frozen_decoder()), config, microbatches=4, steps=2))
+    kept = {name: value for name, value in frozen_decoder().named_parameters() if not value.requires_grad}
+    assert kept
+    assert all(torch.equal(curve.parameters[name], value) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("text", ["dp_shard=4", "dp_replicate=2,dp_shard=2"])
 def test_clipping_by_the_norm_of_the_whole_gradient(text):
     expected = reference("everything", 4, clip_norm=0.3)
@@ -126,8 +149,6 @@ def test_lower_precision_is_the_same_under_every_layout():
     def work(text, _):
         layout = Layout.parse(text)
         parallel = parallelize(small_decoder(FAMILIES["llama"]), layout, compute_dtype=torch.bfloat16, replicas="buckets")
-        from armillary.train.parallel.curve import train
-
         return train(parallel, FAMILIES["llama"], microbatches=2, steps=2)
 
     curves = [run_ranks(2, partial(work, text))[0] for text in ("dp_shard=2", "dp_replicate=2")]

@@ -1,8 +1,8 @@
 """Many ranks in one process, a thread each: torch's private threaded process group, wrapped here so that nothing else imports it.
 
 FSDP2, DTensor and DCP run unmodified; collectives are sums in rank order, so results are reproducible. For tests
-and for the table of layouts: wide layouts on a machine with few cores. What it gets wrong: `DTensor.full_tensor` of
-unevenly split shards (the sizes of two ranks' parts differ and are not padded); real process groups do not.
+and for the table of layouts: wide layouts on a machine with few cores. What fails here and not in processes:
+`DTensor.full_tensor` of shards of unequal sizes.
 """
 
 from __future__ import annotations
