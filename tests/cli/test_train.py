@@ -125,6 +125,8 @@ def test_fine_tuning_goes_through_the_same_door(place):
         (["--batch.micro_rows", "3"], "no multiple of batch.micro_rows = 3"),
         (["--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
         (["--steps"], "--steps has no value"),
+        (["--memory.checkpointing", "budget"], "give a budget in bytes"),
+        (["--memory.checkpointing", "budget", "--memory.budget", "1000"], "is below the"),
         (["--resume", "runs"], "--resume takes the configuration of its run"),
         (["--data.folder", "/nowhere"], "/nowhere"),
         (["--batch.length", "64", "--architecture.context", "32"], "beyond the model's context of 32"),

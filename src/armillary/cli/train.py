@@ -169,6 +169,8 @@ def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = Fals
         done("opened the model and the data")
     for line in describe(session.run):
         note(line)
+    for line in memory_lines(session.run):
+        note(line)
     note(f"run {session.folder}" + (f", from step {session.run.trainer.progress.step:,} on" if resume else ""))
     session.view = progress.choose(heading(session), config.steps, json)
     try:
@@ -221,6 +223,21 @@ def describe(run: Run) -> list[str]:
         f"step: {config.batch.rows} rows of {config.batch.length} tokens in {passes} micro-batches; {config.steps:,} steps",
         f"optimizer: {config.optimizer.name}, learning rate {config.optimizer.options()['lr']:g}, {config.schedule.name} schedule, {config.precision}",
     ]
+
+
+def memory_lines(run: Run) -> list[str]:
+    """What a step's tensors will take, predicted before the first one; nothing for more than one process."""
+    from collections import Counter
+
+    from armillary.train.build import checkpointing_plan, predict_memory
+
+    if run.parallel.world > 1:
+        return []
+    lines = [f"{name:<11} {size:>8}  {meaning}" for name, size, meaning in predict_memory(run.config, run.decoder.config).table()]
+    levels = Counter(checkpointing_plan(run.config, run.decoder.config))
+    if levels.keys() != {"none"}:
+        lines.append("checkpointing: " + ", ".join(f"{level} in {count} blocks" for level, count in levels.items()))
+    return ["predicted memory of tensors:", *(f"  {line}" for line in lines)]
 
 
 def finish(session: Session, resolved: Resolved[TrainConfig], json: bool = False) -> None:
@@ -378,7 +395,8 @@ def _dry_run(resolved: Resolved[TrainConfig], json: bool) -> None:
     from armillary.core.config import to_toml
     from armillary.train.build import build
 
-    lines = describe(build(resolved.value))
+    run = build(resolved.value)
+    lines = [*describe(run), *memory_lines(run)]
     if json:
         print_json({"lines": lines, "config": resolved.value.model_dump(mode="json"), "provenance": dict(resolved.provenance)})
         return

@@ -20,6 +20,8 @@ from armillary.models.tokenizer import Tokenizer
 from armillary.train.batches import RowBatches
 from armillary.train.config import ArchitectureConfig, ScheduleConfig, TrainConfig
 from armillary.train.evaluate import Evaluation, evaluate
+from armillary.train.memory.checkpointing import Level, apply_checkpointing, measure_options, plan_for_budget
+from armillary.train.memory.predict import Prediction, predict
 from armillary.train.optimizers import choose
 from armillary.train.parallel.apply import Parallel
 from armillary.train.parallel.layout import Layout
@@ -73,6 +75,7 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
         if config.evaluate.every:
             raise
         validation = None
+    apply_checkpointing(decoder, checkpointing_plan(config, decoder.config))
     parallel = parallelize(decoder, Layout.parse(config.layout), compute_dtype=COMPUTE[config.precision])
     batches = RowBatches(
         train, config.batch, seed=config.data.seed, packing=config.data.packing, rank=parallel.dp_rank, world=parallel.dp_world
@@ -96,6 +99,30 @@ def schedule(config: ScheduleConfig, steps: int) -> Schedule:
     warmup = steps // 20 if config.warmup is None else config.warmup
     decay = config.decay if config.decay is not None else steps // 5 if config.name == "wsd" else 0
     return Schedule(config.name, steps, warmup, config.final, decay, config.decay_shape)
+
+
+def checkpointing_plan(config: TrainConfig, model: ModelConfig) -> tuple[Level, ...]:
+    """A level a block. A budget is for the longest micro-batch: full rows of one document each."""
+    level = config.memory.checkpointing
+    if level != "budget":
+        return (level,) * model.num_layers
+    assert config.memory.budget is not None
+    dtype = COMPUTE[config.precision] or torch.float32
+    return plan_for_budget(measure_options(model, [config.batch.length] * config.batch.micro_rows, dtype), config.memory.budget)
+
+
+def predict_memory(config: TrainConfig, model: ModelConfig) -> Prediction:
+    """Of a step with full rows, in one process."""
+    rows, batch = min(config.batch.micro_rows, config.batch.rows), config.batch
+    return predict(
+        model,
+        [batch.length] * rows,
+        config.optimizer.name,
+        micro_batches=-(-batch.rows // rows),
+        plan=checkpointing_plan(config, model),
+        compute_dtype=COMPUTE[config.precision],
+        beta1=config.optimizer.beta1 is not None,
+    )
 
 
 def new_model_config(architecture: ArchitectureConfig, tokenizer: Tokenizer, length: int) -> ModelConfig:

@@ -155,6 +155,27 @@ class CheckpointConfig(Config):
     """Newest checkpoints that are kept."""
 
 
+class MemoryConfig(Config):
+    """What is traded for memory: activations that the backward pass computes again. Never the result."""
+
+    checkpointing: Literal["none", "selective", "attention", "full", "budget"] = Field(
+        "none", description="what blocks keep: all, products and attention, attention, only their input, or what fits memory.budget"
+    )
+    """What a block keeps for the backward pass."""
+    budget: int | None = Field(None, ge=1)
+    """Bytes that the activations of one micro-batch may take (checkpointing = "budget"): the least is computed again."""
+
+    @model_validator(mode="after")
+    def _budget_is_used(self) -> MemoryConfig:
+        if (self.checkpointing == "budget") != (self.budget is not None):
+            raise InputError(
+                f"memory.checkpointing = {self.checkpointing!r} and memory.budget = {self.budget}",
+                "give a budget in bytes with checkpointing = 'budget', and only there",
+                field="memory.budget",
+            )
+        return self
+
+
 class TrainConfig(Config):
     """Everything that `armillary train` may be told."""
 
@@ -180,6 +201,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig.model_validate({})
     evaluate: EvaluateConfig = EvaluateConfig.model_validate({})
     checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
+    memory: MemoryConfig = MemoryConfig.model_validate({})
 
     @model_validator(mode="after")
     def _one_model(self) -> TrainConfig:

@@ -24,6 +24,7 @@ from armillary.train.build import Run, build
 from armillary.train.checkpoint import FolderCheckpoints, newest
 from armillary.train.config import TrainConfig
 from armillary.train.evaluate import Evaluation
+from armillary.train.flops import Recompute
 from armillary.train.meter import Meter, Reading
 from armillary.train.parallel.apply import Parallel
 from armillary.train.progress import PlainView, View, evaluation_json, memory_bytes
@@ -107,6 +108,7 @@ def open_session(
     trace = Trace("train", meta={"model": config.model or "from scratch"})
     hooks = Hooks(evaluate_every=config.evaluate.every, save_every=config.checkpoint.every)
     run = build(config, hooks=hooks, trace=trace)
+    recompute: Recompute = "full" if config.memory.checkpointing == "full" else "none"  # HFU leaves out what other levels do again
     first = run.parallel.rank == 0
     folder = _of_rank_0(run.parallel, lambda: resume or new_run_folder(runs, datetime.now(UTC), name))
     checkpoints = FolderCheckpoints(folder / CHECKPOINTS, config.checkpoint.keep)
@@ -114,11 +116,11 @@ def open_session(
     if resume is None:
         if first:
             resolved.save(folder / CONFIG)
-        return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak), trace)
+        return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak, recompute), trace)
     run.trainer.restore()
     if first and "flag" in resolved.provenance.values():
         resolved.save(folder / CONFIG)
-    meter = Meter(run.decoder.config, config.steps, peak, tokens=run.trainer.progress.tokens)
+    meter = Meter(run.decoder.config, config.steps, peak, recompute, tokens=run.trainer.progress.tokens)
     readings, evaluations = _keep_metrics(folder / METRICS, run.trainer.progress.step, first)
     return Session(run, folder, PlainView(), meter, trace, readings, evaluations)
 

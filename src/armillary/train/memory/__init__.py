@@ -1,0 +1,1 @@
+"""Memory of a training step: counted, predicted, and traded for arithmetic."""
