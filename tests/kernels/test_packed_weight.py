@@ -240,3 +240,14 @@ def test_struct_sizes_agree() -> None:
     sizes = (ctypes.c_int32 * 6)()
     lib.arm_struct_sizes(sizes)
     assert sizes[0] == ctypes.sizeof(cpu_library.CWeight)
+
+
+def test_a_product_that_does_not_fit_is_refused() -> None:
+    weight = PackedWeight([torch.randn(20, 64)], "int8")
+    for x in (torch.randn(3, 65), torch.randn(64), torch.randn(3, 64).double()):
+        with pytest.raises(InputError, match=r"not float32 \[rows, 64\]"):
+            weight.multiply(x)
+    with pytest.raises(InputError, match="no wide product"):
+        weight.multiply(torch.randn(3, 64), wide=True)
+    with pytest.raises(InputError, match="no wide product"):
+        PackedWeight([torch.randn(16, 8224)], "int4").multiply(torch.randn(3, 8224), wide=True)

@@ -20,6 +20,7 @@ Format = Literal["fp32", "fp16", "int8", "int4", "int4m"]
 _CODES: dict[Format, int] = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int4m": 4}
 _BITS: dict[Format, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int4m": 4}
 _GROUP, _PANEL, _TILE = 32, 48, 16
+_WIDE_K = 8192  # kWideK of cpu/wide.h
 _PIECE = 1 << 19  # weights that one call lays out: enough for the call to cost nothing, few enough for all threads to get some
 
 # GGUF's block types that the kernels take as they are: id, elements and bytes of a block, and the formats that hold them.
@@ -216,6 +217,12 @@ class PackedWeight:
 
     def multiply(self, x: Tensor, *, wide: bool = False) -> Tensor:
         """x [rows, k] fp32 -> [rows, n], on one thread; `wide` as a step multiplies many rows with 4-bit weights (cpu/wide.h)."""
+        if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.shape[1]:
+            raise InputError(f"the activations are {x.dtype} {tuple(x.shape)}, not float32 [rows, {self.shape[1]}]")
+        if wide and (self.format not in ("int4", "int4m") or self.shape[1] > _WIDE_K):
+            raise InputError(
+                f"a weight of {self.shape[1]} columns in {self.format} has no wide product", f"4 bits and at most {_WIDE_K} have"
+            )
         x = x.contiguous()
         out = torch.empty(x.shape[0], self.shape[0])
         product = require().arm_multiply_wide if wide else require().arm_multiply

@@ -1,7 +1,8 @@
 // Paged attention with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //
 // A row is one head of one query. A row's keys are taken in chunks of kChunk positions counted from 0, its softmax starts
-// anew every kSegment positions, and the segments are merged in order; a key that it may not see contributes exactly 0.
+// anew every kSegment positions, and the segments are merged in order; a key that it may not see contributes exactly 0 (but
+// for a value that is not finite, which may reach the rows of its sequence that share a register tile with it).
 // So a row's result depends on its own position alone: not on the rows computed beside it, nor on who computes which segment.
 #pragma once
 #include <algorithm>
@@ -55,7 +56,7 @@ static inline f32x16 exp2_16(f32x16 x) {
 }
 
 static inline f32x16 tanh16(f32x16 x) {
-  f32x16 e = exp16(vmin(vmax(x, splat(-9.0f)), splat(9.0f)) * 2.0f);
+  f32x16 e = exp16(vmin(splat(9.0f), vmax(splat(-9.0f), x)) * 2.0f);  // in this order NaN stays NaN
   return (e - 1.0f) / (e + 1.0f);
 }
 

@@ -132,18 +132,19 @@ static void write_cache_int8(const Cache& c, size_t slot, int count, int head, c
   for (int t = 0; t < count;) {
     int8_t* value = (int8_t*)c.values + tile + (size_t)((lane + t) / 4) * 4 * d;
     const int first = (lane + t) % 4, some = std::min(4 - first, count - t);
+    if (some < 4) {  // byte by byte: another thread may be writing the others of the four
+      for (int k = 0; k < some; k++)
+        for (int at = 0; at < d; at++) value[4 * at + first + k] = q[t + k][at];
+      t += some;
+      continue;
+    }
     for (int at = 0; at < d; at += 16) {
-      // Only the bytes of these tokens change: the others of the four may have been written before.
-      i32x16 bytes, kept = splat_int(-1);
-      memcpy(&bytes, value + 4 * at, 64);
-      i32x16 fresh = {};
-      for (int k = 0; k < some; k++) {
+      i32x16 bytes = {};
+      for (int k = 0; k < 4; k++) {
         i8x16 one;
         memcpy(&one, q[t + k] + at, 16);
-        fresh |= (__builtin_convertvector(one, i32x16) & 255) << (8 * (first + k));
-        kept &= ~(255 << (8 * (first + k)));
+        bytes |= (__builtin_convertvector(one, i32x16) & 255) << (8 * k);
       }
-      bytes = (bytes & kept) | fresh;
       memcpy(value + 4 * at, &bytes, 64);
     }
     t += some;

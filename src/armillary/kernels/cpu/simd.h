@@ -133,7 +133,7 @@ static inline f32x16 vmin(f32x16 a, f32x16 b) { return a < b ? a : b; }
 
 // e^x to about 1 ulp for x in [-87, 88]; below, 0 within the smallest normal. Cephes' polynomial.
 static inline f32x16 exp16(f32x16 x) {
-  x = vmin(vmax(x, splat(-87.3f)), splat(88.3f));
+  x = vmin(splat(88.3f), vmax(splat(-87.3f), x));  // in this order NaN stays NaN
   f32x16 t = x * 1.44269504088896341f;
   i32x16 n = __builtin_convertvector(t + (t < 0.0f ? splat(-0.5f) : splat(0.5f)), i32x16);
   f32x16 fn = __builtin_convertvector(n, f32x16);
