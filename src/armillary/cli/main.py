@@ -83,6 +83,9 @@ def run(arguments: Sequence[str]) -> int:
         _tell(error.problem, error.fix)
         return MISUSED
     except KeyboardInterrupt:
+        # A second Ctrl-C while the process is leaving would end it by the signal, without this status.
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
