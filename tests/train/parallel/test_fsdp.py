@@ -7,7 +7,7 @@ from armillary.train.parallel.curve import FAMILIES, global_batch, small_decoder
 from armillary.train.parallel.launch import spawn
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.parallelize import parallelize
-from armillary.train.parallel.volume import ring_bytes
+from armillary.train.parallel.volume import zero_elements
 from armillary.train.parallel.wire import WireCounter
 
 CONFIG = FAMILIES["llama"]  # every size is even: two ranks pad nothing
@@ -18,6 +18,10 @@ def gathered(model):
     return sum(p.numel() for p in model.parameters() if not hasattr(p, "device_mesh"))
 
 
+def both_stages(rank):
+    return {stage: one_step(rank, stage) for stage in (2, 3)}
+
+
 def one_step(rank, zero_stage):
     parallel = parallelize(small_decoder(CONFIG), Layout(dp_shard=2, zero_stage=zero_stage))
     batch = global_batch(0, CONFIG.vocab_size, 2)[rank]
@@ -26,20 +30,18 @@ def one_step(rank, zero_stage):
         between = gathered(parallel.model)
         loss.backward()
     assert all(isinstance(block, FSDPModule) for block in parallel.model.layers)
-    return wire.by_operation(), between, gathered(parallel.model)
+    return wire.by_operation(), wire.sent, between, gathered(parallel.model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_bytes_on_the_wire_and_parameters_between_the_passes(zero_stage):
+def test_bytes_on_the_wire_and_parameters_between_the_passes():
     """ZeRO-3 sends 3 elements a parameter, less the root's second gather: it is used first in backward, so it stays. ZeRO-2 sends 2."""
-    operations, between, after = spawn(2, one_step, zero_stage)[0]
     everything = CONFIG.parameters()
     root = 2 * CONFIG.vocab_size * CONFIG.hidden_size + CONFIG.hidden_size
     blocks = everything - root
-    gathers = everything + (blocks if zero_stage == 3 else 0)
-    assert operations["all_gather"] == 4 * gathers
-    assert operations["reduce_scatter"] == 4 * everything
-    assert ring_bytes("all_gather", 4 * gathers, 2) == 4 * gathers / 2
-    assert between == (root if zero_stage == 3 else everything)
-    assert after == 0
+    for zero_stage, (operations, sent, between, after) in spawn(2, both_stages)[0].items():
+        again = blocks if zero_stage == 3 else 0
+        assert operations == {"all_gather": 4 * (everything + again), "reduce_scatter": 4 * everything}
+        assert sent == 4 * (zero_elements(everything, 2, 2) + again / 2)
+        assert between == (root if zero_stage == 3 else everything)
+        assert after == 0

@@ -76,7 +76,7 @@ def test_ranks_that_do_not_fit_are_refused_at_once(cluster):
 
 
 CONFIG = """
-steps = 40
+steps = 24
 layout = "dp_shard=2"
 [architecture]
 layers = 1
@@ -120,5 +120,5 @@ def test_a_training_run_survives_the_kill_of_a_rank_and_keeps_its_curve(tmp_path
     losses = [
         [line["loss"] for line in map(json.loads, file.read_text().splitlines()) if line["event"] == "step"] for file in (survivor, plain)
     ]
-    assert len(losses[0]) == len(losses[1]) == 40
+    assert len(losses[0]) == len(losses[1]) == 24
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -27,6 +28,8 @@ def local_ranks(world: int) -> Iterator[LocalTensorMode]:
             yield mode
     finally:
         dist.destroy_process_group()
+        # DTensor remembers meshes that look alike, and with them groups that are gone.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         sys.excepthook = excepthook
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed import multi_threaded_pg
 
 Result = TypeVar("Result")
@@ -61,6 +62,8 @@ def run_ranks(world: int, work: Callable[[int], Result]) -> list[Result]:
         _threaded._uninstall_threaded_pg()
         _threaded.ProcessLocalGroup.reset()
         _c10d._set_thread_isolation_mode(False)
+        # DTensor remembers meshes that look alike, and with them groups that are gone.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         sys.excepthook = excepthook
     if failures:
         raise failures[0]
