@@ -25,6 +25,9 @@ def perplexity(
     corpus: Annotated[str, Parameter(help="A text file, or a corpus by its name, whose last documents are taken first.")] = "sotu",
     tokens: Annotated[int, Parameter(help="How much of the text: rounded down to whole windows.")] = 32_768,
     context: Annotated[int, Parameter(help="Tokens of a window; each is computed from an empty cache.")] = 1024,
+    deterministic: Annotated[
+        bool, Parameter(negative=(), help="Compute every token as an answer is computed: int4 multiplies prompts otherwise.")
+    ] = False,
     threads: Annotated[int | None, Parameter(show_default=False, help="Threads that compute (default: one a core).")] = None,
     json: Json = False,
 ) -> None:
@@ -41,7 +44,9 @@ def perplexity(
         raise InputError(f"{tokens:,} tokens are less than one window of {context:,}", "give more --tokens or a smaller --context")
     asked = [(weights.strip(), kv.strip()) for weights in quantize.split(",") for kv in kv_dtype.split(",")]
     configs = [  # checked before anything is loaded; the first is what the others are compared with
-        settle(model, EngineFlags(quantize=weights, kv_dtype=kv, context=context, threads=threads)).value.engine
+        settle(
+            model, EngineFlags(quantize=weights, kv_dtype=kv, context=context, deterministic=deterministic or None, threads=threads)
+        ).value.engine
         for weights, kv in dict.fromkeys([("none", "fp32"), *asked])
     ]
     with byte_progress(corpus) as progress:
@@ -62,6 +67,7 @@ def perplexity(
                 "model": model,
                 "corpus": corpus,
                 "context": context,
+                "deterministic": deterministic,
                 "windows": windows,
                 "rows": [_facts(config, size, scores, base) for config, size, scores in measured],
             }
