@@ -83,7 +83,7 @@ def test_ctrl_c_during_an_answer_stops_it(tiny_model: Path) -> None:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
-        assert process.returncode == INTERRUPTED
+        assert process.returncode == INTERRUPTED, errors
         assert errors.splitlines()[-2:] == ["stopped", "interrupted"]
         assert "Traceback" not in errors
 

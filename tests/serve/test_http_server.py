@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -555,3 +556,10 @@ def test_the_manual_names_every_field_and_every_path(world, schema):
     assert {*schema.model_fields, *schema.IGNORED} <= named
     for path in world.http.get("/openapi.json").json()["paths"]:
         assert path.replace("{model_id}", "{id}") in manual, path
+
+
+def test_ctrl_c_ends_run_by_keyboard_interrupt_even_where_the_event_loop_lost_it(monkeypatch):
+    server = Server(app=None, port=0)
+    monkeypatch.setattr(server._server, "run", lambda sockets: server._server.handle_exit(signal.SIGINT, None))
+    with pytest.raises(KeyboardInterrupt):
+        server.run()

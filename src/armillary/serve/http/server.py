@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,9 +24,9 @@ LAST_WORDS_SECONDS = 5  # for answers that were ended to say so, after the grace
 class Server:
     """`run()` serves until Ctrl-C; `start()` and `stop()` (or `with`) serve from a background thread.
 
-     `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
-     anything else happens. On stopping, answers in flight get `grace_seconds` to finish; then `end_answers` is called
-    , which should make them end in an orderly way, and what still runs a little later is cut.
+    `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
+    anything else happens. On stopping, answers in flight get `grace_seconds` to finish; then `end_answers` is called,
+    which should make them end in an orderly way, and what still runs a little later is cut.
     """
 
     def __init__(
@@ -63,9 +65,12 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def run(self) -> None:
-        """Serve on this thread until SIGINT or SIGTERM."""
+        """Serve on this thread until SIGINT (raises KeyboardInterrupt) or SIGTERM."""
         try:
             self._server.run(sockets=[self._socket])
+            # uvicorn raises the signal once more on leaving, but the event loop may be over before it is handled: then it would be lost.
+            if self._server.interrupted:
+                raise KeyboardInterrupt
         finally:
             self._socket.close()
 
@@ -101,6 +106,11 @@ class _Graceful(uvicorn.Server):
         super().__init__(config)
         self._grace_seconds = grace_seconds
         self._end_answers = end_answers
+        self.interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.create_task(self._end_after_grace())
