@@ -141,10 +141,14 @@ def test_in_place_packing_holds_the_weights_once():
 def test_time_is_the_executors_clock_and_threads_are_set():
     clock = VirtualClock(500)
     executor = executor_of("torch", tiny(), clock=clock, threads=1)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    outcome = executor.run(plan((greedy("r", (1,)), 0, 1, [0])))
-    assert (outcome.start, outcome.end) == (500, 500)
-    assert torch.get_num_threads() == 1
+    try:
+        outcome = executor.run(plan((greedy("r", (1,)), 0, 1, [0])))
+        assert (outcome.start, outcome.end) == (500, 500)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_empty_plan_gives_an_empty_outcome():
