@@ -167,6 +167,21 @@ def test_a_damaged_file_is_laid_out_again_and_said(path: Path, damage: str) -> N
     assert was_read(started(path))
 
 
+def test_a_kept_vector_of_another_size_never_reaches_the_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = started(path)
+    load = weight_cache.PackedFile.load
+
+    def forged(file: object, arena: object) -> dict[str, torch.Tensor]:
+        arrays = load(file, arena)
+        return arrays | {"model.norm.weight": arrays["model.norm.weight"][:-16]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_cache.PackedFile, "load", forged)
+        again = started(path)
+    assert not was_read(again)
+    assert same(again, first)
+
+
 def test_no_room_is_a_warning(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
@@ -176,9 +191,14 @@ def test_no_room_is_a_warning(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.warns(RuntimeWarning, match="not kept for the next start .*No space left"):
             started(path)
     with monkeypatch.context() as patch:
+        started(path, "int8")
+        (before,) = kept()
         patch.setattr(weight_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        patch.setattr(kept_files, "LIMIT", before.stat().st_size)
         with pytest.warns(RuntimeWarning, match="are free, half of which"):
             started(path)
+        assert kept() == [before]  # not given up for one that is not written
+    clear()
     (Path(os.environ["ARMILLARY_HOME"]) / "weights").rmdir()
     (Path(os.environ["ARMILLARY_HOME"]) / "weights").write_text("not a folder")
     with pytest.warns(RuntimeWarning, match="not"):

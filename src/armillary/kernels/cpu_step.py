@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.core.errors import ArmillaryError, CapacityError, FormatError, InputError
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
-from armillary.kernels.packed_weight import Arena, PackedWeight
+from armillary.kernels.packed_weight import Arena, PackedWeight, interleaved_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class StepLayer:
 
 @dataclass(frozen=True)
 class StepModel:
-    """A decoder as the kernel wants it. `embedding` is [vocabulary, hidden], fp32 or fp16."""
+    """A decoder as the kernel wants it. `embedding` is [vocabulary, hidden], fp32 or fp16. Raises FormatError when a weight has another size.
+
+    The kernels trust these sizes with memory, and weights may come from a file (the weight cache).
+    """
 
     hidden: int
     intermediate: int
@@ -61,6 +64,30 @@ class StepModel:
     layers: tuple[StepLayer, ...]
     head: PackedWeight
     ropes: tuple[tuple[Tensor, float], ...]  # one or two: inverse frequencies [head_dim / 2] and the scaling of cosines and sines
+
+    def __post_init__(self) -> None:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes: dict[str, tuple[Tensor | PackedWeight, tuple[int, ...]]] = {
+            "embedding": (self.embedding, (self.vocabulary, self.hidden)),
+            "head": (self.head, (self.vocabulary, self.hidden)),
+            "final_norm": (self.final_norm, (self.hidden,)),
+            **{f"ropes[{index}]": (rope, (self.head_dim // 2,)) for index, (rope, _) in enumerate(self.ropes)},
+        }
+        expected = {
+            "qkv": (q + 2 * kv, self.hidden),
+            "o": (self.hidden, q),
+            "down": (self.hidden, self.intermediate),
+            **dict.fromkeys(("attention_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm"), (self.hidden,)),
+            **dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,)),
+        }
+        for index, layer in enumerate(self.layers):
+            parts = ((name, getattr(layer, name), shape) for name, shape in expected.items())
+            sizes |= {f"layers[{index}].{name}": (part, shape) for name, part, shape in parts if part is not None}
+            both = interleaved_rows(self.intermediate, layer.gate_up.format)
+            sizes[f"layers[{index}].gate_up"] = layer.gate_up, (both, self.hidden)
+        for name, (part, shape) in sizes.items():
+            if tuple(part.shape) != shape:
+                raise FormatError(f"{name} has the shape {list(part.shape)}, the model's is {list(shape)}", "give weights of this model")
 
     @property
     def nbytes(self) -> int:

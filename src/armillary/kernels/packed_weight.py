@@ -89,6 +89,11 @@ class Blocks:
         return self.data.shape[0], self.data.shape[1] // size * block
 
 
+def interleaved_rows(rows: int, format: Format) -> int:
+    """Rows of a weight of two interleaved matrices of `rows` each: whole tiles of both."""
+    return 2 * _padded(rows, _width(format))
+
+
 class PackedWeight:
     """A weight [n, k] in a kernel layout, made of one or more matrices set side by side by columns of the result.
 
@@ -118,7 +123,7 @@ class PackedWeight:
         for matrix in matrices:
             if isinstance(matrix, Blocks) and not takes_straight(matrix.kind, format):
                 raise InputError(f"{matrix.kind} blocks cannot be laid out as {format}", "dequantise them first")
-        self.shape = (2 * (-(-rows[0] // width)) * width if interleave else sum(rows), k)
+        self.shape = (interleaved_rows(rows[0], format) if interleave else sum(rows), k)
         data, scales, minimums = _sizes(format, self.shape)
         self._data = arena.take(data)
         self._scales = arena.take(scales).view(torch.float16)

@@ -121,10 +121,10 @@ def _keep(weights: Weights, quantisation: Quantisation, about: dict[str, Any], m
     path, size = path_of(weights, quantisation), _bytes(made)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        kept_files.make_room(size, path)
         free = shutil.disk_usage(path.parent).free
         if size > free // 2:
             raise CapacityError(f"they take {format_bytes(size)}; {format_bytes(free)} are free, half of which would be taken at most")
+        kept_files.make_room(size, path)  # last, for it removes others
         if all(FileStamp.of(file.path) == file for file in weights.files):  # it may have been overwritten while it was read
             packed_file.write(path, made.arrays, {**about, "formats": made.formats}, kept_files.PARTIAL)
     except (OSError, CapacityError) as error:
