@@ -106,11 +106,11 @@ class Share:
         self.step = state["step"]
 
 
-def train_ranks(parallel, config, folder, steps, hooks=None):
+def train_ranks(parallel, config, folder, steps, hooks=None, optimizer=None):
     """Goes on from the folder's newest checkpoint until `steps`, saving after every step."""
     trainer = Trainer(
         parallel,
-        lambda named: AdamW([p for _, p in named], lr=1e-2, eps=1e-5, fused=False),
+        optimizer or (lambda named: AdamW([p for _, p in named], lr=1e-2, eps=1e-5, fused=False)),
         Schedule("constant", steps),
         Share(parallel, config),
         checkpoints=FolderCheckpoints(folder),

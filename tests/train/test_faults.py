@@ -16,7 +16,8 @@ from armillary.core.config import resolve
 from armillary.data.prepare import prepare_text
 from armillary.models.hf import load_hf
 from armillary.train.checkpoint import whole_checkpoints
-from armillary.train.config import TrainConfig
+from armillary.train.config import OptimizerConfig, TrainConfig
+from armillary.train.optimizers.choose import factory
 from armillary.train.parallel.apply import Single
 from armillary.train.parallel.curve import FAMILIES, small_decoder
 from armillary.train.parallel.layout import Layout
@@ -100,18 +101,31 @@ def test_a_run_goes_on_under_another_layout(tmp_path, one, other, family):
     config = FAMILIES[family]
     if "tp" not in one + other:
         config = replace(config, vocab_size=53)  # shards of uneven sizes (under both, torch's DTensor is not safe between rank threads)
+    check_going_on(tmp_path, one, other, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "lion", "adafactor"])
+@pytest.mark.parametrize(("one", "other"), [("dp_shard=2,tp=2", "dp_shard=2,zero_stage=1"), ("dp_shard=2,zero_stage=1", "tp=2")])
+def test_every_optimizers_state_goes_on_under_another_layout(tmp_path, one, other, name):
+    beta1 = {"beta1": 0.9} if name == "adafactor" else {}
+    check_going_on(tmp_path, one, other, FAMILIES["everything"], factory(OptimizerConfig(name=name, lr=1e-3, **beta1)))
+
+
+def check_going_on(place, one, other, config, optimizer=None):
+    """Two steps under `one` and two under `other` are four of one process."""
     hooks = partial(Hooks, save_every=2)
 
     def train(text, steps, folder):
+        work = partial(train_ranks, config=config, folder=folder, steps=steps, optimizer=optimizer)
         if not text:
-            return train_ranks(Single(small_decoder(config)), config, folder, steps, hooks())
+            return work(Single(small_decoder(config)), hooks=hooks())
         layout = Layout.parse(text)
-        work = partial(train_ranks, config=config, folder=folder, steps=steps)
         return run_ranks(layout.world, lambda _: work(parallelize(small_decoder(config), layout, replicas="buckets"), hooks=hooks()))[0]
 
-    expected, weights = train("", 4, tmp_path / "whole")
-    first, _ = train(one, 2, tmp_path / "run")
-    second, trained = train(other, 4, tmp_path / "run")
+    expected, weights = train("", 4, place / "whole")
+    first, _ = train(one, 2, place / "run")
+    second, trained = train(other, 4, place / "run")
     assert [step for step, _ in first + second] == [1, 2, 3, 4]
     assert max(abs(a - b) for (_, a), (_, b) in zip(first + second, expected, strict=True)) <= 2e-6
     assert max(float((trained[name] - weights[name]).abs().max()) for name in weights) <= 1e-5

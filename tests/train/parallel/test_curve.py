@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from armillary.core.errors import InputError
+from armillary.train.config import OptimizerConfig
+from armillary.train.optimizers.choose import factory
 from armillary.train.parallel.apply import Single
 from armillary.train.parallel.curve import FAMILIES, layout_curve, simulated_curves, single_curve, small_decoder, train
 from armillary.train.parallel.launch import spawn
@@ -122,6 +124,26 @@ def test_real_processes_over_gloo(texts, config, clip_norm):
     for text in texts:
         check(curves[0][text], expected)
         assert all(rank[text].losses == curves[0][text].losses for rank in curves)
+
+
+OTHERS = {"muon": {}, "lion": {}, "adafactor": {"beta1": 0.9}}
+
+
+def under_every_optimizer(rank, texts):
+    def run(text, name):
+        parallel = parallelize(small_decoder(UNEVEN), Layout.parse(text)) if text else Single(small_decoder(UNEVEN))
+        return train(parallel, UNEVEN, microbatches=4, optimizer=factory(OptimizerConfig(name=name, lr=1e-3, **OTHERS[name])))
+
+    return {(text, name): run(text, name) for text in texts for name in OTHERS}
+
+
+@pytest.mark.slow
+def test_every_optimizer_takes_the_steps_of_one_process():
+    """Muon orthogonalises whole matrices and Adafactor averages over rows and columns that lie on several ranks."""
+    expected = under_every_optimizer(0, ("",))
+    for (text, name), curve in spawn(4, under_every_optimizer, ("dp_shard=4,zero_stage=1", "dp_shard=4", "dp_shard=2,tp=2"))[0].items():
+        assert curve.loss_difference(expected["", name]) <= BOUND, (text, name)
+        assert curve.parameter_difference(expected["", name]) <= PARAMETERS, (text, name)
 
 
 def test_ranks_whose_weights_differ_are_refused_by_the_parameters_name():

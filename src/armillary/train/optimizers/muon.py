@@ -36,7 +36,9 @@ class Muon(Optimizer):
         fused: bool = True,
     ) -> None:
         options = {"lr": lr, "momentum": momentum, "rounds": rounds, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(groups, {**options, "fused": fused, "algorithm": "muon"})
+        super().__init__(groups, {**options, "fused": fused})
+        for group in self.param_groups:  # a group's own, no default: ZeRO stage 1 makes its inner optimizer from the defaults
+            group.setdefault("algorithm", "muon")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -20,7 +20,7 @@ from armillary.models.config import ModelConfig, RopeConfig
 from armillary.models.decoder import Decoder
 from armillary.train.microbatch import IGNORED, MicroBatch, scored
 from armillary.train.optimizers.adamw import AdamW
-from armillary.train.parallel.apply import Parallel, Single, TokenLoss
+from armillary.train.parallel.apply import NamedParameters, OptimizerFactory, Parallel, Single, TokenLoss
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.local_tensor import by_rank, local_ranks, rank_values
 from armillary.train.parallel.parallelize import parallelize
@@ -97,13 +97,22 @@ def global_batch(step: int, vocabulary: int, microbatches: int, alike: bool = Fa
     return batch
 
 
-def train(parallel: Parallel, config: ModelConfig, *, microbatches: int, steps: int = 3, clip_norm: float | None = None) -> Curve:
+def plain_adamw(named: NamedParameters) -> torch.optim.Optimizer:
+    """AdamW in torch's plain order of operations, everything decayed alike."""
+    return AdamW([parameter for _, parameter in named if parameter.requires_grad], lr=1e-3, fused=False)
+
+
+def train(
+    parallel: Parallel,
+    config: ModelConfig,
+    *,
+    microbatches: int,
+    steps: int = 3,
+    clip_norm: float | None = None,
+    optimizer: OptimizerFactory = plain_adamw,
+) -> Curve:
     """Trains on this rank's share of every step's micro-batches, through the trainer itself."""
-
-    def make(named: Any) -> torch.optim.Optimizer:
-        return AdamW([parameter for _, parameter in named if parameter.requires_grad], lr=1e-3, fused=False)
-
-    trainer = Trainer(parallel, make, Schedule("constant", steps), _NoBatches(), clip_norm=clip_norm)
+    trainer = Trainer(parallel, optimizer, Schedule("constant", steps), _NoBatches(), clip_norm=clip_norm)
     share = microbatches // parallel.dp_world
     results = []
     for step in range(steps):
