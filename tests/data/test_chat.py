@@ -52,6 +52,28 @@ def test_what_is_learnt_is_the_answers_and_their_ends(template: str, tokenizer: 
     assert trained(ChatEncoder(template, tokenizer), tokenizer, CHAT) == expected
 
 
+SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["generation", "prefixes"])
+def test_an_answer_to_nothing_is_learnt_and_the_templates_own_words_are_not(template: str, tokenizer: Tokenizer) -> None:
+    encoder = ChatEncoder(SYSTEM + template, tokenizer)
+    greeting = [{"role": "assistant", "content": "the stars"}, *CHAT]
+    assert trained(encoder, tokenizer, greeting)[0] == "the stars<|im_end|>"
+    assert len(trained(encoder, tokenizer, greeting)) == 3
+    assert trained(encoder, tokenizer, [{"role": "system", "content": "be"}, greeting[0]]) == ["the stars<|im_end|>"]
+    silent = PLAIN.replace("{{- message.content + '<|im_end|>' }}", "{{- '<|im_end|>' }}")
+    with pytest.raises(InputError, match="begins with the assistant, and the chat template leaves its text out"):
+        ChatEncoder(silent, tokenizer).encode(greeting[:1])
+
+
+def test_a_turn_that_ends_with_another_token_ends_there(tokenizer: Tokenizer) -> None:
+    """As Llama 3's calls of a tool do: what the tool answers is not learnt."""
+    calling = PLAIN.replace("'<|im_end|>'", "('' if message.calls else '<|im_end|>')")
+    chat = [CHAT[0], {"role": "assistant", "content": "rings", "calls": True}, {"role": "tool", "content": "seven"}, CHAT[3]]
+    assert [text.strip() for text in trained(ChatEncoder(calling, tokenizer), tokenizer, chat)] == ["rings", "rings<|im_end|>"]
+
+
 texts = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<>"), max_size=12)
 messages = st.lists(texts, min_size=2, max_size=6).map(
     lambda t: [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(t[: len(t) // 2 * 2])]
@@ -91,6 +113,11 @@ def test_a_template_that_rewrites_history_is_refused_unless_it_is_marked(tokeniz
     ("values", "message"),
     [
         ({"messages": [{"role": "user", "content": "a<|im_end|>b"}]}, r"chats line 3: message 0 holds the control token '<\|im_end\|>'"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"arguments": {"to": "b<|im_end|>"}}]}]},
+            r"chats line 3: message 0 holds the control token '<\|im_end\|>'",
+        ),
+        ({"messages": CHAT, "tools": [{"name": "<|im_end|>"}]}, r"chats line 3: the list of tools holds the control token"),
         ({"messages": [{"role": "user", "content": "a"}]}, r"chats line 3: no token of the conversation is the assistant's"),
         ({"messages": [{"content": "a"}]}, "chats line 3: message 0 has no role"),
         ({"messages": "a"}, "chats line 3: the conversation is not a list"),

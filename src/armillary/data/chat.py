@@ -59,7 +59,7 @@ class ChatEncoder(ChatTemplate):
 
         Raises `InputError` when a message holds the model's control tokens or when no token is the assistant's, and what `render` raises.
         """
-        self._check(messages)
+        self._check(messages, tools)
         text = self.render(messages, add_generation_prompt=False, tools=tools)
         text, spans = _unmarked(text) if self._marked else (text, self._diffed(text, messages, tools))
         ids = self._tokenizer.encode(text, special=False)
@@ -73,21 +73,19 @@ class ChatEncoder(ChatTemplate):
             )
         return TokenDocument(np.array(ids, dtype=np.int64), scored)
 
-    def _check(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def _check(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> None:
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not 1 <= len(messages) <= MAX_MESSAGES:
             raise InputError(
                 f"the conversation is not a list of 1 to {MAX_MESSAGES:,} messages", "give role and content of each", field="messages"
             )
-        control = [self._tokenizer.token_text(token) for token in sorted(self._tokenizer.special_ids)]
-        for index, message in enumerate(messages):
-            content = message.get("content") if isinstance(message, Mapping) else None
-            parts = content if isinstance(content, list) else [content]
-            texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-            for found in (token for text in texts if isinstance(text, str) for token in [*control, _BEGIN, _END] if token in text):
+        control = [*(self._tokenizer.token_text(token) for token in sorted(self._tokenizer.special_ids)), _BEGIN, _END]
+        told = [(f"message {index}", f"messages[{index}]", message) for index, message in enumerate(messages)]
+        for what, field, value in [*told, ("the list of tools", "tools", tools)]:
+            for found in (token for text in _strings(value) for token in control if token in text):
                 raise InputError(
-                    f"message {index} holds the control token {found!r}",
+                    f"{what} holds the control token {found!r}",
                     "take it out: it would end or begin a turn in the middle of a text",
-                    field=f"messages[{index}].content",
+                    field=field,
                 )
 
     def _diffed(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[Span]:
@@ -97,17 +95,29 @@ class ChatEncoder(ChatTemplate):
         for index, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before = self.render(messages[:index], tools=tools) if index else ""
-            upto = None if mark else self.render(messages[: index + 1], add_generation_prompt=False, tools=tools)
-            if not text.startswith(before) or (upto is not None and not text.startswith(upto)):
+            before = self.render(messages[:index], tools=tools) if index else self._opening(message, tools)
+            upto = self.render(messages[: index + 1], add_generation_prompt=False, tools=tools)
+            if not text.startswith(before) or (mark is None and not text.startswith(upto)):
                 raise InputError(
                     f"the chat template writes what precedes message {index} otherwise once it has been answered",
                     "mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
                 )
-            # No text holds a control token, so the first one after the beginning is the turn's own.
+            # No text holds a control token, so the first one after the beginning is the turn's own, unless the turn ends with another.
             found = text.find(mark, len(before)) if mark else -1
-            spans.append((len(before), found + len(mark) if mark and found >= 0 else len(upto or text)))
+            end = found + len(mark) if mark and found >= 0 else len(text)
+            spans.append((len(before), min(end, len(upto)) if text.startswith(upto) else end))
         return spans
+
+    def _opening(self, message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """What the template writes before the text of a conversation's first message: often a system message of its own."""
+        before, found, _ = self.render([{**message, "content": _BEGIN}], add_generation_prompt=False, tools=tools).partition(_BEGIN)
+        if not found:
+            raise InputError(
+                "the conversation begins with the assistant, and the chat template leaves its text out",
+                "begin with the user's message",
+                field="messages",
+            )
+        return before
 
     def _characters(self, text: str, ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each token begins and ends in the text, in characters; a token that ends within a character counts that one whole."""
@@ -139,6 +149,16 @@ def chat_documents(
             yield template.encode(messages, record.values.get(tools) or None)
         except ArmillaryError as error:
             raise FormatError(f"{record.where}: {error.problem}", error.fix) from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in JSON data, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for item in value.items() for part in item for text in _strings(part))
+    elif isinstance(value, Sequence):
+        yield from (text for part in value for text in _strings(part))
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
