@@ -1,5 +1,6 @@
 """Rows to micro-batches: nothing scored is lost, nothing else is computed."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -14,6 +15,9 @@ from armillary.train.config import BatchConfig
 from armillary.train.evaluate import evaluate
 from armillary.train.microbatch import IGNORED, MicroBatch, from_rows
 from armillary.train.parallel.apply import Single
+from armillary.train.parallel.layout import Layout
+from armillary.train.parallel.parallelize import parallelize
+from armillary.train.parallel.rank_threads import run_ranks
 
 
 class Documents:
@@ -103,3 +107,18 @@ def test_training_learns_and_evaluation_is_the_plain_mean():
     run.batches = RowBatches(source, BatchConfig(rows=4, micro_rows=2, length=48))
     run.run()
     assert evaluate(run.parallel, source, rows=4, length=48, batches=1000).loss < before.loss - 1
+
+
+@pytest.mark.parametrize("rows", [2, 4, 6])
+def test_an_evaluation_reads_the_same_rows_on_any_number_of_ranks(rows):
+    """Also where the rows do not divide among the ranks, and where there are fewer rows than ranks."""
+
+    model = decoder()
+
+    def work(_):
+        parallel = parallelize(copy.deepcopy(model), Layout(dp_replicate=3), replicas="buckets")
+        return evaluate(parallel, Documents(), rows=rows, length=32, batches=4)
+
+    one = evaluate(Single(model), Documents(), rows=rows, length=32, batches=4)
+    for result in run_ranks(3, work):
+        assert (result.tokens, result.loss) == (one.tokens, pytest.approx(one.loss, rel=1e-6))

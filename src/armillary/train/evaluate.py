@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from armillary.core.errors import InputError
-from armillary.data.batches import BatchStream, Source
+from armillary.data.batches import IGNORE, BatchStream, Source
 from armillary.train.batches import micro_batch
 from armillary.train.parallel.apply import Parallel
 
@@ -36,10 +36,12 @@ def evaluate(parallel: Parallel, source: Source, *, rows: int, length: int, batc
     Sums, not means, are added up, so the result depends on the rows alone. All ranks call it. Raises InputError when nothing is scored.
     """
     share = -(-rows // parallel.dp_world)
-    stream = BatchStream(source, rows=share, length=length, seed=0, rank=parallel.dp_rank, world=parallel.dp_world, epochs=1)
+    first = min(rows, parallel.dp_rank * share)
     totals = torch.zeros(2, dtype=torch.float64)
-    for _, batch in zip(range(batches), stream, strict=False):
-        part = micro_batch(batch, 0, share)
+    for _, batch in zip(range(batches), BatchStream(source, rows=rows, length=length, seed=0, epochs=1), strict=False):
+        if first == rows:  # more ranks than rows: this one scores nothing, and computes because the others wait for its part
+            batch.targets.fill_(IGNORE)
+        part = micro_batch(batch, min(first, rows - 1), min(rows, first + share))
         totals[0] += float(parallel.loss_sum(part.tokens, part.positions, part.targets, part.attend))
         totals[1] += part.scored
     loss, tokens = parallel.sum_over_dp(totals).tolist()
