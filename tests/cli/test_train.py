@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from armillary.cli.main import run
+from armillary.cli.train import settle_training
 from armillary.core.trace import Trace
 from armillary.data.prepare import prepare_text
 from armillary.models.load import load
@@ -149,3 +150,10 @@ def test_a_dry_run_says_all_and_leaves_nothing(place, tmp_path, capsys):
     assert run(["train", str(place / "tiny.toml"), "--runs", str(tmp_path), "--dry-run"]) == 0
     assert "\nstep: 4 rows of 32 tokens in 2 micro-batches; 6 steps\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flag_that_says_none_switches_off_what_is_on_by_default(tmp_path):
+    assert settle_training(None, ["--clip-norm", "none"]).value.clip_norm is None
+    (tmp_path / "own.toml").write_text("clip_norm = 0.5\n")
+    settled = settle_training(tmp_path / "own.toml", ["--clip_norm=none"])
+    assert (settled.value.clip_norm, settled.provenance["clip_norm"]) == (None, "flag")

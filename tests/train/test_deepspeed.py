@@ -30,6 +30,8 @@ def test_a_usual_file_becomes_a_configuration():
     assert (config.layout, config.steps, config.schedule.name, config.schedule.warmup) == ("dp_shard=2,zero_stage=2", 500, "linear", 10)
     assert config.optimizer.options() == {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     assert [note.split(" has no effect")[0] for note in imported.notes] == [
+        "optimizer.params.weight_decay is for matrices: norms and biases are not decayed here",
+        "scheduler.params.warmup_max_lr is absent: the learning rate is optimizer.params.lr, not DeepSpeed's default of 0.001",
         "zero_optimization.overlap_comm",
         "zero_optimization.reduce_bucket_size",
         "steps_per_print",
@@ -42,6 +44,22 @@ def test_two_of_the_three_batch_sizes_are_enough():
     assert from_deepspeed({"train_batch_size": 24, "gradient_accumulation_steps": 3}, 2).flags["batch.micro_rows"] == 4
     assert from_deepspeed({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, 2).flags["batch.rows"] == 24
     assert from_deepspeed({}).flags == {}
+
+
+def test_what_is_absent_is_deepspeeds_default_or_said():
+    raw = {
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "Adam"},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 0}},
+    }
+    imported = from_deepspeed(raw)
+    config = resolve(TrainConfig, environment={}, flags=imported.flags).value
+    assert config.clip_norm is None
+    assert config.optimizer.options() == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    assert (config.schedule.name, config.schedule.final, config.schedule.warmup) == ("cosine", 1e-4, 0)
+    assert imported.notes == ()
+    told = from_deepspeed({"optimizer": {"type": "Lion"}}).notes
+    assert [note.split(",")[0] for note in told] == ["gradient_clipping is absent", "scheduler is absent"]
 
 
 def test_fp16_keeps_its_first_scale():
@@ -62,6 +80,7 @@ def test_fp16_keeps_its_first_scale():
         ({"zero_optimization": {"stage": 5}}, "stage is 5"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_type"),
+        ({"scheduler": {"type": "WarmupLR"}}, "warmup_num_steps is absent: write it: DeepSpeed's default is 1000"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "fp16.loss_scale"),
         ({"fp16": {"enabled": True, "hysteresis": 2}}, "fp16.hysteresis"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),

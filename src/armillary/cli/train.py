@@ -373,7 +373,8 @@ def _parse(words: Sequence[str]) -> dict[str, Any]:
                 raise InputError(f"{word} has no value", f"write {word} VALUE")
             text = rest.pop(0)
         key = key.replace("-", "_")
-        flags[key] = from_text(TrainConfig, key, text)
+        value = from_text(TrainConfig, key, text)
+        flags[key] = "none" if value is None else value  # given, and not the same as left out
     return flags
 
 

@@ -68,7 +68,7 @@ def resolve(
     """Merge default < file < environment < flag and validate.
 
     `environment` defaults to `os.environ`; the variable of `serve.max_running` is `ARMILLARY_SERVE__MAX_RUNNING`.
-    `flags` maps dotted keys (or nested mappings) to values; a flag that is None was not given.
+    `flags` maps dotted keys (or nested mappings) to values; a flag that is None was not given, "none" is None.
     Raises InputError (an unknown key with its closest match, a value out of bounds), NotFoundError or FormatError (the file).
     """
     environment = os.environ if environment is None else environment
@@ -81,7 +81,7 @@ def resolve(
         values[key], origin[key] = _literal(_annotation(model_cls, key), text), f"environment {variable}"
     for key, value in _flat(model_cls, _nest({k: v for k, v in (flags or {}).items() if v is not None}), "among the flags"):
         if value is not None:
-            values[key], origin[key] = value, "flag"
+            values[key], origin[key] = _none_for(_annotation(model_cls, key), value), "flag"
     try:
         value = model_cls.model_validate(_nest(values))
     except ValidationError as error:

@@ -49,10 +49,10 @@ def from_deepspeed(raw: Mapping[str, Any], world: int = 1, source: str = "the De
     flags: dict[str, Any] = {}
     notes: list[str] = []
     _batch(taken, flags, world)
-    flags["clip_norm"] = taken.number("gradient_clipping")
-    _precision(taken, flags)
-    _optimizer(taken, flags)
-    _schedule(taken, flags)
+    _clipping(taken, flags, notes)
+    _precision(taken, flags, notes)
+    _optimizer(taken, flags, notes)
+    _schedule(taken, flags, notes)
     _zero(taken, flags, notes, world)
     for key, why in _NO_EFFECT.items():
         if taken.pop(key) is not None:
@@ -123,7 +123,14 @@ def _batch(taken: _Taken, flags: dict[str, Any], world: int) -> None:
     flags["batch.rows"], flags["batch.micro_rows"] = (None if value is None else int(value) for value in (rows, micro))
 
 
-def _precision(taken: _Taken, flags: dict[str, Any]) -> None:
+def _clipping(taken: _Taken, flags: dict[str, Any], notes: list[str]) -> None:
+    bound = taken.number("gradient_clipping")
+    if bound is None:
+        notes.append("gradient_clipping is absent, with which DeepSpeed does not clip: clip_norm stays as it is configured here")
+    flags["clip_norm"] = "none" if bound == 0 else bound
+
+
+def _precision(taken: _Taken, flags: dict[str, Any], notes: list[str]) -> None:
     wanted = []
     for name in ("bf16", "fp16"):
         section = taken.section(name)
@@ -139,14 +146,16 @@ def _precision(taken: _Taken, flags: dict[str, Any]) -> None:
                 value = section.number(key)
                 if value is not None and value != own:
                     raise section.refuse(key, f"it is {own} here")
-            section.number("min_loss_scale")
+            if section.number("min_loss_scale") is not None:
+                notes.append("fp16.min_loss_scale has no effect: a run whose scale falls below 2^-14 ends")
+            notes.append("fp16: the loss scale halves at the first overflow and doubles after 2,000 clean steps")
         section.refuse_rest()
     if len(wanted) == 2:
         raise InputError(f"{taken.source}: bf16 and fp16 are both enabled", "enable one", field="fp16")
     flags["precision"] = wanted[0] if wanted else None
 
 
-def _optimizer(taken: _Taken, flags: dict[str, Any]) -> None:
+def _optimizer(taken: _Taken, flags: dict[str, Any], notes: list[str]) -> None:
     section = taken.section("optimizer")
     if section is None:
         return
@@ -160,17 +169,24 @@ def _optimizer(taken: _Taken, flags: dict[str, Any]) -> None:
     params.flag("torch_adam", False)
     flags["optimizer.lr"] = params.number("lr")
     flags["optimizer.eps"] = params.number("eps")
-    # DeepSpeed's own default is no decay.
+    # What is absent is DeepSpeed's default, not ours: no decay, and Adam's usual second moment.
     flags["optimizer.weight_decay"] = params.number("weight_decay") or 0.0
+    if flags["optimizer.weight_decay"]:
+        notes.append("optimizer.params.weight_decay is for matrices: norms and biases are not decayed here")
     betas = params.pop("betas")
-    flags["optimizer.betas"] = None if betas is None else tuple(betas)
+    usual = (0.9, 0.999) if flags["optimizer.name"] == "adamw" else None
+    flags["optimizer.betas"] = usual if betas is None else tuple(betas)
     params.refuse_rest()
     section.refuse_rest()
 
 
-def _schedule(taken: _Taken, flags: dict[str, Any]) -> None:
+def _schedule(taken: _Taken, flags: dict[str, Any], notes: list[str]) -> None:
     section = taken.section("scheduler")
     if section is None:
+        if "optimizer.name" in flags:
+            notes.append(
+                "scheduler is absent, with which DeepSpeed's learning rate is constant: the schedule stays as it is configured here"
+            )
         return
     kind = section.pop("type")
     if kind not in _SCHEDULES:
@@ -179,6 +195,8 @@ def _schedule(taken: _Taken, flags: dict[str, Any]) -> None:
     params = section.section("params") or _Taken({}, taken.source)
     warmup, total = params.number("warmup_num_steps"), params.number("total_num_steps")
     shape = params.pop("warmup_type")
+    if warmup is None:
+        raise InputError(f"{taken.source}: scheduler.params.warmup_num_steps is absent", "write it: DeepSpeed's default is 1000")
     if warmup and shape != "linear":
         raise params.refuse("warmup_type", f'{shape or "log"!r}, DeepSpeed\'s default, bends the warm-up; it is "linear" here: say so')
     if params.number("warmup_min_lr"):
@@ -186,8 +204,11 @@ def _schedule(taken: _Taken, flags: dict[str, Any]) -> None:
     highest = params.number("warmup_max_lr")
     if highest is not None:
         flags["optimizer.lr"] = highest
-    flags["schedule.final"] = params.number("cos_min_ratio")
-    flags["schedule.warmup"] = None if warmup is None else int(warmup)
+    elif kind != "WarmupCosineLR" and flags.get("optimizer.lr") not in (None, 1e-3):
+        notes.append("scheduler.params.warmup_max_lr is absent: the learning rate is optimizer.params.lr, not DeepSpeed's default of 0.001")
+    floor = params.number("cos_min_ratio")
+    flags["schedule.final"] = 1e-4 if floor is None and kind == "WarmupCosineLR" else floor
+    flags["schedule.warmup"] = int(warmup)
     flags["steps"] = None if total is None else int(total)
     params.refuse_rest()
     section.refuse_rest()
