@@ -12,6 +12,7 @@ from cases import TEXT
 from peers.training import Recipe, Steps, measure, report
 
 import armillary
+from armillary.core.allocator import keep_memory
 from armillary.core.config import resolve
 from armillary.data.prepare import prepare_text
 from armillary.models.hf import load_hf
@@ -49,6 +50,7 @@ class RecipeBatches:
 
 def one_process(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
     """The Trainer on the given batches."""
+    keep_memory()  # as `build` does
     decoder = load_hf(recipe.hf_folder).train()
 
     def optimizer(named: Any) -> AdamW:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from armillary.core.allocator import keep_memory
 from armillary.core.errors import InputError, NotFoundError
 from armillary.core.trace import Trace
 from armillary.data.batches import Source
@@ -61,6 +62,7 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
 
     Raises InputError or NotFoundError for what does not: another tokenizer, rows beyond the context, a split that is missing.
     """
+    keep_memory()
     tokenizer, decoder = open_model(config)
     if config.batch.length > decoder.config.max_context:
         raise InputError(
