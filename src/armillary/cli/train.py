@@ -156,14 +156,17 @@ def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = Fals
         import torch
 
         from armillary.cluster.measure import measure
+        from armillary.train.parallel.agreement import gathered
         from armillary.train.session import open_session
 
         done("loaded PyTorch")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with timed("measuring this machine's arithmetic") as done:
+        ranks = len(gathered(None))  # all at the same time: those of one machine share its cores
         peak = measure(0.4).gemm
-        done(f"this machine multiplies matrices at {peak / 1e9:.0f} GFLOP/s: the peak that MFU is a share of")
+        whose = "this machine multiplies" if ranks == 1 else f"beside {ranks - 1} others, this rank multiplies"
+        done(f"{whose} matrices at {peak / 1e9:.0f} GFLOP/s: the peak that MFU is a share of")
     with timed("opening the model and the data") as done:
         session = open_session(resolved, runs, peak=peak, resume=resume)
         done("opened the model and the data")

@@ -14,10 +14,10 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from armillary.core.errors import ArmillaryError, InputError
+from armillary.core.errors import InputError
 from armillary.train.checkpoint_storage import (
     CheckpointError,
     Manifest,
@@ -39,6 +39,9 @@ from armillary.train.checkpoint_storage import (
     write_manifest,
     write_part,
 )
+from armillary.train.parallel.agreement import from_rank_0, gathered
+
+Value = TypeVar("Value")
 
 COMMIT_SECONDS: Final = 600.0  # how long rank 0 waits for the others' parts
 _FIX: Final = "resume with the run's own configuration (config.toml beside its checkpoints)"
@@ -77,7 +80,7 @@ class FolderCheckpoints:
         part, writing = self._writing
         self._writing = None
         failure = writing.exception()
-        failures = self._gathered(None if failure is None else f"{failure}" or type(failure).__name__)
+        failures = gathered(None if failure is None else f"{failure}" or type(failure).__name__)
         told = [(rank, text) for rank, text in enumerate(failures) if text is not None]
         if not told:
             return
@@ -183,31 +186,19 @@ class FolderCheckpoints:
                 manifest.check(part)
         except InputError as error:
             failure = error
-        first = next((told for told in self._gathered(failure) if told is not None), None)
+        first = next((told for told in gathered(failure) if told is not None), None)
         if first is not None:
             raise first
 
-    def _from_rank_0(self, make: Any) -> Any:
-        told: list[Any] = [None]
-        if self.rank == 0:
+    def _from_rank_0(self, make: Callable[[], Value]) -> Value:
+        def named() -> Value:
             try:
-                told = [make()]
-            except ArmillaryError as error:
-                told = [error]
+                return make()
             except OSError as error:
-                told = [CheckpointError(f"{self.folder} cannot be used ({error.strerror})", "check its permissions and the free space")]
-        if self.world > 1:
-            dist.broadcast_object_list(told)
-        if isinstance(told[0], Exception):
-            raise told[0]
-        return told[0]
+                fix = "check its permissions and the free space"
+                raise CheckpointError(f"{self.folder} cannot be used ({error.strerror})", fix) from error
 
-    def _gathered(self, value: Any) -> list[Any]:
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return from_rank_0(named)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import torch.distributed as dist
-
 from armillary.core.config import Resolved
 from armillary.core.errors import NotFoundError
 from armillary.core.run_folder import new_run_folder
@@ -26,7 +24,7 @@ from armillary.train.config import TrainConfig
 from armillary.train.evaluate import Evaluation
 from armillary.train.flops import Recompute
 from armillary.train.meter import Meter, Reading
-from armillary.train.parallel.apply import Parallel
+from armillary.train.parallel.agreement import from_rank_0, gathered
 from armillary.train.progress import PlainView, View, evaluation_json, memory_bytes
 from armillary.train.trainer import Hooks, StepResult
 
@@ -100,7 +98,7 @@ def open_session(
     peak: float | None = None,
     resume: Path | None = None,
 ) -> Session:
-    """Build the run, then make its folder under `runs` with its configuration. `peak`: the machine's FLOP/s, for MFU.
+    """Build the run, then make its folder under `runs` with its configuration. `peak`: this rank's FLOP/s, for MFU.
 
     resume: go on in this run's folder instead, from its newest checkpoint (from the start when it has none).
     """
@@ -110,7 +108,9 @@ def open_session(
     run = build(config, hooks=hooks, trace=trace)
     recompute: Recompute = "full" if config.memory.checkpointing == "full" else "none"  # HFU leaves out what other levels do again
     first = run.parallel.rank == 0
-    folder = _of_rank_0(run.parallel, lambda: resume or new_run_folder(runs, datetime.now(UTC), name))
+    folder = from_rank_0(lambda: resume or new_run_folder(runs, datetime.now(UTC), name))
+    if peak is not None:
+        peak = sum(gathered(peak))
     checkpoints = FolderCheckpoints(folder / CHECKPOINTS, config.checkpoint.keep)
     run.trainer.checkpoints = checkpoints
     if resume is None:
@@ -121,16 +121,8 @@ def open_session(
     if first and "flag" in resolved.provenance.values():
         resolved.save(folder / CONFIG)
     meter = Meter(run.decoder.config, config.steps, peak, recompute, tokens=run.trainer.progress.tokens)
-    readings, evaluations = _keep_metrics(folder / METRICS, run.trainer.progress.step, first)
+    readings, evaluations = from_rank_0(lambda: _keep_metrics(folder / METRICS, run.trainer.progress.step))
     return Session(run, folder, PlainView(), meter, trace, readings, evaluations)
-
-
-def _of_rank_0(parallel: Parallel, folder: Callable[[], Path]) -> Path:
-    """The folder that rank 0 makes, on every rank."""
-    told = [str(folder()) if parallel.rank == 0 else ""]
-    if parallel.world > 1:
-        dist.broadcast_object_list(told)
-    return Path(told[0])
 
 
 def find_run(path: Path) -> Path:
@@ -145,8 +137,8 @@ def find_run(path: Path) -> Path:
     return runs[-1]
 
 
-def _keep_metrics(path: Path, step: int, write: bool) -> tuple[list[Reading], list[tuple[int, Evaluation]]]:
-    """What a run had told until `step`; what came after it, and is made again, is taken out of the file where `write` says so."""
+def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int, Evaluation]]]:
+    """What a run had told until `step`; what came after it, and is made again, is taken out of the file."""
     readings: list[Reading] = []
     evaluations: list[tuple[int, Evaluation]] = []
     kept = []
@@ -162,10 +154,9 @@ def _keep_metrics(path: Path, step: int, write: bool) -> tuple[list[Reading], li
             readings.append(Reading(**value))
         else:
             evaluations.append((value["step"], Evaluation(value["loss"], value["tokens"])))
-    if write:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
     return readings, evaluations
 
 
