@@ -19,7 +19,8 @@ from armillary.models.hf import save_hf
 from armillary.models.load import load
 from armillary.models.tokenizer import Tokenizer
 from armillary.train.build import open_model
-from armillary.train.checkpoint import load_weights, newest
+from armillary.train.checkpoint import newest
+from armillary.train.checkpoint_state import load_weights
 from armillary.train.config import TrainConfig
 from armillary.train.session import CHECKPOINTS, CONFIG
 
