@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from armillary.data.bpe import train_bpe
-from armillary.data.shards import TokenDocument, TokenShards, write_shards
+from armillary.data.shard_writer import TokenDocument, write_shards
+from armillary.data.shards import TokenShards
 from armillary.models.tokenizer import Tokenizer
 
 SENTENCES = [

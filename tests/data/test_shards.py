@@ -13,7 +13,8 @@ from numpy.testing import assert_array_equal
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
 from armillary.data.bpe import train_bpe
-from armillary.data.shards import TokenDocument, TokenShards, write_shards
+from armillary.data.shard_writer import TokenDocument, write_shards
+from armillary.data.shards import TokenShards
 from armillary.data.tokenizer_identity import require_tokenizer, tokenizer_identity
 from armillary.models.tokenizer import Tokenizer
 

@@ -125,7 +125,8 @@ def inspect(
     from armillary.cli.terminal import print_json, table
     from armillary.core.errors import NotFoundError
     from armillary.core.units import format_bytes
-    from armillary.data.shards import MANIFEST, TokenShards
+    from armillary.data.shard_manifest import MANIFEST
+    from armillary.data.shards import TokenShards
     from armillary.data.tokenizer_identity import require_tokenizer
     from armillary.models.tokenizer import Tokenizer
 

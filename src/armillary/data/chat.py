@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from armillary.core.errors import ArmillaryError, FormatError, InputError
 from armillary.data.readers import Record
-from armillary.data.shards import TokenDocument
+from armillary.data.shard_writer import TokenDocument
 from armillary.models.chat_template import ChatTemplate
 from armillary.models.tokenizer import Tokenizer
 

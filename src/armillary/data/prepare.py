@@ -20,7 +20,8 @@ from armillary.data.bpe import train_bpe
 from armillary.data.chat import ChatEncoder, chat_documents
 from armillary.data.near_duplicates import NearDuplicates, find_near_duplicates
 from armillary.data.readers import read_records, texts
-from armillary.data.shards import Manifest, TokenDocument, write_shards
+from armillary.data.shard_manifest import Manifest
+from armillary.data.shard_writer import TokenDocument, write_shards
 from armillary.models.hf_tokenizer import write_tokenizer
 from armillary.models.tokenizer import Tokenizer
 
