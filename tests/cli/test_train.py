@@ -152,6 +152,16 @@ def test_a_dry_run_says_all_and_leaves_nothing(place, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_needs_none_of_the_layouts_ranks_and_says_what_it_does_not_predict(place, capsys):
+    assert run(["train", str(place / "tiny.toml"), "--dry-run", "--layout", "dp_shard=4"]) == 0
+    told = capsys.readouterr().out
+    assert "\nstep: 4 rows of 32 tokens in 1 micro-batches; 6 steps\n" in told
+    assert "\nlayout: dp_shard=4, 4 ranks\n" in told
+    assert "(what dp_shard=4 saves and adds is not predicted)" in told
+    assert run(["train", str(place / "tiny.toml"), "--dry-run", "--layout", "dp_shard=3"]) == 2
+    assert "does not divide among 3 data-parallel ranks" in capsys.readouterr().err
+
+
 def test_a_flag_that_says_none_switches_off_what_is_on_by_default(tmp_path):
     assert settle_training(None, ["--clip-norm", "none"]).value.clip_norm is None
     (tmp_path / "own.toml").write_text("clip_norm = 0.5\n")

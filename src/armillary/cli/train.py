@@ -213,11 +213,12 @@ def heading(session: Session) -> str:
 def describe(run: Run) -> list[str]:
     """The run in lines, before it starts."""
     from armillary.core.units import format_count
+    from armillary.train.parallel.layout import Layout
 
     config = run.config
     shape = run.decoder.config
-    rows = config.batch.rows // run.parallel.dp_world
-    passes = -(-rows // config.batch.micro_rows)
+    layout = Layout.parse(config.layout)
+    passes = -(-config.batch.rows // layout.dp // config.batch.micro_rows)
     total, have = run.tokens_per_step * config.steps, int(run.train.lengths.sum())
     return [
         f"model: {shape.architecture}, {format_count(shape.parameters())} parameters, {shape.num_layers} layers of {shape.hidden_size}, "
@@ -225,22 +226,24 @@ def describe(run: Run) -> list[str]:
         f"data: {have:,} tokens in {run.train.lengths.size:,} documents; {total:,} will be read, {total / have:.2g} passes",
         f"step: {config.batch.rows} rows of {config.batch.length} tokens in {passes} micro-batches; {config.steps:,} steps",
         f"optimizer: {config.optimizer.name}, learning rate {config.optimizer.options()['lr']:g}, {config.schedule.name} schedule, {config.precision}",
+        *([f"layout: {layout}, {layout.world} ranks"] if layout.world > 1 else []),
     ]
 
 
 def memory_lines(run: Run) -> list[str]:
-    """What a step's tensors will take, predicted before the first one; nothing for more than one process."""
+    """What a step's tensors will take, predicted before the first one; what a layout shares between ranks is not predicted, and said."""
     from collections import Counter
 
     from armillary.train.build import checkpointing_plan, predict_memory
+    from armillary.train.parallel.layout import Layout
 
-    if run.parallel.world > 1:
-        return []
+    layout = Layout.parse(run.config.layout)
     lines = [f"{name:<11} {size:>8}  {meaning}" for name, size, meaning in predict_memory(run.config, run.decoder.config).table()]
     levels = Counter(checkpointing_plan(run.config, run.decoder.config))
     if levels.keys() != {"none"}:
         lines.append("checkpointing: " + ", ".join(f"{level} in {count} blocks" for level, count in levels.items()))
-    return ["predicted memory of tensors:", *(f"  {line}" for line in lines)]
+    shares = f", on a rank that shares nothing with the others (what {layout} saves and adds is not predicted)" if layout.world > 1 else ""
+    return [f"predicted memory of tensors{shares}:", *(f"  {line}" for line in lines)]
 
 
 def finish(session: Session, resolved: Resolved[TrainConfig], json: bool = False) -> None:
@@ -399,7 +402,7 @@ def _dry_run(resolved: Resolved[TrainConfig], json: bool) -> None:
     from armillary.core.config import to_toml
     from armillary.train.build import build
 
-    run = build(resolved.value)
+    run = build(resolved.value, dry=True)
     lines = [*describe(run), *memory_lines(run)]
     if json:
         print_json({"lines": lines, "config": resolved.value.model_dump(mode="json"), "provenance": dict(resolved.provenance)})

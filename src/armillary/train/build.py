@@ -18,13 +18,13 @@ from armillary.models.config import ModelConfig, RopeConfig
 from armillary.models.decoder import Decoder
 from armillary.models.load import load
 from armillary.models.tokenizer import Tokenizer
-from armillary.train.batches import RowBatches
+from armillary.train.batches import RowBatches, rows_of_a_rank
 from armillary.train.config import ArchitectureConfig, ScheduleConfig, TrainConfig
 from armillary.train.evaluate import Evaluation, evaluate
 from armillary.train.memory.checkpointing import Level, apply_checkpointing, measure_options, plan_for_budget
 from armillary.train.memory.predict import Prediction, predict
 from armillary.train.optimizers import choose
-from armillary.train.parallel.apply import Parallel
+from armillary.train.parallel.apply import Parallel, Single
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.parallelize import parallelize
 from armillary.train.precision import COMPUTE, LossScaler
@@ -57,8 +57,15 @@ class Run:
         return self.config.batch.rows * self.config.batch.length
 
 
-def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks: Hooks | None = None, trace: Trace | None = None) -> Run:
-    """Loads or makes the model, opens the data, and checks that they belong together.
+def build(
+    config: TrainConfig,
+    *,
+    checkpoints: Checkpoints | None = None,
+    hooks: Hooks | None = None,
+    trace: Trace | None = None,
+    dry: bool = False,
+) -> Run:
+    """Loads or makes the model, opens the data, and checks that they belong together. dry: without the layout's other ranks, not to be run.
 
     Raises InputError or NotFoundError for what does not: another tokenizer, rows beyond the context, a split that is missing.
     """
@@ -78,7 +85,11 @@ def build(config: TrainConfig, *, checkpoints: Checkpoints | None = None, hooks:
             raise
         validation = None
     apply_checkpointing(decoder, checkpointing_plan(config, decoder.config))
-    parallel = parallelize(decoder, Layout.parse(config.layout), compute_dtype=COMPUTE[config.precision])
+    layout = Layout.parse(config.layout)
+    if dry:
+        layout.check_model(decoder.config)
+        rows_of_a_rank(config.batch, layout.dp)
+    parallel: Parallel = Single(decoder) if dry else parallelize(decoder, layout, compute_dtype=COMPUTE[config.precision])
     batches = RowBatches(
         train, config.batch, seed=config.data.seed, packing=config.data.packing, rank=parallel.dp_rank, world=parallel.dp_world
     )
@@ -114,13 +125,14 @@ def checkpointing_plan(config: TrainConfig, model: ModelConfig) -> tuple[Level, 
 
 
 def predict_memory(config: TrainConfig, model: ModelConfig) -> Prediction:
-    """Of a step with full rows, in one process."""
-    rows, batch = min(config.batch.micro_rows, config.batch.rows), config.batch
+    """Of a step with full rows, on a rank that shares nothing with the others."""
+    batch, share = config.batch, rows_of_a_rank(config.batch, Layout.parse(config.layout).dp)
+    rows = min(batch.micro_rows, share)
     return predict(
         model,
         [batch.length] * rows,
         config.optimizer.name,
-        micro_batches=-(-batch.rows // rows),
+        micro_batches=share // rows,
         plan=checkpointing_plan(config, model),
         compute_dtype=COMPUTE[config.precision],
         beta1=config.optimizer.beta1 is not None,
