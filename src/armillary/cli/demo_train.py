@@ -48,13 +48,14 @@ def train_small(corpus: Path, runs: Path, seconds: float) -> Session:
 
     The model in the folder continues text, on the chat page too.
     """
-    from armillary.cli.train import finish, train_session
+    from armillary.cli.train import train_session
+    from armillary.cli.train_summary import finish
     from armillary.train.session import MODEL
 
     resolved = settle(corpus, seconds)
     session = train_session(resolved, runs)
     (session.folder / MODEL / "chat_template.jinja").write_text(CONTINUE, encoding="utf-8")
-    finish(session, resolved)
+    finish(session)
     return session
 
 
