@@ -157,6 +157,7 @@ BROKEN: list[tuple[Callable[[Pipeline], Pipeline], str]] = [
     (lambda p: p.map(refuse), r"operator 'map' \(map\) failed on element 5 of epoch 0: ValueError: no 5"),
     (lambda p: p.map(refuse, parallelism=3), r"operator 'map' \(map\) failed on element 5 of epoch 0: ValueError: no 5"),
     (lambda p: p.map(refuse, parallelism=2, workers="process"), r"operator 'map' \(map\) failed on element 5 of epoch 0: ValueError: no 5"),
+    (lambda p: p.map(lambda x: x, workers="process"), r"operator 'map' \(map\) failed on element 0 .*pickle"),
     (lambda p: p.map(die, workers="process"), r"operator 'map' \(map\) failed on element 0 .*the worker process ended with status 7"),
     (lambda p: p.map(lambda v: next(iter(()))), r"operator 'map' \(map\) failed on element 0 .*StopIteration"),
     (lambda p: p.map(lambda v: next(iter(())), parallelism=2), r"operator 'map' \(map\) failed on element 0 .*StopIteration"),

@@ -83,14 +83,7 @@ class Workers:
         return self._threads
 
     def _work(self) -> None:
-        function = self._function
-        if self._processes:
-            child = _Child(self._function, self._name)
-            with self._lock:
-                self._children.append(child)
-                if self._closed:
-                    child.kill()
-            function = child.call
+        function = None if self._processes else self._function
         while True:
             with self._lock:
                 self._idle += 1
@@ -101,6 +94,9 @@ class Workers:
                 return
             start, result, error = time.perf_counter_ns(), None, None
             try:
+                if function is None:  # a process that cannot be started is the call's failure, or its caller would wait for ever
+                    function = self._child()
+                    start = time.perf_counter_ns()
                 result = function(call.argument)
             except BaseException as raised:
                 error = raised
@@ -109,6 +105,15 @@ class Workers:
                 self._open.discard(call)
             call.finish(result, error)
             self._done()
+
+    def _child(self) -> Callable[[Any], Any]:
+        """The function, in a process of its own."""
+        child = _Child(self._function, self._name)
+        with self._lock:
+            self._children.append(child)
+            if self._closed:
+                child.kill()
+        return child.call
 
 
 class _Child:
