@@ -34,8 +34,8 @@ WITHIN = 0.01
 
 SCRATCH: dict[str, Any] = {
     "architecture": {"layers": 5, "hidden": 384, "heads": 6},
-    "batch": {"rows": 16, "micro_rows": 8, "length": 256},
-    "optimizer": {"lr": 2e-3},
+    "batch": {"rows": 8, "micro_rows": 4, "length": 256},
+    "optimizer": {"lr": 1.5e-3},
     "schedule": {"warmup": 20},
     "evaluate": {"batches": 8, "every": 25},
     "steps": 400,

@@ -42,6 +42,7 @@ EAGER, COMPILED, TRAINER = (("transformers", variant) for variant in ("eager", "
 LITGPT, LITGPT_COMPILED = ("litgpt", "eager"), ("litgpt", "compiled")
 MODULES = {"armillary": "train_ours", "transformers": "peers.train_transformers", "litgpt": "peers.train_litgpt"}
 NAMES = {
+    OURS: "Armillary, one process",
     EAGER: "transformers",
     COMPILED: "transformers, compiled whole",
     TRAINER: "transformers' Trainer",
@@ -64,25 +65,27 @@ class Case:
 
 
 CASES = (
-    Case("finetune-135m", 4, 256, None, (OURS, WHOLE_DOOR, EAGER, COMPILED, TRAINER, LITGPT)),
+    Case("finetune-135m", 4, 256, None, (OURS, WHOLE_DOOR, TWO, EAGER, COMPILED, TRAINER, LITGPT)),
     Case("pretrain-30m", 8, 256, PRETRAINED, (OURS, EAGER, TRAINER, LITGPT, LITGPT_COMPILED)),
 )
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Ours against `other` of the same case: another side, the machine's GEMM rate ("gemm"), or a limit on a figure of ours."""
+    """`own`, of ours, against `other` of the same case: another side, or the machine's GEMM rate ("gemm")."""
 
     case: str
     other: Column | str
     least: float
     stretch: float
+    own: Column = OURS
 
 
 BARS = (
     Bar("finetune-135m", EAGER, 1.4, 1.6),
     Bar("finetune-135m", COMPILED, 1.05, 1.6),
     Bar("finetune-135m", "gemm", 0.8, 0.9),
+    Bar("finetune-135m", OURS, 0.85, 1.0, own=TWO),
     Bar("pretrain-30m", TRAINER, 1.4, 1.6),
     Bar("pretrain-30m", LITGPT, 1.4, 1.6),
     Bar("pretrain-30m", LITGPT_COMPILED, 1.05, 1.6),
@@ -205,7 +208,7 @@ def bars(found: Sequence[Mapping[str, Any]], shares: Mapping[str, float]) -> str
     """A line a bar that this run can judge."""
     lines = [["", "Armillary", "against", "ratio", "bar", "stretch", "met"]]
     for bar in BARS:
-        own = one(found, bar.case, OURS)
+        own = one(found, bar.case, bar.own)
         if own is None:
             continue
         if isinstance(bar.other, str):
@@ -219,7 +222,8 @@ def bars(found: Sequence[Mapping[str, Any]], shares: Mapping[str, float]) -> str
             reached = own["tokens_per_second"] / peer["tokens_per_second"]
             shown = ratio(own["tokens_per_second"], peer["tokens_per_second"])
         met = "stretch" if reached >= bar.stretch else "yes" if reached >= bar.least else "no"
-        lines.append([f"{bar.case}, tokens/s", speed(own["tokens_per_second"]), other, shown, f"{bar.least:g}", f"{bar.stretch:g}", met])
+        what = bar.case if bar.own == OURS else f"{bar.case}, {bar.own[1]}"
+        lines.append([f"{what}, tokens/s", speed(own["tokens_per_second"]), other, shown, f"{bar.least:g}", f"{bar.stretch:g}", met])
     for result in found:
         if result["side"] != "armillary":
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,25 @@ from armillary.train.build import build
 from armillary.train.config import TrainConfig
 from armillary.train.microbatch import IGNORED, MicroBatch, from_rows
 from armillary.train.optimizers.adamw import AdamW
-from armillary.train.parallel.apply import Single
+from armillary.train.parallel.apply import Parallel, Single
+from armillary.train.parallel.launch import spawn
+from armillary.train.parallel.layout import Layout
+from armillary.train.parallel.parallelize import parallelize
 from armillary.train.schedules import Schedule
 from armillary.train.trainer import Hooks, Trainer
 
 
 class RecipeBatches:
-    """The recipe's batches, one micro-batch each; for ever."""
+    """The recipe's batches, one micro-batch each, for ever; of `world` ranks, this one's share of the rows."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.index = recipe, 0
+    def __init__(self, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+        self.recipe, self.index, self.rank, self.world = recipe, 0, rank, world
 
     def __iter__(self) -> RecipeBatches:
         return self
 
     def __next__(self) -> list[MicroBatch]:
-        tokens = torch.tensor(self.recipe.batch(self.index))
+        tokens = torch.tensor(self.recipe.batch(self.index)).chunk(self.world)[self.rank]
         self.index += 1
         targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)), dim=1)
         return [from_rows(tokens, targets, torch.arange(tokens.shape[1]).expand_as(tokens))]
@@ -48,17 +53,33 @@ class RecipeBatches:
         self.index = state["index"]
 
 
-def one_process(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
+def trained(recipe: Recipe, parallel: Parallel, batches: RecipeBatches) -> Steps:
     """The Trainer on the given batches."""
-    keep_memory()  # as `build` does
-    decoder = load_hf(recipe.hf_folder).train()
 
     def optimizer(named: Any) -> AdamW:
         return AdamW([weight for _, weight in named], recipe.lr, recipe.betas, recipe.eps, recipe.weight_decay)
 
-    batches = RecipeBatches(recipe)
-    trainer = Trainer(Single(decoder), optimizer, Schedule("constant", 1 << 30), batches, clip_norm=recipe.clip)
-    return measure(lambda _: trainer.step(next(batches)).loss, recipe), {}
+    trainer = Trainer(parallel, optimizer, Schedule("constant", 1 << 30), batches, clip_norm=recipe.clip)
+    return measure(lambda _: trainer.step(next(batches)).loss, recipe)
+
+
+def one_process(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
+    keep_memory()  # as `build` does
+    return trained(recipe, Single(load_hf(recipe.hf_folder).train()), RecipeBatches(recipe)), {}
+
+
+def two_processes(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
+    """Two ranks, half of the threads and half of the rows each, parameters sharded by FSDP2 (ZeRO-3)."""
+    # Every rank must make the same number of steps, so time does not end them.
+    told = replace(recipe, steps=min(recipe.steps, 5), seconds=math.inf)
+    return spawn(2, _rank, told, timeout=600.0)[0], {}
+
+
+def _rank(rank: int, recipe: Recipe) -> Steps:
+    torch.set_num_threads(max(1, recipe.threads // 2))
+    keep_memory()
+    parallel = parallelize(load_hf(recipe.hf_folder).train(), Layout(dp_shard=2))
+    return trained(recipe, parallel, RecipeBatches(recipe, rank, 2))
 
 
 def pipeline(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
@@ -87,7 +108,7 @@ def pipeline(recipe: Recipe) -> tuple[Steps, dict[str, float]]:
     return steps, {"stall": stall}
 
 
-VARIANTS = {"one process": one_process, "whole door": pipeline}
+VARIANTS = {"one process": one_process, "whole door": pipeline, "two processes, FSDP2": two_processes}
 
 
 def main(path: str, variant: str) -> None:
