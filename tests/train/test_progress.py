@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 
@@ -71,6 +72,19 @@ def test_json_is_an_object_a_line():
     first, second = map(json.loads, out.getvalue().splitlines())
     assert (first["event"], first["step"], first["mfu"], first["memory"]) == ("step", 7, 0.52, 1_500_000_000)
     assert second == {"event": "evaluation", "step": 7, "loss": 2.0, "perplexity": pytest.approx(7.389056), "tokens": 4096}
+
+
+def test_a_step_that_overflowed_is_still_json():
+    """NaN and Infinity are Python's: no other reader of JSON takes them."""
+    out = io.StringIO()
+    view = JsonView(out)
+    view.step(reading(7, loss=math.inf, gradient_norm=math.nan, skipped=True))
+    view.evaluation(7, Evaluation(1e4, 4096))
+    first, second = (json.loads(line, parse_constant=lambda text: pytest.fail(text)) for line in out.getvalue().splitlines())
+    assert (first["loss"], first["gradient_norm"], second["loss"], second["perplexity"]) == (None, None, 1e4, None)
+    again = Reading.from_json(first)
+    assert math.isnan(again.loss)
+    assert (again.step, again.skipped, again.mfu) == (7, True, 0.52)
 
 
 def test_the_picture_shows_the_numbers_at_every_width():

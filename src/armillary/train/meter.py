@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,8 +37,19 @@ class Reading:
     skipped: bool
 
     def json(self) -> dict[str, Any]:
-        """Plain values, as `--json` and metrics.jsonl have them."""
-        return {"event": "step", **asdict(self)}
+        """Plain values, as `--json` and metrics.jsonl have them; None for what is not finite, which JSON cannot say."""
+        return {"event": "step", **{name: finite(value) for name, value in asdict(self).items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Reading:
+        """Of the fields of `json`. A loss or a norm that was not finite reads as nan."""
+        values = {name: value[name] for name in cls.__dataclass_fields__}
+        return cls(**values | {name: math.nan for name in ("loss", "gradient_norm") if values[name] is None})
+
+
+def finite(value: Any) -> Any:
+    """None for a float that is not finite; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Meter:

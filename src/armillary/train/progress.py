@@ -14,7 +14,7 @@ import torch
 from armillary.core.units import S, format_bytes, format_count, format_duration
 from armillary.train.chart import chart
 from armillary.train.evaluate import Evaluation
-from armillary.train.meter import Reading
+from armillary.train.meter import Reading, finite
 
 PLAIN_SECONDS: Final = 5.0
 
@@ -193,7 +193,14 @@ def evaluation_line(step: int, result: Evaluation) -> str:
 
 
 def evaluation_json(step: int, result: Evaluation) -> dict[str, Any]:
-    return {"event": "evaluation", "step": step, "loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
+    """As `--json` and metrics.jsonl have it; None for what is not finite, which JSON cannot say."""
+    return {
+        "event": "evaluation",
+        "step": step,
+        "loss": finite(result.loss),
+        "perplexity": finite(result.perplexity),
+        "tokens": result.tokens,
+    }
 
 
 def memory_bytes() -> int:

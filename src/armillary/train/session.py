@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -151,9 +152,9 @@ def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int,
             continue
         kept.append(line)
         if value.pop("event") == "step":
-            readings.append(Reading(**value))
+            readings.append(Reading.from_json(value))
         else:
-            evaluations.append((value["step"], Evaluation(value["loss"], value["tokens"])))
+            evaluations.append((value["step"], Evaluation(math.nan if value["loss"] is None else value["loss"], value["tokens"])))
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)

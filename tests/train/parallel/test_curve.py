@@ -10,11 +10,23 @@ from armillary.core.errors import InputError
 from armillary.train.config import OptimizerConfig
 from armillary.train.optimizers.choose import factory
 from armillary.train.parallel.apply import Single
-from armillary.train.parallel.curve import FAMILIES, layout_curve, simulated_curves, single_curve, small_decoder, train
+from armillary.train.parallel.curve import (
+    FAMILIES,
+    global_batch,
+    layout_curve,
+    plain_adamw,
+    simulated_curves,
+    single_curve,
+    small_decoder,
+    train,
+)
 from armillary.train.parallel.launch import spawn
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.parallelize import parallelize
 from armillary.train.parallel.rank_threads import run_ranks
+from armillary.train.precision import LossScaler
+from armillary.train.schedules import Schedule
+from armillary.train.trainer import Trainer
 
 BOUND = 2e-6
 PARAMETERS = 1e-5  # a hundredth of a step: Adam makes whole steps of gradients that are nothing but rounding
@@ -175,3 +187,33 @@ def test_lower_precision_is_the_same_under_every_layout():
 
     curves = [run_ranks(2, partial(work, text))[0] for text in ("dp_shard=2", "dp_replicate=2")]
     assert curves[0].loss_difference(curves[1]) <= BOUND
+
+
+def in_fp16(rank, texts):
+    """Losses, scales and skips; the first scale overflows twice."""
+
+    def run(text):
+        parallel = (
+            parallelize(small_decoder(UNEVEN), Layout.parse(text), compute_dtype=torch.float16)
+            if text
+            else Single(small_decoder(UNEVEN), torch.float16)
+        )
+        trainer = Trainer(parallel, plain_adamw, Schedule("constant", 4), iter(()), clip_norm=0.3, scaler=LossScaler(2.0**21, interval=2))
+        share = 4 // parallel.dp_world
+        begin = parallel.dp_rank * share
+        return [trainer.step(global_batch(step, 53, 4)[begin : begin + share]) for step in range(4)]
+
+    return {text: [(result.loss, result.loss_scale, result.skipped) for result in run(text)] for text in texts}
+
+
+@pytest.mark.slow
+def test_all_layouts_scale_and_skip_in_fp16_as_one_process():
+    expected = in_fp16(0, ("",))[""]
+    assert {skipped for _, _, skipped in expected} == {True, False}
+    ranks = spawn(4, in_fp16, ("dp_replicate=4", "dp_shard=4", "dp_shard=4,zero_stage=1", "dp_shard=2,tp=2", "dp_replicate=2,tp=2"))
+    assert all(told == ranks[0] for told in ranks)
+    for text, told in ranks[0].items():
+        assert [step[1:] for step in told] == [step[1:] for step in expected], text
+        # A split product rounds its halves to fp16 before they are added.
+        bound = 1e-3 if "tp" in text else BOUND
+        assert max(abs(a[0] - b[0]) for a, b in zip(told, expected, strict=True)) <= bound, text
