@@ -14,7 +14,7 @@ LINES = [f"Document {n} says that the spheres turn {n * n} times around, and the
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"body": line}) + "\n" for line in LINES))
+    path.write_text("".join(json.dumps({"body": line}) + "\n" for line in [*LINES, " "]))
     return path
 
 
@@ -28,6 +28,7 @@ def test_prepare_then_inspect(armillary: Command, texts: Path, tmp_path: Path) -
     shown = armillary("data", "inspect", tmp_path / "out").stdout
     assert "every file's SHA-256 is right" in shown
     assert "train 0: Document " in shown
+    assert made["empty"] == 1
     again = armillary("data", "prepare", texts, "--field", "body", "--tokenizer", tmp_path / "out" / "tokenizer", "--out", tmp_path / "two")
     assert f"tokenizer identity {made['tokenizer'][:12]}" in again.stdout
 

@@ -30,6 +30,14 @@ def test_special_tokens_come_first_and_the_first_ends_a_text(tokenizer: Tokenize
     assert len(tokenizer.encode("the spheres")) < len("the spheres") / 2
 
 
+def test_a_run_without_a_break_takes_no_squared_time_and_comes_back(tmp_path: Path) -> None:
+    run = "a" * 3_000_000  # learnt as one word it takes hours, in which no signal is heard
+    learnt = train_bpe([run, *TEXTS], tmp_path / "t", vocabulary=300)
+    ids = learnt.encode(run, special=False)
+    assert len(ids) < len(run) / 500
+    assert learnt.decode(ids) == run
+
+
 def test_the_same_texts_give_the_same_tokenizer(tmp_path: Path) -> None:
     first, second = (train_bpe(iter(TEXTS), tmp_path / name, vocabulary=290) for name in "ab")
     assert tokenizer_identity(first) == tokenizer_identity(second)

@@ -191,3 +191,11 @@ def test_qwen3_as_transformers_has_it_with_tools_and_thoughts(tmp_path: Path) ->
     spoken = trained(encoder, tokenizer, used)
     assert '<tool_call>\n{"name": "turn", "arguments": {"degrees": 15}}\n</tool_call><|im_end|>' in spoken[0]
     assert spoken[1].endswith("It has turned.<|im_end|>")
+
+
+def test_a_role_that_the_template_does_not_name_is_refused(tokenizer: Tokenizer) -> None:
+    misspelt = [*CHAT, {"role": "asistant", "content": "lost"}]
+    with pytest.raises(InputError, match="message 4 has the role 'asistant', which the chat template does not name"):
+        ChatEncoder(PLAIN, tokenizer).encode(misspelt)
+    named = "{# asistant #}" + PLAIN
+    assert trained(ChatEncoder(named, tokenizer), tokenizer, misspelt) == trained(ChatEncoder(PLAIN, tokenizer), tokenizer, CHAT)

@@ -55,11 +55,11 @@ def test_a_text_file_is_one_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
+        (b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON \(Expecting value at column 9\)"),
         (b'{"text": "a"}\n\n["b"]\n', r"a\.jsonl line 3 is a list, not an object"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl line 2: byte 0xff at 10 is not UTF-8"),
         (b'{"text": "a"}\n{"content": "b", "id": 1}\n', r"a\.jsonl line 2 has no field 'text'.*the record has: content, id"),
-        (b'{"text": 7}\n', r"a\.jsonl line 1 has a int in 'text', not a text"),
+        (b'{"text": 7}\n', r"a\.jsonl line 1 has a number in 'text', not a text"),
         (b'{"text": "\\ud800"}\n', r"a\.jsonl line 1 has a lone surrogate"),
         (b"[" * 100_000, r"a\.jsonl line 1 is not JSON"),
     ],
@@ -151,3 +151,14 @@ def test_without_pyarrow_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(MissingDependencyError, match=r"pip install 'armillary\[data\]'"):
         list(read_records([tmp_path / "a.parquet"]))
+
+
+def test_prepared_tokens_are_no_texts_and_a_split_has_a_known_name(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(InputError, match="there is no split 'tain': name one of train, validation, test"):
+        data_files([tmp_path / "train.jsonl"], "tain")
+    for name in ("made/train/manifest.json", "made/tokenizer/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="made holds tokens that armillary data prepare made, not texts"):
+        data_files([tmp_path / "made"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,7 @@ def prepare(
                 "vocabulary": made.tokenizer.vocab_size,
                 "tokenizer": made.train.tokenizer,
                 "near_duplicates_removed": removed,
+                "empty": made.empty,
                 **{name: {"documents": m.documents, "tokens": m.tokens, "fingerprint": m.fingerprint} for name, m in parts.items()},
             }
         )
@@ -110,6 +112,8 @@ def prepare(
     )
     if removed:
         print(f"{removed:,} near duplicates were left out.")
+    if made.empty:
+        print(f"{made.empty:,} empty texts were left out.")
     print(f"{out}: a vocabulary of {made.tokenizer.vocab_size:,}, tokenizer identity {made.train.tokenizer[:12]}")
 
 
@@ -234,7 +238,6 @@ def autotune(
 ) -> None:
     """Read and tokenize texts beside a training step of a given length; tune the pipeline; name its bottleneck."""
     import os
-    import time
     from dataclasses import asdict
 
     from armillary.cli.terminal import print_json, table
@@ -285,13 +288,14 @@ def autotune(
 def _files(texts: tuple[str, ...], split: str | None, progress: Any) -> list[Path]:
     from armillary.core.errors import InputError, NotFoundError
     from armillary.data.corpora import corpora, corpus_files
-    from armillary.data.readers import data_files
+    from armillary.data.readers import data_files, is_prepared
 
     if not texts:
         raise InputError("no texts are named", f"give files, folders, or corpora: {', '.join(corpora())}")
     found: list[Path] = []
     for name in texts:
-        if name in corpora() and not Path(name).exists():
+        # What was prepared of a corpus may have its name: tokens are no texts.
+        if name in corpora() and (not Path(name).exists() or is_prepared(Path(name))):
             found += corpus_files(name, progress)
         else:
             try:
@@ -320,14 +324,18 @@ def _progress() -> Iterator[Any]:
     """Downloads in bytes, everything else in documents; plain lines into a pipe."""
     from armillary.cli.terminal import byte_progress, note
 
-    said: set[str] = set()
+    said: dict[str, float] = {}
     with byte_progress("data") as draw:
 
         def report(stage: str, done: int, total: int) -> None:
+            now = time.monotonic()
             if stage in ("downloading", "unpacking", "checking"):
                 draw(stage, done, total)
             elif stage not in said:
-                said.add(stage)
+                said[stage] = now
                 note(f"data: {stage} ...")
+            elif now - said[stage] >= 5 and done < total:
+                said[stage] = now
+                note(f"data: {stage}, {done:,} of {total:,}")
 
         yield report

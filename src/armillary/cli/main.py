@@ -32,7 +32,7 @@ _VERBS = {
     "train": "Pre-train a new model, or fine-tune one, from a TOML file.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
-    "models": "Models by name: list, pull, show, export.",
+    "models": "Models by name: list, pull, show, export, cache.",
     "data": "Text into token shards: list, prepare, inspect, dedup, autotune.",
     "trace": "Look into a saved trace: show, png, html.",
     "reproduce": "Run a published system's headline experiment; compare with its figure.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 import tokenizers
@@ -15,6 +17,7 @@ from armillary.models.tokenizer import Tokenizer
 
 END_OF_TEXT: Final = "<|endoftext|>"
 MAX_VOCABULARY: Final = 1 << 20
+MAX_WORD_BYTES: Final = 1024  # learning takes time with the square of a word's length; a run without a break is learnt in pieces
 
 
 def train_bpe(
@@ -37,7 +40,9 @@ def train_bpe(
     if (folder / "tokenizer.json").exists():
         raise InputError(f"{folder} holds a tokenizer already", "remove it, or choose another folder")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -53,7 +58,8 @@ def train_bpe(
             seen += len(text)
             yield text
 
-    backend.train_from_iterator(counted(), trainer)
+    _interruptible(lambda: backend.train_from_iterator(counted(), trainer))
+    backend.pre_tokenizer = words
     if not seen:
         raise InputError("there is no text to learn a tokenizer from", "check the files that were given")
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,3 +74,17 @@ def train_bpe(
         (folder / "chat_template.jinja").write_text(chat_template, "utf-8")
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer.from_json(folder)
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """`work` on a thread, so that Ctrl-C ends the wait for a library that never looks at signals."""
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, name="learn-vocabulary", daemon=True).start()
+    done.result()

@@ -26,6 +26,7 @@ from armillary.models.tokenizer import Tokenizer
 
 MAX_MESSAGES: Final = 10_000
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # Unicode's noncharacters: no text has them
+_ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _GENERATION: Final = re.compile(r"\{%[-+]?\s*generation\b")
 Span = tuple[int, int]  # characters of the rendered text
 
@@ -79,6 +80,15 @@ class ChatEncoder(ChatTemplate):
                 f"the conversation is not a list of 1 to {MAX_MESSAGES:,} messages", "give role and content of each", field="messages"
             )
         control = [*(self._tokenizer.token_text(token) for token in sorted(self._tokenizer.special_ids)), _BEGIN, _END]
+        for index, message in enumerate(messages):
+            role = message.get("role") if isinstance(message, Mapping) else None
+            # Most templates write any role: a misspelt assistant would be learnt as nobody's text.
+            if isinstance(role, str) and role not in _ROLES and role not in self.source:
+                raise InputError(
+                    f"message {index} has the role {role[:40]!r}, which the chat template does not name",
+                    f"use one of {', '.join(_ROLES)}",
+                    field=f"messages[{index}].role",
+                )
         told = [(f"message {index}", f"messages[{index}]", message) for index, message in enumerate(messages)]
         for what, field, value in [*told, ("the list of tools", "tools", tools)]:
             for found in (token for text in _strings(value) for token in control if token in text):

@@ -32,13 +32,14 @@ _BATCH: Final = 256  # texts encoded at once
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What was written. `duplicates` is None where none were looked for."""
+    """What was written. `duplicates` is None where none were looked for; `empty` texts were left out."""
 
     folder: Path
     tokenizer: Tokenizer
     train: Manifest
     validation: Manifest | None
     duplicates: NearDuplicates | None
+    empty: int = 0
 
 
 def prepare_text(
@@ -64,9 +65,13 @@ def prepare_text(
     if (tokenizer is None) == (vocabulary is None):
         raise InputError("the tokens' vocabulary is not settled", "give either a tokenizer or the size of one to learn")
     report = progress or (lambda stage, done, total: None)
-    with _made(Path(folder), validation) as part:
+    with _made(Path(folder), validation, seed) as part:
         report("reading", 0, 0)
-        documents = [text for text in texts(read_records(files), field) if text.strip()]
+        found = list(texts(read_records(files), field))
+        documents = [text for text in found if text.strip()]
+        empty = len(found) - len(documents)
+        if not documents:
+            raise InputError(f"there is no text: of {len(found):,} that were read, all are empty", "check the files and the field")
         duplicates = None
         if duplicates_from is not None:
             duplicates = find_near_duplicates(documents, threshold=duplicates_from, progress=report)
@@ -83,6 +88,7 @@ def prepare_text(
             digest.update(hashlib.sha256(text.encode()).digest())
         source = _source(files, name, validation, seed) | {
             "documents_read": len(documents) + (len(duplicates.removed) if duplicates else 0),
+            "empty": empty,
             "near_duplicates_removed": len(duplicates.removed) if duplicates else 0,
             "duplicates_from": duplicates_from,
             "sha256": digest.hexdigest(),
@@ -97,7 +103,7 @@ def prepare_text(
             )
             for split, kept in splits.items()
         }
-    return Prepared(Path(folder), tokenizer, manifests["train"], manifests.get("validation"), duplicates)
+    return Prepared(Path(folder), tokenizer, manifests["train"], manifests.get("validation"), duplicates, empty)
 
 
 def prepare_chats(
@@ -122,7 +128,7 @@ def prepare_chats(
     if source is None:
         raise InputError("the tokenizer has no chat template", "give one, or the tokenizer of a model that was trained to chat")
     report = progress or (lambda stage, done, total: None)
-    with _made(Path(folder), validation) as part:
+    with _made(Path(folder), validation, seed) as part:
         report("reading and tokenizing", 0, 0)
         documents = list(chat_documents(read_records(files), ChatEncoder(source, tokenizer), field))
         splits = _split(documents, [np.size(document.tokens) for document in documents], validation, seed)
@@ -137,12 +143,14 @@ def prepare_chats(
 
 
 @contextmanager
-def _made(folder: Path, validation: float) -> Iterator[Path]:
+def _made(folder: Path, validation: float, seed: int) -> Iterator[Path]:
     """A folder beside `folder` that becomes it when all went well, and otherwise goes."""
     if folder.exists():
         raise InputError(f"{folder} exists already", "remove it, or choose another folder")
     if not 0 <= validation < 1:
         raise InputError(f"a validation share of {validation} is outside 0 .. 1", "give a share below 1, such as 0.1")
+    if seed < 0:
+        raise InputError(f"the seed is {seed}", "give 0 or more")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         part = Path(temporary) / "data"
@@ -170,7 +178,11 @@ def split_documents(lengths: Sequence[int], share: float, seed: int) -> list[boo
     for fewer documents than that takes.
     """
     if not lengths or (share > 0 and len(lengths) < 2):
-        raise InputError(f"{len(lengths)} documents are too few to hold out {share:.0%}", "give more documents, or hold out nothing")
+        count = f"{len(lengths)} document{' is' if len(lengths) == 1 else 's are'}"
+        raise InputError(
+            f"{count} too few to hold out {share:.0%}: whole documents are",
+            "give more documents (such as one a line of a .jsonl), or hold out nothing (--validation 0)",
+        )
     held, room = [False] * len(lengths), share * sum(lengths)
     for index in np.random.default_rng([seed, 0x5711]).permutation(len(lengths)).tolist():
         if 0 < lengths[index] <= room and sum(held) < len(lengths) - 1:

@@ -56,17 +56,22 @@ class Record(NamedTuple):
 def data_files(paths: Iterable[str | Path], split: str | None = None) -> list[Path]:
     """The files to read, of each path in turn: itself, or the data files in a folder. `split` keeps those of one split.
 
-    Raises `NotFoundError` for a path that is not there, for a folder without data files, and for a split that no file belongs to.
+    Raises `NotFoundError` for a path that is not there, for a folder without data files, and for a split that no file belongs to;
+    `InputError` for a folder of prepared tokens and for a split that has no such name.
     """
+    if split is not None and split not in _SPLITS:
+        raise InputError(f"there is no split {split!r}", f"name one of {', '.join(dict.fromkeys(_SPLITS.values()))}", field="split")
     found: list[Path] = []
     for path in map(Path, paths):
+        if is_prepared(path):
+            raise InputError(f"{path} holds tokens that armillary data prepare made, not texts", "name the texts that it was made of")
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if _kind(file) and file.name not in _NOT_DATA and not _hidden(file, path)]
             inside = [file for file in inside if file.is_file()]
             if not inside:
                 raise NotFoundError(f"{path} holds no data files", f"these are read: {', '.join(_KINDS)}")
             if split is not None:
-                kept = [file for file in inside if split_of(file, path) == _SPLITS.get(split, split)]
+                kept = [file for file in inside if split_of(file, path) == _SPLITS[split]]
                 if not kept:
                     have = sorted({split_of(file, path) for file in inside})
                     raise NotFoundError(f"no file in {path} belongs to the split {split!r}", f"it has: {', '.join(have)}")
@@ -81,6 +86,11 @@ def data_files(paths: Iterable[str | Path], split: str | None = None) -> list[Pa
         if len(found) > MAX_FILES:
             raise InputError(f"there are more than {MAX_FILES:,} files", "give fewer, or join them")
     return found
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is what `armillary data prepare` makes: its files are no texts, though some end in .json."""
+    return (folder / "train" / "manifest.json").is_file() and (folder / "tokenizer" / "tokenizer.json").is_file()
 
 
 def split_of(file: Path, folder: Path) -> str:
@@ -111,7 +121,7 @@ def texts(records: Iterable[Record], field: str = "text") -> Iterator[str]:
     for record in records:
         value = record.values.get(field)
         if not isinstance(value, str):
-            problem = f"has no field {field!r}" if field not in record.values else f"has a {type(value).__name__} in {field!r}, not a text"
+            problem = f"has no field {field!r}" if field not in record.values else f"has {_named(value)} in {field!r}, not a text"
             names = ", ".join(sorted(map(str, record.values)))[:200]
             raise FormatError(f"{record.where} {problem}", f"name the field that holds the text; the record has: {names}")
         if not value.isascii() and _SURROGATE.search(value):
@@ -170,13 +180,13 @@ def _read_lines(file: Path) -> Iterator[Record]:
             if len(line) > MAX_LINE_BYTES:
                 raise FormatError(f"{where} has more than {MAX_LINE_BYTES:,} bytes", "split the record")
             if line.strip():
-                yield Record(_object(_parse(line, where), where), where)
+                yield Record(_object(_parse(line.rstrip(), where), where), where)
 
 
 def _read_json(file: Path) -> Iterator[Record]:
     value = _parse(_bounded(file, MAX_JSON_BYTES, "write it as .jsonl, one object a line"), file.name)
     if not isinstance(value, list):
-        raise FormatError(f"{file.name} holds a {type(value).__name__}, not a list of objects", "write one object a line into a .jsonl")
+        raise FormatError(f"{file.name} holds {_named(value)}, not a list of objects", "write one object a line into a .jsonl")
     for number, item in enumerate(value):
         where = f"{file.name} item {number}"
         yield Record(_object(item, where), where)
@@ -187,16 +197,33 @@ def _parse(raw: bytes, where: str) -> Any:
         return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8", "convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise FormatError(
+            f"{where} is not JSON ({error.msg} at {place}column {error.colno})", "correct it, or fetch the file again"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not JSON ({str(error)[:100]})", "correct it, or fetch the file again") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FormatError(
-            f"{where} is a {type(value).__name__}, not an object", 'write each record as {"text": ...} or {"messages": [...]}'
-        )
+        raise FormatError(f"{where} is {_named(value)}, not an object", 'write each record as {"text": ...} or {"messages": [...]}')
     return value
+
+
+def _named(value: Any) -> str:
+    """A JSON value's kind, in JSON's words."""
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_table(file: Path, arrow: bool) -> Iterator[Record]:
