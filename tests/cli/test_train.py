@@ -66,11 +66,13 @@ def test_a_run_leaves_everything_that_it_promises(place):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "config.toml",
+        "data.json",
         "metrics.jsonl",
         "model",
         "report.html",
         "trace.json",
     ]
+    assert json.loads((folder / "data.json").read_text()).keys() == {"train", "validation"}
     assert "weight_decay = 0.2  # flag" in (folder / "config.toml").read_text()
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == lines[:-1]
     spans = Trace.load(folder / "trace.json").spans()
@@ -150,6 +152,21 @@ def test_a_dry_run_says_all_and_leaves_nothing(place, tmp_path, capsys):
     assert run(["train", str(place / "tiny.toml"), "--runs", str(tmp_path), "--dry-run"]) == 0
     assert "\nstep: 4 rows of 32 tokens in 2 micro-batches; 6 steps\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_says_and_saves_the_counts_that_came_out_of_its_shares(place, tmp_path, capsys):
+    corpus = place / "corpus"
+    mixed = (place / "tiny.toml").read_text().split("[data]")[0] + (
+        f'[data]\ntokenizer = "{corpus / "tokenizer"}"\n'
+        f'[data.mixture]\none = {{ folder = "{corpus}", weight = 3 }}\ntwo = {{ folder = "{corpus}", weight = 1 }}\n'
+    )
+    (tmp_path / "mixed.toml").write_text(mixed)
+    assert run(["train", str(tmp_path / "mixed.toml"), "--runs", str(tmp_path / "runs"), "--steps", "1"]) == 0
+    told = json.loads(next((tmp_path / "runs").glob("*/data.json")).read_text())["train"]
+    parts = told["mixture"]
+    assert (parts["one"]["passes"], parts["two"]["passes"]) == (1.0, pytest.approx(1 / 3, rel=0.2))
+    assert parts["one"]["fingerprint"] == parts["two"]["fingerprint"] != told["fingerprint"]
+    assert f"mixture one: {parts['one']['documents']:,} documents an epoch, 1 passes, " in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_none_of_the_layouts_ranks_and_says_what_it_does_not_predict(place, capsys):

@@ -141,6 +141,19 @@ def test_a_full_disk_costs_no_checkpoint_and_is_named(tmp_path, monkeypatch, aft
     assert newest(tmp_path).name == "step-00000004"
 
 
+def test_a_full_disk_ends_the_run_when_it_is_known_not_when_the_next_checkpoint_is_due(tmp_path, monkeypatch):
+    def put(file, checksum, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_storage, "_put", put)
+    run = build(tmp_path)
+    run.hooks.save_every = 5
+    run.hooks.on_step = lambda result: result.step == 6 and run.checkpoints._writing[1].exception()  # waits for the one after step 5
+    with pytest.raises(CheckpointError, match="step-00000005 could not be written"):
+        run.run()
+    assert run.progress.step == 6
+
+
 def build_again(folder, **options):
     run = build(folder, **options)
     run.restore()

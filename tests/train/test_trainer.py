@@ -51,6 +51,9 @@ def test_saved_before_evaluated_and_at_the_end():
         def save(self, step, state):
             happened.append(("save", step, sorted(state)))
 
+        def failed(self):
+            return False
+
         def wait(self):
             happened.append(("wait",))
 
@@ -75,6 +78,9 @@ def test_a_stop_saves_and_ends_after_the_step():
     class Log:
         def save(self, step, state):
             saved.append(step)
+
+        def failed(self):
+            return False
 
         def wait(self):
             pass

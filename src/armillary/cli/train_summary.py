@@ -34,6 +34,10 @@ def describe(run: Run) -> list[str]:
         f"model: {shape.architecture}, {format_count(shape.parameters())} parameters, {shape.num_layers} layers of {shape.hidden_size}, "
         f"vocabulary {shape.vocab_size:,}, context {shape.max_context:,}",
         f"data: {have:,} tokens in {run.train.lengths.size:,} documents; {total:,} will be read, {total / have:.2g} passes",
+        *(
+            f"mixture {name}: {part['documents']:,} documents an epoch, {part['passes']:.3g} passes, {part['share_of_tokens']:.1%} of the tokens"
+            for name, part in run.sources()["train"].get("mixture", {}).items()
+        ),
         f"step: {config.batch.rows} rows of {config.batch.length} tokens in {passes} micro-batches; {config.steps:,} steps",
         f"optimizer: {config.optimizer.name}, learning rate {config.optimizer.options()['lr']:g}, {config.schedule.name} schedule, {config.precision}",
         *([f"layout: {layout}, {layout.world} ranks"] if layout.world > 1 else []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,20 @@ class Run:
             return None
         batch, count = self.config.batch, self.config.evaluate.batches
         return evaluate(self.parallel, self.validation, rows=batch.micro_rows, length=batch.length, batches=count)
+
+    def sources(self) -> dict[str, Any]:
+        """JSON data: what each split holds, and of a mixture what came out of its shares."""
+        opened = {"train": self.train} | ({} if self.validation is None else {self.config.evaluate.split: self.validation})
+        return {
+            split: {
+                "fingerprint": source.fingerprint,
+                "tokenizer": source.tokenizer,
+                "documents": len(source.lengths),
+                "tokens": int(source.lengths.sum()),
+                **({"mixture": source.resolved} if isinstance(source, Mixture) else {}),
+            }
+            for split, source in opened.items()
+        }
 
     @property
     def tokens_per_step(self) -> int:

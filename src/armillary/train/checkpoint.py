@@ -62,6 +62,12 @@ class FolderCheckpoints:
         part = Path(self._from_rank_0(lambda: str(self._new_part(step))))
         self._writing = part, self._thread.submit(self._write, part, blocks, body)
 
+    def failed(self) -> bool:
+        if self._writing is None:
+            return False
+        writing = self._writing[1]
+        return writing.done() and writing.exception() is not None
+
     def wait(self) -> None:
         if self._writing is None:
             return

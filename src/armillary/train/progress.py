@@ -205,7 +205,7 @@ def evaluation_json(step: int, result: Evaluation) -> dict[str, Any]:
 
 def memory_bytes() -> int:
     """What this process holds: resident memory, or on a GPU the most that torch had allocated there."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():  # a GPU that this run leaves alone says nothing of it
         return int(torch.cuda.max_memory_allocated())
     try:
         with open("/proc/self/statm", encoding="ascii") as file:

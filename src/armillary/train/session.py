@@ -30,6 +30,7 @@ from armillary.train.progress import PlainView, View, evaluation_json, memory_by
 from armillary.train.trainer import Hooks, StepResult
 
 CONFIG: Final = "config.toml"
+DATA: Final = "data.json"
 METRICS: Final = "metrics.jsonl"
 TRACE: Final = "trace.json"
 MODEL: Final = "model"
@@ -38,7 +39,8 @@ CHECKPOINTS: Final = "checkpoints"
 
 @dataclass(slots=True)
 class Session:
-    """A run with its folder: config.toml (with where each value came from), metrics.jsonl (a line a step), checkpoints/, trace.json, model/."""
+    """A run with its folder: config.toml (with where each value came from), data.json (what was read, and a mixture's counts),
+    metrics.jsonl (a line a step), checkpoints/, trace.json, model/."""
 
     run: Run
     folder: Path
@@ -117,6 +119,7 @@ def open_session(
     if resume is None:
         if first:
             resolved.save(folder / CONFIG)
+            (folder / DATA).write_text(json.dumps(run.sources(), indent=2) + "\n", encoding="utf-8")
         return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak, recompute), trace)
     run.trainer.restore()
     if first and "flag" in resolved.provenance.values():

@@ -51,6 +51,10 @@ class Checkpoints(Protocol):
         """Load the newest whole checkpoint into the pieces and return its step; None when there is none."""
         ...
 
+    def failed(self) -> bool:
+        """Whether what was being written in the background is known not to have been: `wait` raises why. Asked after every step."""
+        ...
+
     def wait(self) -> None:
         """Return when everything that was saved is on disk."""
         ...
@@ -151,7 +155,9 @@ class Trainer:
             result = self.step(batch, begun)
             if hooks.on_step is not None:
                 hooks.on_step(result)
-            step, stopping = result.step, self.parallel.any_rank(hooks.stop())
+            # A full disk ends the run now, not when the next checkpoint is due: until then nothing that it computes is safe.
+            failed = self.checkpoints is not None and self.checkpoints.failed()
+            step, stopping = result.step, self.parallel.any_rank(hooks.stop() or failed)
             evaluating = bool(hooks.evaluate and hooks.evaluate_every) and step % hooks.evaluate_every == 0
             # Before evaluation, whose failure must not cost the steps that led to it.
             if (hooks.save_every and step % hooks.save_every == 0) or (evaluating and hooks.save_every):
