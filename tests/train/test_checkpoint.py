@@ -1,5 +1,6 @@
 """A checkpoint's laws: what was saved comes back bit for bit, the last whole one survives whatever happens to the next, errors name the cause."""
 
+import copy
 import errno
 import json
 import shutil
@@ -10,12 +11,15 @@ import torch
 from tiny import TINY, Repeat, decoder, documents, pack
 
 from armillary.core.errors import FormatError, InputError
-from armillary.train import checkpoint_storage
+from armillary.train import checkpoint, checkpoint_storage
 from armillary.train.checkpoint import FolderCheckpoints, newest, whole_checkpoints
 from armillary.train.checkpoint_storage import CheckpointError
 from armillary.train.config import OptimizerConfig
 from armillary.train.optimizers.choose import factory
 from armillary.train.parallel.apply import Single
+from armillary.train.parallel.layout import Layout
+from armillary.train.parallel.parallelize import parallelize
+from armillary.train.parallel.rank_threads import run_ranks
 from armillary.train.precision import LossScaler
 from armillary.train.schedules import Schedule
 from armillary.train.trainer import Trainer
@@ -152,6 +156,30 @@ def test_a_full_disk_ends_the_run_when_it_is_known_not_when_the_next_checkpoint_
     with pytest.raises(CheckpointError, match="step-00000005 could not be written"):
         run.run()
     assert run.progress.step == 6
+
+
+def test_a_rank_that_died_before_it_wrote_does_not_keep_rank_0_from_leaving(tmp_path, monkeypatch):
+    """The interpreter waits for the thread that writes, and that one for the other rank's part: ten minutes, were it not told."""
+    monkeypatch.setattr(checkpoint, "LEAVE_SECONDS", 0.1)
+    model = decoder()
+
+    def work(rank):
+        parallel = parallelize(copy.deepcopy(model), Layout(dp_shard=2))
+        checkpoints = FolderCheckpoints(tmp_path)
+        if rank == 1:
+            checkpoints._write = lambda *_: None
+        make = factory(OptimizerConfig(name="adamw"))
+        run = Trainer(parallel, make, Schedule("constant", 9), Repeat([pack(documents(3))]), checkpoints=checkpoints)
+        run.hooks.save_every = 1
+        run.hooks.evaluate_every = 1
+        run.hooks.evaluate = lambda step: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            run.run()
+        failure = checkpoints._writing[1].exception(timeout=60)
+        assert failure is None if rank else "rank 1 did not write its part" in str(failure)
+        return whole_checkpoints(tmp_path)
+
+    assert run_ranks(2, work)[0] == []
 
 
 def build_again(folder, **options):

@@ -54,6 +54,9 @@ def test_saved_before_evaluated_and_at_the_end():
         def failed(self):
             return False
 
+        def leaving(self):
+            pytest.fail("no error ended it")
+
         def wait(self):
             happened.append(("wait",))
 
@@ -81,6 +84,9 @@ def test_a_stop_saves_and_ends_after_the_step():
 
         def failed(self):
             return False
+
+        def leaving(self):
+            pytest.fail("no error ended it")
 
         def wait(self):
             pass

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import math
 import re
 import shutil
 import time
@@ -38,6 +39,7 @@ from armillary.train.parallel.agreement import from_rank_0, gathered
 Value = TypeVar("Value")
 
 COMMIT_SECONDS: Final = 600.0  # how long rank 0 waits for the others' parts
+LEAVE_SECONDS: Final = 10.0  # the same, once the run has ended by an error: who has died writes nothing any more
 _WHOLE: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 
@@ -54,6 +56,7 @@ class FolderCheckpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[Path, Future[None]] | None = None
         self._lock: Any = None
+        self._leave_by = math.inf
         self._from_rank_0(self._claim)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -67,6 +70,9 @@ class FolderCheckpoints:
             return False
         writing = self._writing[1]
         return writing.done() and writing.exception() is not None
+
+    def leaving(self) -> None:
+        self._leave_by = time.monotonic() + LEAVE_SECONDS
 
     def wait(self) -> None:
         if self._writing is None:
@@ -126,7 +132,7 @@ class FolderCheckpoints:
         notes = {part_file(rank): part / f"{part_file(rank)}.json" for rank in range(self.world)}
         for file, note in notes.items():
             while not note.exists():
-                if (part / f"{file}.failed").exists() or time.monotonic() > deadline:
+                if (part / f"{file}.failed").exists() or time.monotonic() > min(deadline, self._leave_by):
                     raise CheckpointError(f"rank {file[5:10].lstrip('0') or '0'} did not write its part")
                 time.sleep(0.01)
         parts = {file: json.loads(note.read_text(encoding="utf-8")) for file, note in notes.items()}

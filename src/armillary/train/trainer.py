@@ -55,6 +55,10 @@ class Checkpoints(Protocol):
         """Whether what was being written in the background is known not to have been: `wait` raises why. Asked after every step."""
         ...
 
+    def leaving(self) -> None:
+        """The run ends by an error: what is being written is finished, but other ranks, which may be dead, are not waited for any longer."""
+        ...
+
     def wait(self) -> None:
         """Return when everything that was saved is on disk."""
         ...
@@ -145,7 +149,15 @@ class Trainer:
         return [parameter for _, parameter in self.parallel.named_parameters() if parameter.requires_grad]
 
     def run(self) -> None:
-        """Steps until the schedule's end, the data's, or `hooks.stop`. The last state is saved whatever ends it."""
+        """Steps until the schedule's end, the data's, or `hooks.stop`; then the last state is saved. After an error it is not: it may be the cause."""
+        try:
+            self._steps()
+        except BaseException:
+            if self.checkpoints is not None:
+                self.checkpoints.leaving()
+            raise
+
+    def _steps(self) -> None:
         hooks, saved = self.hooks, self.progress.step
         while self.progress.step < self.schedule.steps:
             begun = self.clock.now()
