@@ -3,12 +3,16 @@
 import dataclasses
 
 import pytest
-from tiny import TINY
+import torch
+from tiny import TINY, decoder, documents, pack
+from torch.utils.flop_counter import FlopCounterMode
 
 from armillary.core.units import S
 from armillary.models.config import ModelConfig
 from armillary.train.flops import flops_per_token, hardware_flops, model_flops, parameters_in_products
+from armillary.train.memory.checkpointing import apply_checkpointing
 from armillary.train.meter import Meter
+from armillary.train.parallel.curve import FAMILIES
 from armillary.train.trainer import StepResult
 
 
@@ -33,13 +37,30 @@ def test_a_window_bounds_what_a_token_attends_to():
     assert full - half == 12 * 4 * 6 * (64 * 64 - 16 * 64)
 
 
-def test_recomputing_everything_costs_a_forward_pass_of_the_blocks():
-    tokens, attended = 64, 64 * 64
-    model = model_flops(TINY, tokens, attended)
-    head = 2 * 61 * 24 * tokens
-    assert hardware_flops(TINY, tokens, attended) == model
-    assert hardware_flops(TINY, tokens, attended, "full") == pytest.approx(model * 4 / 3 - head)
-    assert hardware_flops(TINY, tokens, attended, "attention") == model + 4 * 2 * 4 * 6 * attended
+@pytest.mark.parametrize("config", [TINY, FAMILIES["gemma2"]], ids=["llama", "gemma2"])
+def test_what_is_computed_again_is_what_torch_counts(config):
+    """In matrix products: the block's last one is needed only where a norm follows it. Full checkpointing does attention again as well."""
+    batch = pack(documents(5))
+    tokens, attended = len(batch.tokens), sum(n * n for n in batch.lengths)
+    tokens_of_model = batch.tokens % config.vocab_size
+
+    def counted(plan):
+        model = decoder(config=config)
+        apply_checkpointing(model, plan)
+        with FlopCounterMode(display=False) as counter:
+            model.hidden(tokens_of_model, batch.positions, batch.attend).sum().backward()
+        return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+    def again(plan):
+        return hardware_flops(config, tokens, attended, plan) - model_flops(config, tokens, attended)
+
+    plain = counted(["none", "none"])
+    for plan in (["none", "selective"], ["attention", "none"], ["attention", "attention"]):
+        assert again(plan) == counted(plan) - plain, plan
+    for layer, plan in enumerate((["full", "none"], ["none", "full"])):
+        window = config.window(layer)
+        pairs = attended if window is None else min(attended, window * tokens)
+        assert again(plan) == counted(plan) - plain + 4 * config.num_heads * config.head_dim * pairs, plan
 
 
 def test_a_meter_averages_over_its_window_and_counts_all_tokens():

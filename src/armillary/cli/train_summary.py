@@ -48,12 +48,12 @@ def memory_lines(run: Run) -> list[str]:
     """What a step's tensors will take, predicted before the first one; what a layout shares between ranks is not predicted, and said."""
     from collections import Counter
 
-    from armillary.train.build import checkpointing_plan, predict_memory
+    from armillary.train.build import predict_memory
     from armillary.train.parallel.layout import Layout
 
     layout = Layout.parse(run.config.layout)
     lines = [f"{name:<11} {size:>8}  {meaning}" for name, size, meaning in predict_memory(run.config, run.decoder.config).table()]
-    levels = Counter(checkpointing_plan(run.config, run.decoder.config))
+    levels = Counter(run.plan)
     if levels.keys() != {"none"}:
         lines.append("checkpointing: " + ", ".join(f"{level} in {count} blocks" for level, count in levels.items()))
     shares = f", on a rank that shares nothing with the others (what {layout} saves and adds is not predicted)" if layout.world > 1 else ""

@@ -35,7 +35,7 @@ from armillary.train.trainer import Checkpoints, Hooks, Trainer
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A trainer and what it was made of. `validation` is None where the data has no such split."""
+    """A trainer and what it was made of. `validation` is None where the data has no such split; `plan`: what each block computes again."""
 
     config: TrainConfig
     decoder: Decoder
@@ -44,6 +44,7 @@ class Run:
     trainer: Trainer
     train: Source
     validation: Source | None
+    plan: tuple[Level, ...]
 
     def evaluate(self) -> Evaluation | None:
         """Perplexity on the validation split."""
@@ -99,7 +100,8 @@ def build(
         if config.evaluate.every:
             raise
         validation = None
-    apply_checkpointing(decoder, checkpointing_plan(config, decoder.config))
+    plan = checkpointing_plan(config, decoder.config)
+    apply_checkpointing(decoder, plan)
     layout = Layout.parse(config.layout)
     if dry:
         layout.check_model(decoder.config)
@@ -119,7 +121,7 @@ def build(
         hooks=hooks,
         trace=trace,
     )
-    return Run(config, decoder, tokenizer, parallel, trainer, train, validation)
+    return Run(config, decoder, tokenizer, parallel, trainer, train, validation, plan)
 
 
 def schedule(config: ScheduleConfig, steps: int) -> Schedule:

@@ -6,12 +6,13 @@ often. HFU: those that are executed, recomputed activations included. Both count
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from armillary.models.config import ModelConfig
 
-Recompute = Literal["none", "attention", "full"]
-"""Which activations the backward pass computes anew: none, the attention core (Korthikanti et al. 2023), or every block."""
+if TYPE_CHECKING:
+    from armillary.train.memory.checkpointing import Level
 
 
 def flops_per_token(parameters: int, layers: int, heads: int, head_dim: int, length: float) -> float:
@@ -28,14 +29,22 @@ def model_flops(config: ModelConfig, tokens: int, attended: int) -> float:
     return 3 * (_products(config, tokens) + _attention(config, tokens, attended))
 
 
-def hardware_flops(config: ModelConfig, tokens: int, attended: int, recompute: Recompute = "none") -> float:
-    """FLOPs that are executed: those of the model and what is computed again."""
+def hardware_flops(config: ModelConfig, tokens: int, attended: int, plan: Sequence[Level] = ()) -> float:
+    """FLOPs that are executed: those of the model and what is computed again under a plan, a level a block (none: nothing is)."""
     again = 0.0
-    if recompute != "none":
-        again += _attention(config, tokens, attended)
-    if recompute == "full":
-        again += _products(config, tokens) - 2 * config.vocab_size * config.hidden_size * tokens  # the head is outside the blocks
+    for layer, level in enumerate(plan):
+        if level in ("attention", "full"):
+            again += 2.0 * _computed_again(config) * tokens
+        if level == "full":
+            again += _attention_of(config, layer, tokens, attended)
     return model_flops(config, tokens, attended) + again
+
+
+def _computed_again(config: ModelConfig) -> int:
+    """Weights of a block's products that backward needs again. The last product's result is needed only where a norm follows it."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    products_of_mlp = 3 if config.sandwich_norms else 2
+    return config.hidden_size * (2 * queries + 2 * keys + products_of_mlp * config.intermediate_size)
 
 
 def parameters_in_products(config: ModelConfig) -> int:
@@ -49,7 +58,10 @@ def _products(config: ModelConfig, tokens: int) -> float:
 
 
 def _attention(config: ModelConfig, tokens: int, attended: int) -> float:
-    """Forward: queries with keys, weights with values."""
-    windows = (config.window(layer) for layer in range(config.num_layers))
-    pairs = sum(attended if window is None else min(attended, window * tokens) for window in windows)
-    return 4.0 * config.num_heads * config.head_dim * pairs
+    """Forward: queries with keys, weights with values, in all blocks."""
+    return sum(_attention_of(config, layer, tokens, attended) for layer in range(config.num_layers))
+
+
+def _attention_of(config: ModelConfig, layer: int, tokens: int, attended: int) -> float:
+    window = config.window(layer)
+    return 4.0 * config.num_heads * config.head_dim * (attended if window is None else min(attended, window * tokens))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from armillary.core.units import S
 from armillary.models.config import ModelConfig
-from armillary.train.flops import Recompute, hardware_flops, model_flops
+from armillary.train.flops import hardware_flops, model_flops
+from armillary.train.memory.checkpointing import Level
 from armillary.train.trainer import StepResult
 
 WINDOW = 20  # steps that speeds are averaged over
@@ -53,10 +54,10 @@ def finite(value: Any) -> Any:
 
 
 class Meter:
-    """Turns steps into readings. `peak` is the machine's FLOP/s, of all ranks together; None when it was not measured."""
+    """Turns steps into readings. `peak`: FLOP/s of all ranks together, None when it was not measured; `plan`: what blocks compute again."""
 
-    def __init__(self, config: ModelConfig, steps: int, peak: float | None = None, recompute: Recompute = "none", tokens: int = 0) -> None:
-        self.config, self.steps, self.peak, self.recompute = config, steps, peak, recompute
+    def __init__(self, config: ModelConfig, steps: int, peak: float | None = None, plan: Sequence[Level] = (), tokens: int = 0) -> None:
+        self.config, self.steps, self.peak, self.plan = config, steps, peak, plan
         self.tokens = tokens
         self._recent: deque[StepResult] = deque(maxlen=WINDOW)
 
@@ -76,7 +77,7 @@ class Meter:
             tokens=self.tokens,
             tokens_per_second=tokens / time,
             mfu=None if rate is None else model_flops(self.config, tokens, attended) / rate,
-            hfu=None if rate is None else hardware_flops(self.config, tokens, attended, self.recompute) / rate,
+            hfu=None if rate is None else hardware_flops(self.config, tokens, attended, self.plan) / rate,
             memory=memory,
             seconds=result.duration / S,
             seconds_left=(self.steps - result.step) * time / len(self._recent),

@@ -23,7 +23,6 @@ from armillary.train.build import Run, build
 from armillary.train.checkpoint import FolderCheckpoints, newest
 from armillary.train.config import TrainConfig
 from armillary.train.evaluate import Evaluation
-from armillary.train.flops import Recompute
 from armillary.train.meter import Meter, Reading
 from armillary.train.parallel.agreement import from_rank_0, gathered
 from armillary.train.progress import PlainView, View, evaluation_json, memory_bytes
@@ -109,7 +108,6 @@ def open_session(
     trace = Trace("train", meta={"model": config.model or "from scratch"})
     hooks = Hooks(evaluate_every=config.evaluate.every, save_every=config.checkpoint.every)
     run = build(config, hooks=hooks, trace=trace)
-    recompute: Recompute = "full" if config.memory.checkpointing == "full" else "none"  # HFU leaves out what other levels do again
     first = run.parallel.rank == 0
     folder = from_rank_0(lambda: resume or new_run_folder(runs, datetime.now(UTC), name))
     if peak is not None:
@@ -120,11 +118,11 @@ def open_session(
         if first:
             resolved.save(folder / CONFIG)
             (folder / DATA).write_text(json.dumps(run.sources(), indent=2) + "\n", encoding="utf-8")
-        return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak, recompute), trace)
+        return Session(run, folder, PlainView(), Meter(run.decoder.config, config.steps, peak, run.plan), trace)
     run.trainer.restore()
     if first and "flag" in resolved.provenance.values():
         resolved.save(folder / CONFIG)
-    meter = Meter(run.decoder.config, config.steps, peak, recompute, tokens=run.trainer.progress.tokens)
+    meter = Meter(run.decoder.config, config.steps, peak, run.plan, tokens=run.trainer.progress.tokens)
     readings, evaluations = from_rank_0(lambda: _keep_metrics(folder / METRICS, run.trainer.progress.step))
     return Session(run, folder, PlainView(), meter, trace, readings, evaluations)
 
