@@ -13,8 +13,9 @@ import pytest
 from armillary.cli.main import run
 from armillary.cli.train import settle_training
 from armillary.core.trace import Trace
-from armillary.data.prepare import prepare_text
+from armillary.data.prepare import prepare_chats, prepare_text
 from armillary.models.load import load
+from armillary.models.tokenizer import Tokenizer
 
 TINY = """
 steps = 6
@@ -167,6 +168,22 @@ def test_a_mixture_says_and_saves_the_counts_that_came_out_of_its_shares(place, 
     assert (parts["one"]["passes"], parts["two"]["passes"]) == (1.0, pytest.approx(1 / 3, rel=0.2))
     assert parts["one"]["fingerprint"] == parts["two"]["fingerprint"] != told["fingerprint"]
     assert f"mixture one: {parts['one']['documents']:,} documents an epoch, 1 passes, " in capsys.readouterr().err
+
+
+def test_conversations_that_rows_would_cut_are_told_of(place, tmp_path, capsys):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "what turns?"}, {"role": "assistant", "content": " the sphere turns"}]}
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 8))
+    tokenizer = Tokenizer.from_json(place / "corpus" / "tokenizer")
+    prepare_chats([tmp_path / "chats.jsonl"], tmp_path / "chats", tokenizer=tokenizer, template=template, validation=0.3)
+    command = ["train", str(place / "tiny.toml"), "--dry-run", "--data.folder", str(tmp_path / "chats")]
+    assert run(command) == 0
+    assert "packing: conversations are cut where rows end" in capsys.readouterr().out
+    assert run([*command, "--data.packing", "documents"]) == 0
+    assert "packing: conversations" not in capsys.readouterr().out
 
 
 def test_a_dry_run_needs_none_of_the_layouts_ranks_and_says_what_it_does_not_predict(place, capsys):

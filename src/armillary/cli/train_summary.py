@@ -41,6 +41,13 @@ def describe(run: Run) -> list[str]:
         f"step: {config.batch.rows} rows of {config.batch.length} tokens in {passes} micro-batches; {config.steps:,} steps",
         f"optimizer: {config.optimizer.name}, learning rate {config.optimizer.options()['lr']:g}, {config.schedule.name} schedule, {config.precision}",
         *([f"layout: {layout}, {layout.world} ranks"] if layout.world > 1 else []),
+        *(
+            [
+                "packing: conversations are cut where rows end, and go on without what came before; data.packing = 'documents' keeps them whole"
+            ]
+            if config.data.packing == "concat" and run.train.scored(0) is not None
+            else []
+        ),
     ]
 
 
