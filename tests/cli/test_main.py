@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,12 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
         ),
         (KeyboardInterrupt(), main.INTERRUPTED, "interrupted\n"),
         (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte\nframes"),
+            main.MISUSED,
+            "error: there is not enough memory (DefaultCPUAllocator: can't allocate memory: 1 byte)\n"
+            "  fix: make what is asked for smaller: the model, the batch, the context\n",
+        ),
+        (
             ZeroDivisionError("by zero"),
             main.MISUSED,
             "error: ZeroDivisionError: by zero\n  fix: this is a defect of Armillary: run again with --debug and report the traceback\n",
@@ -130,3 +137,18 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=environment())
     assert ran.stdout.splitlines()[-1] == "0"
     assert ran.stderr == ""
+
+
+def test_ctrl_c_during_the_first_imports_leaves_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'cyclopts': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from armillary.__main__ import main\n"
+        "main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment())
+    assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "")

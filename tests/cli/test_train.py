@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -201,3 +202,28 @@ def test_a_flag_that_says_none_switches_off_what_is_on_by_default(tmp_path):
     (tmp_path / "own.toml").write_text("clip_norm = 0.5\n")
     settled = settle_training(tmp_path / "own.toml", ["--clip_norm=none"])
     assert (settled.value.clip_norm, settled.provenance["clip_norm"]) == (None, "flag")
+
+
+def test_a_disk_that_fills_up_is_told_with_the_run_which_goes_on_with_room(place, capsys):
+    before = set(place.glob("runs/*"))
+    full = start(place, "--steps", "2", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2))
+    _, errors = full.communicate()
+    (folder,) = set(place.glob("runs/*")) - before
+    assert full.returncode == 2, errors
+    assert errors.endswith(
+        f"error: {folder} could not be written (File too large)\n  fix: free disk space, then: armillary train --resume {folder}\n"
+    )
+    with (folder / "metrics.jsonl").open("a") as metrics:  # what no run wrote is left out, not a defect
+        metrics.write('{"a": 1}\nnull\n{"step": 1, "event": "step"}\n')
+    assert run(["train", "--resume", str(folder)]) == 0
+    assert "nothing is left to train: 2 of 2 steps are made" in capsys.readouterr().err
+    assert (folder / "report.html").read_text().endswith("</html>\n")
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 2]
+
+
+def test_a_step_that_no_memory_holds_is_refused_before_it_is_made(place, monkeypatch, capsys):
+    monkeypatch.setattr("armillary.serve.kv_pool.available_memory", lambda: 100_000)
+    assert run(["train", str(place / "tiny.toml"), "--runs", str(place / "none")]) == 2
+    assert re.search(
+        r"a step would take [\d.]+ MB beside the weights; 100 kB of memory are free\n  fix: lower batch.micro_rows", capsys.readouterr().err
+    )

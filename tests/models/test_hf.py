@@ -48,6 +48,10 @@ def test_from_transformers_and_back(peer, sharded, tmp_path):
     torch.testing.assert_close(logits(again, tokens), peer(tokens[None]).logits[0].detach(), atol=1e-5, rtol=0)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keeps_or_casts_the_dtype(dtype, tmp_path):
     decoder = Decoder(TINY)

@@ -126,8 +126,17 @@ def test_a_damaged_scale_is_refused_at_load(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "m.gguf").read_bytes())
     content[at : at + 2] = np.float16(np.nan).tobytes()
     (tmp_path / "bad.gguf").write_bytes(content)
-    with pytest.raises(InputError, match="NaN or infinite"):
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: .*NaN or infinite"):
         step_model(CONFIG, LaidOut(GGUFWeights(GGUFFile.open(tmp_path / "bad.gguf")), "int4"))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_norm_that_is_no_number_is_refused_at_load(name: str) -> None:
+    decoder = Decoder(CONFIG)
+    with torch.no_grad():
+        decoder.get_parameter(name.removeprefix("model."))[3] = torch.inf
+    with pytest.raises(InputError, match=rf"{name} has NaN or infinite values"):
+        step_model(CONFIG, LaidOut(DecoderWeights(decoder), "none"))
 
 
 def test_a_type_that_nobody_reads_is_refused_before_any_is_read(tmp_path: Path) -> None:

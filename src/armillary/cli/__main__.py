@@ -1,6 +1,6 @@
 """`python -m armillary.cli` is the command `armillary`."""
 
-from armillary.cli.main import main
+from armillary.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -101,6 +101,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if _debugging():
             raise
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+            _tell(f"there is not enough memory ({_first_line(error)})", "make what is asked for smaller: the model, the batch, the context")
+            return MISUSED
         _tell(
             f"{type(error).__name__}: {error}",
             "this is a defect of Armillary: run again with --debug and report the traceback",
@@ -124,6 +127,10 @@ def _tell(problem: str, fix: str) -> None:
     print(f"error: {problem}", file=sys.stderr)
     if fix:
         print(f"  fix: {fix}", file=sys.stderr)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _help_of(error: CycloptsError) -> str:

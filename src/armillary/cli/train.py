@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -65,7 +67,8 @@ def train(
             _follow(resolved, runs, resume)
             return 0
         session = train_session(resolved, runs, json, resume)
-    finish(session, json)
+    with _naming(session.folder):
+        finish(session, json)
     if session.interrupted:
         note(
             f"interrupted after {session.run.trainer.progress.step:,} of {resolved.value.steps:,} steps; armillary train --resume {session.folder} goes on"
@@ -80,10 +83,25 @@ def _rank() -> Iterator[int]:
     if "WORLD_SIZE" not in os.environ:  # PyTorch is loaded later, where the reader is told of it
         yield 0
         return
-    from armillary.train.parallel.launch import launched
+    from armillary.cli.terminal import note
+    from armillary.train.parallel.launch import JOIN_SECONDS, launched
 
-    with launched() as rank:
-        yield rank
+    def missed() -> None:
+        told = {name: os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        note(
+            "rank {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}".format(**told)
+            + f", at most {JOIN_SECONDS:g} s ..."
+        )
+
+    waiting = threading.Timer(5, missed)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with launched() as rank:
+            waiting.cancel()
+            yield rank
+    finally:
+        waiting.cancel()
 
 
 def _on_ray(resolved: Resolved[TrainConfig], runs: Path, resume: Path | None, json: bool) -> None:
@@ -144,7 +162,7 @@ def settle_training(file: Path | None, words: Sequence[str] = (), deepspeed: Pat
 def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = False, resume: Path | None = None) -> Session:
     """Train in a new folder under `runs`, or go on in `resume`, telling the reader everything on the way. It then holds all but the report."""
     from armillary.cli.terminal import byte_progress, note, timed
-    from armillary.cli.train_summary import describe, heading, memory_lines
+    from armillary.cli.train_summary import check_memory, describe, heading, memory_lines
     from armillary.models import hub
     from armillary.train import progress
 
@@ -175,12 +193,36 @@ def train_session(resolved: Resolved[TrainConfig], runs: Path, json: bool = Fals
     for line in memory_lines(session.run):
         note(line)
     note(f"run {session.folder}" + (f", from step {session.run.trainer.progress.step:,} on" if resume else ""))
+    made = session.run.trainer.progress.step
+    if made >= config.steps:
+        note(
+            f"nothing is left to train: {made:,} of {config.steps:,} steps are made (--steps asks for more); the model and the report are written anew"
+        )
+    else:
+        check_memory(session.run)
+        note("scoring held-out text, then the first step ..." if session.evaluates_first else "the first step ...")
     session.view = progress.choose(heading(session), config.steps, json)
     try:
-        session.go()
+        with _naming(session.folder):
+            session.go()
     finally:
         session.view.close()
     return session
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """A disk that fills up while a run writes is told with the run's folder and how the run goes on."""
+    from armillary.core.errors import CapacityError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CapacityError(
+            f"{folder} could not be written ({error.strerror})", f"free disk space, then: armillary train --resume {folder}"
+        ) from error
 
 
 def _settle_resume(resume: Path, file: Path | None, deepspeed: Path | None) -> Path:
@@ -238,13 +280,16 @@ def _print_keys(json: bool) -> None:
 
 def _dry_run(resolved: Resolved[TrainConfig], json: bool) -> None:
     """The run in lines and its configuration, without a step and without a folder."""
-    from armillary.cli.terminal import print_json
+    from armillary.cli.terminal import print_json, timed
     from armillary.cli.train_summary import describe, memory_lines
     from armillary.core.config import to_toml
-    from armillary.train.build import build
 
-    run = build(resolved.value, dry=True)
-    lines = [*describe(run), *memory_lines(run)]
+    with timed("loading PyTorch, the model and the data") as done:
+        from armillary.train.build import build
+
+        run = build(resolved.value, dry=True)
+        lines = [*describe(run), *memory_lines(run)]
+        done("loaded PyTorch, the model and the data, predicted the memory of a step")
     if json:
         print_json({"lines": lines, "config": resolved.value.model_dump(mode="json"), "provenance": dict(resolved.provenance)})
         return

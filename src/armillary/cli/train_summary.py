@@ -67,6 +67,28 @@ def memory_lines(run: Run) -> list[str]:
     return [f"predicted memory of tensors{shares}:", *(f"  {line}" for line in lines)]
 
 
+def check_memory(run: Run) -> None:
+    """Raises CapacityError when a step of one process on the CPU would take more memory than there is: the system would end it without a word."""
+    import torch
+
+    from armillary.core.errors import CapacityError
+    from armillary.core.units import format_bytes
+    from armillary.serve.kv_pool import available_memory
+    from armillary.train.build import predict_memory
+
+    free = available_memory()
+    if free is None or run.parallel.world > 1 or torch.cuda.is_available():
+        return
+    prediction = predict_memory(run.config, run.decoder.config)
+    more = prediction.peak - prediction.parameters  # those are there already
+    if more > free:
+        raise CapacityError(
+            f"a step would take {format_bytes(more)} beside the weights; {format_bytes(free)} of memory are free",
+            "lower batch.micro_rows or batch.length, or let blocks keep less (memory.checkpointing)",
+            field="batch.micro_rows",
+        )
+
+
 def finish(session: Session, json: bool = False) -> None:
     """Sample from the saved model, write the report, print the result."""
     from armillary import __version__

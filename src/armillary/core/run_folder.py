@@ -14,8 +14,8 @@ def check_runs(runs: Path) -> None:
     """Make `runs`, and raise InputError when it cannot be written to: told before minutes of work, not after."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=runs):
-            pass
+        with tempfile.TemporaryFile(dir=runs) as probe:
+            probe.write(bytes(65536))  # a name alone fits a full disk
     except OSError as error:
         raise InputError(f"cannot write to the folder {runs} ({error.strerror})", "choose another with --runs") from error
 

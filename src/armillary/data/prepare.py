@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import tokenizers
 
-from armillary.core.errors import InputError
+from armillary.core.errors import CapacityError, InputError
 from armillary.data.bpe import train_bpe
 from armillary.data.chat import ChatEncoder, chat_documents
 from armillary.data.near_duplicates import NearDuplicates, find_near_duplicates
@@ -155,7 +156,12 @@ def _made(folder: Path, validation: float, seed: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         part = Path(temporary) / "data"
         part.mkdir()
-        yield part
+        try:
+            yield part
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise CapacityError(f"{folder} could not be written ({error.strerror})", "free disk space, or choose another folder") from error
         os.replace(part, folder)
 
 

@@ -81,7 +81,11 @@ def save_hf(
     files = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: parameters[name].detach().to("cpu", stored).contiguous() for name in names}
-        save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
+        part = folder / f"{file}.part"
+        part.touch()
+        mode = part.stat().st_mode  # as the reader's umask wants it: safetensors lets nobody else read
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(mode)
     for path in old:
         path.unlink()
     for file in files:

@@ -50,6 +50,13 @@ class Session:
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
     interrupted: bool = False
 
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether held-out text is scored before the next step. Saved before evaluated: one that a crash cut short is made up for."""
+        step, every = self.run.trainer.progress.step, self.run.trainer.hooks.evaluate_every
+        due = step == 0 or (every and step % every == 0)
+        return bool(due) and self.run.validation is not None and step not in (at for at, _ in self.evaluations)
+
     def go(self) -> None:
         """Train to the end, or until the first signal; then save the model. A second signal is KeyboardInterrupt."""
         trainer, hooks = self.run.trainer, self.run.trainer.hooks
@@ -75,9 +82,7 @@ class Session:
 
             hooks.on_step, hooks.evaluate, hooks.stop = on_step, on_evaluation, stop
             begin = trainer.progress.step
-            # Saved before evaluated: the evaluation that a crash cut short is made up for.
-            due = begin == 0 or (hooks.evaluate_every and begin % hooks.evaluate_every == 0)
-            if due and begin not in (step for step, _ in self.evaluations):
+            if self.evaluates_first:
                 on_evaluation(begin)
             trainer.run()
             self.interrupted = self.run.parallel.any_rank(stop()) and trainer.progress.step < trainer.schedule.steps
@@ -144,18 +149,18 @@ def _keep_metrics(path: Path, step: int) -> tuple[list[Reading], list[tuple[int,
     readings: list[Reading] = []
     evaluations: list[tuple[int, Evaluation]] = []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             value = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        if value["step"] > step:
+            if value["step"] > step:
+                continue
+            if value.pop("event") == "step":
+                readings.append(Reading.from_json(value))
+            else:
+                evaluations.append((value["step"], Evaluation(math.nan if value["loss"] is None else value["loss"], value["tokens"])))
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut short by a crash, or not what a run writes
             continue
         kept.append(line)
-        if value.pop("event") == "step":
-            readings.append(Reading.from_json(value))
-        else:
-            evaluations.append((value["step"], Evaluation(math.nan if value["loss"] is None else value["loss"], value["tokens"])))
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)

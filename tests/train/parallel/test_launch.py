@@ -1,14 +1,16 @@
 """Lost, late and missing ranks end in an error that names them, within seconds."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from armillary.core.errors import InputError
-from armillary.train.parallel.launch import joined
+from armillary.train.parallel.launch import joined, launched
 
 RANK = """
 import os, signal, sys, time
@@ -83,3 +85,24 @@ def test_a_process_without_peers_is_told_how_to_get_them(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InputError, match=r"RANK.*torchrun"), joined():
         pass
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_an_environment_that_is_no_launchers_is_named(name, monkeypatch):
+    for other, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", name: "-1"}.items():
+        monkeypatch.setenv(other, value)
+    with pytest.raises(InputError, match=f"{name} is '-1' in the environment"), launched():
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_peers(number):
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\nfrom armillary.train.parallel.launch import joined\nprint('here', flush=True)\nwith joined(): pass"
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"here\n"
+    while process.poll() is None:  # before the wait a handler may still hear it
+        time.sleep(0.2)
+        process.send_signal(number)
+    process.stdout.close()
+    assert process.returncode != 0

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from armillary.core.errors import FormatError
+from armillary.core.errors import FormatError, InputError
 from armillary.kernels.cpu_step import StepLayer, StepModel
 from armillary.kernels.packed_weight import Arena, Blocks, Format, PackedWeight, takes_straight
 from armillary.models.config import ModelConfig, RopeConfig
@@ -74,7 +74,10 @@ class LaidOut:
         format = format_of(part, [weights.kind(name) for name in stored], self._quantisation)
         biased = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}.get(part, False)
         biases = [weights.tensor(f"{name}.bias") if biased else None for name in names]
-        packed = PackedWeight([self._matrix(name, format) for name in stored], format, biases, interleave=interleave, arena=self._arena)
+        try:
+            packed = PackedWeight([self._matrix(name, format) for name in stored], format, biases, interleave=interleave, arena=self._arena)
+        except InputError as error:
+            raise FormatError(f"{', '.join(stored)}: {error.problem}", error.fix) from error
         if self._release:
             for name in names:
                 weights.release(f"{name}.weight")
@@ -96,8 +99,11 @@ class LaidOut:
         return table
 
     def vector(self, name: str) -> Tensor:
-        self.made.arrays[name] = self._weights.tensor(name).float()
-        return self.made.arrays[name]
+        vector = self._weights.tensor(name).float()
+        if not torch.isfinite(vector).all():
+            raise FormatError(f"{name} has NaN or infinite values", "check the model file")
+        self.made.arrays[name] = vector
+        return vector
 
 
 class Kept:

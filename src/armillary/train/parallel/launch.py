@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -56,7 +57,8 @@ def joined(timeout: float = COLLECTIVE_SECONDS, join_timeout: float = JOIN_SECON
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")  # the flight recorder: the last collectives, by name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback()) if address.startswith(("127.", "localhost")) else None
     try:
-        dist.init_process_group(_backend(), timeout=timedelta(seconds=join_timeout))
+        with _signals_end_the_process():
+            dist.init_process_group(_backend(), timeout=timedelta(seconds=join_timeout))
     except (dist.DistError, RuntimeError) as error:
         fix = f"start all {world} ranks with the same MASTER_ADDR and MASTER_PORT, rank 0 among them"
         raise PeerError(
@@ -69,9 +71,26 @@ def joined(timeout: float = COLLECTIVE_SECONDS, join_timeout: float = JOIN_SECON
 
 
 @contextlib.contextmanager
+def _signals_end_the_process() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM end the process at once: torch waits for the peers without looking at Python's handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number, handler in before.items():
+        if callable(handler):  # not one that was switched off
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def launched() -> Iterator[int]:
     """`joined` where a launcher started this process as one of several ranks; otherwise nothing, and rank 0."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _integer("WORLD_SIZE", "1") == 1:
         yield 0
         return
     with joined() as rank:
@@ -188,8 +207,14 @@ def _environment() -> tuple[int, int, str]:
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise InputError(f"{', '.join(missing)} not set: this process does not know its peers", "start with torchrun --nproc-per-node N")
-    rank, world, host, port = (os.environ[name] for name in names)
-    return int(rank), int(world), f"{host}:{port}"
+    return _integer("RANK"), _integer("WORLD_SIZE"), f"{os.environ['MASTER_ADDR']}:{_integer('MASTER_PORT')}"
+
+
+def _integer(name: str, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdigit()):
+        raise InputError(f"{name} is {text!r} in the environment, no number", "unset it, or start with torchrun --nproc-per-node N")
+    return int(text)
 
 
 def _backend() -> str:
