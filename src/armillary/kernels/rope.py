@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from armillary.kernels.training_library import call, operator, plain, require, takes
 
 
 def rope_angles(positions: Tensor, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,5 +27,31 @@ def rope_angles(positions: Tensor, inverse_frequencies: Tensor, scaling: float, 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates q [T, Hq, D] and k [T, Hkv, D] by the angles of `rope_angles` (each [T, 1, D])."""
+    if cos.shape[-1] % 32 == 0 and takes(q, k) and plain(cos, sin):
+        return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)  # type: ignore[no-untyped-call]
     half = cos.shape[-1] // 2
     return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, False)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _rotate(upstream, *ctx.saved_tensors, True), None, None
+
+
+@operator("rope(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", lambda x, cos, sin, transposed: x.new_empty(x.shape))
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    """The rotation, or (`transposed`) what the backward pass applies to its gradient."""
+    x = x.contiguous()
+    require(
+        cos.shape == sin.shape == (x.shape[0], 1, x.shape[2]) and x.shape[2] % 32 == 0, "angles must be those of every token", x, cos, sin
+    )
+    rotated = torch.empty_like(x)
+    call("rope", *x.shape, x, cos.contiguous(), sin.contiguous(), rotated, int(transposed))
+    return rotated

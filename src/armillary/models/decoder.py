@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from armillary.kernels.attention import Attend, AttentionSpec
+from armillary.kernels.gated import gated
 from armillary.kernels.linear import FusedLinear
 from armillary.kernels.norm import RMSNorm
 from armillary.kernels.rope import apply_rope
@@ -52,8 +52,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
-        gate = functional.gelu(gate, approximate="tanh") if self.gelu else functional.silu(gate)
-        out: Tensor = self.down_proj(gate * up)
+        out: Tensor = self.down_proj(gated(gate, up, self.gelu))
         return out
 
 

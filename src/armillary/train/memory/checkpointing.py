@@ -34,7 +34,7 @@ _UNITS: Final = 2000  # the budget's resolution
 _PRODUCTS: Final = ("mm", "addmm", "bmm", "baddbmm")
 _ATTENTION: Final = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable", "causal_attention",
 )  # fmt: skip
 _KEPT: Final[dict[str, tuple[str, ...]]] = {"selective": _PRODUCTS + _ATTENTION, "attention": _ATTENTION}
 
@@ -155,7 +155,10 @@ class _Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.level != "none" and _name(func) not in _KEPT.get(self.level, ()):
-            if _name(func) in _ATTENTION:
+            if _name(func) == "causal_attention":
+                q, lengths = args[0], args[3]  # q: [T, H, D]; the causal half counts too
+                self.total += 4.0 * q[0].numel() * sum(length**2 for length in lengths)
+            elif _name(func) in _ATTENTION:
                 self.total += 4.0 * args[0].numel() * args[1].shape[-2]  # q: [B, H, L, D], k: [B, H', L, D]; the causal half counts too
             elif (count := flop_registry.get(func.overloadpacket)) is not None:
                 self.total += count(*args, **(kwargs or {}), out_val=out)
