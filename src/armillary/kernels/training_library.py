@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from armillary.core import native
 from armillary.core.errors import InputError
@@ -30,7 +30,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "swiglu_backward": [_long, *[_pointer] * 5, _int],
 }
 _FALLIBLE = ("attention", "attention_backward")  # they return 1 when there is no memory
-_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
 _operators = torch.library.Library("armillary", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -55,10 +54,15 @@ def plain(*tensors: Tensor | None) -> bool:
     None is left out.
     """
     return (
-        all(type(t) in _ORDINARY and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors if t is not None)
+        all(type(t) in _ordinary() and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors if t is not None)
         and torch._C._functorch.maybe_current_level() is None
         and not torch.compiler.is_compiling()
     )
+
+
+def _ordinary() -> tuple[type, ...]:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # importing it takes half a second, which serving would pay for
+    return (Tensor, nn.Parameter) if fakes is None else (Tensor, nn.Parameter, fakes.FakeTensor)
 
 
 def takes(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from armillary.kernels.attention import Attend, AttentionSpec
 from armillary.kernels.gated import gated
-from armillary.kernels.linear import FusedLinear
+from armillary.kernels.linear import FusedLinear, Linear
 from armillary.kernels.norm import RMSNorm
 from armillary.kernels.rope import apply_rope
 from armillary.models.config import ModelConfig
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.spec = AttentionSpec(layer, config.scale, config.window(layer), config.attention_softcap)
         sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.qkv = FusedLinear(("q_proj", "k_proj", "v_proj"), config.hidden_size, sizes, config.qkv_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.o_proj = Linear(heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_offset) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_offset) if config.qk_norm else None
 
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         super().__init__()
         inner = config.intermediate_size
         self.gate_up = FusedLinear(("gate_proj", "up_proj"), config.hidden_size, (inner, inner), config.mlp_bias)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, config.hidden_size, bias=config.mlp_bias)
         self.gelu = config.activation == "gelu_tanh"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = Rope(config.rope, config.head_dim)
         self.local_rope = Rope(config.local_rope, config.head_dim) if config.local_rope else None
         for module in self.modules():

@@ -31,7 +31,7 @@ BALANCE: Final = 10.0
 """FLOPs that a machine does in the time of writing a byte: what an operation without products costs to compute again."""
 _UNITS: Final = 2000  # the budget's resolution
 
-_PRODUCTS: Final = ("mm", "addmm", "bmm", "baddbmm")
+_PRODUCTS: Final = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise")  # the last is oneDNN's
 _ATTENTION: Final = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable", "causal_attention",
@@ -160,6 +160,8 @@ class _Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.total += 4.0 * q[0].numel() * sum(length**2 for length in lengths)
             elif _name(func) in _ATTENTION:
                 self.total += 4.0 * args[0].numel() * args[1].shape[-2]  # q: [B, H, L, D], k: [B, H', L, D]; the causal half counts too
+            elif _name(func) == "_linear_pointwise":
+                self.total += 2.0 * out.numel() * args[0].shape[-1]
             elif (count := flop_registry.get(func.overloadpacket)) is not None:
                 self.total += count(*args, **(kwargs or {}), out_val=out)
             elif isinstance(out, torch.Tensor) and not func.is_view:
