@@ -1,5 +1,7 @@
 """The compiled loops of a training step: each equals its plain version in float64, forward and backward, and steps aside for all else."""
 
+import itertools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,7 +10,7 @@ from torch.nn import functional
 
 from armillary.core.cpu import cpu_info
 from armillary.core.errors import InputError
-from armillary.kernels import training_library
+from armillary.kernels import token_loss, training_library
 from armillary.kernels.attention import AttentionSpec, reference_attention, varlen_attention
 from armillary.kernels.gated import gated
 from armillary.kernels.norm import rms_norm
@@ -99,6 +101,33 @@ def test_a_window_that_sees_everything_is_causal_attention_and_others_are_not():
     assert ["_CausalAttention" in nodes[window] for window in (None, 20, 19)] == [True, True, False]
 
 
+@pytest.mark.parametrize(("tokens", "size", "vocabulary"), [(1, 16, 2), (37, 48, 130), (70, 80, 257), (200, 64, 61)])
+@pytest.mark.parametrize("chunk", [7, 64, 256])
+def test_linear_cross_entropy(tokens, size, vocabulary, chunk):
+    hidden, weight, targets = torch.randn(tokens, size), torch.randn(vocabulary, size), torch.randint(0, vocabulary, (tokens,))
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    total = functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    slopes = grad(total, exact)
+    for needed in itertools.product((True, False), repeat=2):
+        made = token_loss.linear_cross_entropy(hidden, weight, targets, chunk, needed)
+        for found, wanted, asked in zip(made, (total, *slopes), (True, *needed), strict=True):
+            assert (found is None) == (not asked)
+            assert not asked or (found - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max())
+
+
+def test_linear_cross_entropy_far_out():
+    hidden, weight = torch.full((2, 16), 30.0), torch.randn(5, 16)
+    weight[3] = -100.0
+    targets = torch.tensor([3, 0])
+    loss, slope, _ = token_loss.linear_cross_entropy(hidden, weight, targets, 256, (True, True))
+    torch.testing.assert_close(
+        loss.double(), functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum"), rtol=1e-6, atol=0
+    )
+    assert slope.isfinite().all()
+    hidden[0, 1] = torch.nan
+    assert token_loss.linear_cross_entropy(hidden, weight, targets, 256, (False, False))[0].isnan()
+
+
 def step(x, weight, cos, sin, lengths):
     """Values and gradients of all the loops in a row."""
     normed = rms_norm(x, weight, 1e-5)
@@ -147,6 +176,19 @@ def test_shapes_that_do_not_belong_together_are_refused():
         operators.rope(x, torch.ones(3, 1, 32), torch.ones(3, 1, 32), False)
     with pytest.raises(InputError, match="one shape"):
         operators.swiglu(x, x[:1])
+    targets, logits = torch.zeros(4, dtype=torch.int64), torch.empty(16 * 9)
+    loss = operators.linear_cross_entropy
+    for hidden, weight, target, room in (
+        (x[:, 0], torch.ones(9, 16), targets, logits),
+        (x[:3, 0], torch.ones(9, 32), targets, logits),
+        (x[:, 0], torch.ones(9, 32), targets, logits[:100]),
+        (x[:, 0], torch.ones(9, 32), targets.float(), logits),
+    ):
+        with pytest.raises(InputError, match="one loss"):
+            loss(hidden, weight, target, room, 16, True, True)
+    for target in (-1, 9):
+        with pytest.raises(IndexError, match="vocabulary of 9"):
+            loss(x[:, 0], torch.ones(9, 32), targets + target, logits, 16, True, True)
     for k, lengths in ((x, [3]), (x, [5, -1]), (x[:3], [4]), (torch.randn(4, 3, 32), [4]), (x[..., :16], [4])):
         with pytest.raises(InputError, match="share tokens"):
             operators.causal_attention(x, k, k, lengths, 1.0)
@@ -167,6 +209,7 @@ def test_operators_have_fakes_so_they_trace():
             normed, inverse, *operators.rms_norm_backward(x, x[0], inverse, up), operators.swiglu(x, up), *operators.swiglu_backward(x, up, up),
             operators.rope(q, torch.ones(5, 1, 32), torch.ones(5, 1, 32), True), out, kept,
             *operators.causal_attention_backward(q, k, k, out, kept, q, [2, 3], 1.0),
+            *operators.linear_cross_entropy(x, torch.ones(9, 64), torch.zeros(5, dtype=torch.int64), torch.ones(144), 16, True, False),
         ]  # fmt: skip
 
     real = shapes(run())

@@ -64,10 +64,26 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def test_a_target_outside_the_vocabulary_is_refused():
+    hidden, weight, targets = inputs(ignored=0.0)
+    targets[5] = len(weight)
+    with pytest.raises((IndexError, RuntimeError), match=r"vocabulary|out of bounds"):
+        linear_cross_entropy(hidden, weight, targets)
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("size", [8, 16])  # without and with the compiled loop
 @pytest.mark.parametrize("tokens", [64, 640])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(tokens):
+def test_no_tensor_is_larger_than_a_chunk_of_logits(tokens, size):
     vocabulary, chunk = 3001, 16
-    hidden, weight, targets = inputs(tokens, 8, vocabulary, 0.0)
+    hidden, weight, targets = inputs(tokens, size, vocabulary, 0.0)
     with Largest() as seen:
         linear_cross_entropy(hidden, weight, targets, chunk=chunk).backward()
     assert seen.elements == chunk * vocabulary  # whatever the number of tokens; the plain one makes tokens * vocabulary

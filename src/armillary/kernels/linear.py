@@ -50,7 +50,7 @@ def onednn_is_faster() -> bool:
     Measured on an AMD EPYC (Zen 5), a core: 100 GFLOP/s against oneDNN's 230, the kernels that torch has for half precision. A rule
     and not a measurement on the spot: ranks, and a run that is resumed, must add up in the same order.
     """
-    return cpu_vendor() == "AuthenticAMD" and "avx512f" in cpu_info()[1] and torch.backends.mkldnn.is_available()
+    return cpu_vendor() == "AuthenticAMD" and "avx512f" in cpu_info()[1] and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from armillary.core import native
 from armillary.core.errors import InputError
 from armillary.kernels import cpu_library
 
-SOURCES = ("train_attention.cpp", "train_pointwise.cpp")
+SOURCES = ("train_attention.cpp", "train_loss.cpp", "train_pointwise.cpp")
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "attention": [_int] * 4 + [_float, _int] + [_pointer] * 6 + [_int],
     "attention_backward": [_int] * 4 + [_float, _int] + [_pointer] * 10 + [_int],
+    "cross_entropy": [_int] * 4 + [_pointer] * 7 + [_int],
     "norm": [_long, _int, _float, *[_pointer] * 4, _int],
     "norm_backward": [_long, _int, *[_pointer] * 7, _int],
     "rope": [_long, _int, _int, *[_pointer] * 4, _int, _int],
     "swiglu": [_long, *[_pointer] * 3, _int],
     "swiglu_backward": [_long, *[_pointer] * 5, _int],
 }
-_FALLIBLE = ("attention", "attention_backward")  # they return 1 when there is no memory
+_FALLIBLE = ("attention", "attention_backward", "cross_entropy")  # they return 1 when there is no memory
+_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
 _operators = torch.library.Library("armillary", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -54,15 +56,10 @@ def plain(*tensors: Tensor | None) -> bool:
     None is left out.
     """
     return (
-        all(type(t) in _ordinary() and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors if t is not None)
+        all(type(t) in _ORDINARY and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors if t is not None)
         and torch._C._functorch.maybe_current_level() is None
         and not torch.compiler.is_compiling()
     )
-
-
-def _ordinary() -> tuple[type, ...]:
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # importing it takes half a second, which serving would pay for
-    return (Tensor, nn.Parameter) if fakes is None else (Tensor, nn.Parameter, fakes.FakeTensor)
 
 
 def takes(*tensors: Tensor | None) -> bool:

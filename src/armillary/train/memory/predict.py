@@ -15,7 +15,7 @@ from armillary.core.units import format_bytes
 from armillary.kernels.attention import CausalAttend
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
-from armillary.train.loss import CHUNK
+from armillary.train.loss import CHUNK, in_one_loop
 from armillary.train.memory.checkpointing import Level, apply_checkpointing
 from armillary.train.memory.counter import Alive
 from armillary.train.optimizers.choose import algorithm
@@ -109,7 +109,7 @@ class _FakeLoss(nn.Module):
 
     def forward(self, tokens: Tensor, attend: CausalAttend) -> Tensor:
         hidden = self.model.hidden(tokens, tokens, attend)
-        out: Tensor = _FakeHead.apply(hidden, self.model.lm_head.weight)  # type: ignore[no-untyped-call]
+        out: Tensor = _FakeHead.apply(hidden, self.model.lm_head.weight, self.model.config.logit_softcap)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -117,16 +117,17 @@ class _FakeHead(torch.autograd.Function):
     """The allocations of `loss.linear_cross_entropy`, whose own operations depend on which targets are scored."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32)
         logits = torch.empty(min(CHUNK, len(hidden)), len(weight))  # [chunk, V], in place from there to its gradient
-        logits = logits + 0  # and what logsumexp makes inside
+        if not in_one_loop(hidden, weight, softcap):
+            logits = logits + 0  # and what logsumexp makes inside
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return logits.sum()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream, (grad_weight * upstream).to(ctx.dtype)
+        return grad_hidden.mul_(upstream), grad_weight.mul_(upstream).to(ctx.dtype), None
