@@ -199,7 +199,7 @@ def sample(session: Session, tokens: int = 80) -> str:
     room = run.decoder.config.max_context - len(opening)
     if room < 1:
         return ""
-    llm = LLM(str(session.folder / MODEL), kv_memory=64_000_000, max_running=1)
+    llm = LLM(str(session.folder / MODEL), kv_memory=64_000_000, max_running=1, weight_cache="off")  # one run, one start: nothing to keep
     answer = llm.generate([tuple(opening)], SamplingParams(max_tokens=min(tokens, room), temperature=0.8, seed=0))[0]
     return f"{run.tokenizer.decode(opening)}{answer.text}"
 
