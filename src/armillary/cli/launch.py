@@ -58,7 +58,7 @@ def launch(settled: Resolved[Any], trace: Trace | None = None) -> Running:
 
         done("loaded PyTorch")
     if settled.value.engine.backend != "torch":
-        with timed("building the native kernels, once on a machine (half a minute)") as done:
+        with timed("loading the native kernels (a machine's first start builds them: half a minute)") as done:
             from armillary.kernels import cpu_library
 
             done("native kernels ready" if cpu_library.available() else "no native kernels: torch computes, slower")
