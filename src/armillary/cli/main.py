@@ -83,9 +83,6 @@ def run(arguments: Sequence[str]) -> int:
         _tell(error.problem, error.fix)
         return MISUSED
     except KeyboardInterrupt:
-        # A second Ctrl-C while the process is leaving would end it by the signal, without this status.
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
@@ -115,7 +112,10 @@ def main() -> None:
     """The entry point. SIGTERM unwinds like Ctrl-C, so that engines stop and half-written files go."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if status == INTERRUPTED:  # a second Ctrl-C while the process is leaving would end it by the signal, without this status
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def _terminate(number: int, frame: object) -> None:
