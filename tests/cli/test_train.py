@@ -225,5 +225,6 @@ def test_a_step_that_no_memory_holds_is_refused_before_it_is_made(place, monkeyp
     monkeypatch.setattr("armillary.serve.kv_pool.available_memory", lambda: 100_000)
     assert run(["train", str(place / "tiny.toml"), "--runs", str(place / "none")]) == 2
     assert re.search(
-        r"a step would take [\d.]+ [kM]B beside the weights; 100 kB of memory are free\n  fix: lower batch.micro_rows", capsys.readouterr().err
+        r"a step would take [\d.]+ [kM]B beside the weights; 100 kB of memory are free\n  fix: lower batch.micro_rows",
+        capsys.readouterr().err,
     )
