@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from armillary.kernels import linear
 from armillary.kernels.linear import FusedLinear, Linear
+from armillary.kernels.training_library import library
 
 
 @pytest.fixture
@@ -99,3 +100,12 @@ def test_each_output_is_its_own_projection(bias):
 def test_names_and_sizes_must_match():
     with pytest.raises(ValueError, match="shorter"):
         FusedLinear(("q_proj", "k_proj"), 6, (4,))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
+@pytest.mark.parametrize("columns", [1, 16, 31, 64])
+def test_a_transposed_matrix_is_the_same_numbers_in_rows(rows, columns):
+    x = torch.randn(columns, rows).T  # of any strides
+    y = linear._transposed(x)
+    assert torch.equal(y, x.T)
+    assert library() is None or y.is_contiguous()

@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "rope": [_long, _int, _int, *[_pointer] * 4, _int, _int],
     "swiglu": [_long, *[_pointer] * 3, _int],
     "swiglu_backward": [_long, *[_pointer] * 5, _int],
+    "transpose": [_long, _long, *[_pointer] * 2, _int],
 }
 _FALLIBLE = ("attention", "attention_backward", "cross_entropy")  # they return 1 when there is no memory
 _ORDINARY = (Tensor, nn.Parameter, FakeTensor)

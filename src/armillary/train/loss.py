@@ -14,7 +14,7 @@ from armillary.kernels import token_loss
 from armillary.kernels.training_library import library, plain
 from armillary.train.microbatch import IGNORED
 
-CHUNK = 256  # tokens: 50 MB of fp32 logits for SmolLM2's 49,152 entries, and rows enough for a product at full speed
+CHUNK = 512  # tokens: 100 MB of fp32 logits for SmolLM2's 49,152 entries; with half of it the products are 8 % slower
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, chunk: int = CHUNK) -> Tensor:

@@ -18,6 +18,7 @@ constexpr int kTileV = 4;  // vectors: 6 x 4 of 32 registers accumulate
 constexpr int kTileV = 1;  // 6 x 1, two registers each, of 16
 #endif
 constexpr int kTileN = 16 * kTileV;
+constexpr int kDeep = 128;  // rows of B's panel: 32 KiB of 4 vectors
 
 static inline int vectors_of(int columns) { return (columns + 15) / 16; }
 
@@ -102,12 +103,14 @@ static inline void any_tile(int rows, int columns, const float* a, ptrdiff_t ste
   }
 }
 
-// All rows of one panel of 1..kTileN columns.
+// All rows of one panel of 1..kTileN columns, kDeep of its rows at a time: they stay in the L1 cache while those of A pass by.
 template <bool ALONG>
 static inline void panel_product(int rows, int columns, const float* a, ptrdiff_t step, const float* b, ptrdiff_t ldb, int k, float* c, ptrdiff_t ldc,
                                  bool add) {
-  for (int r = 0; r < rows; r += kTileM)
-    any_tile<ALONG>(std::min(kTileM, rows - r), columns, a + (ALONG ? r * step : r), step, b, ldb, k, c + r * ldc, ldc, add);
+  for (int i = 0; i < k; i += kDeep)
+    for (int r = 0; r < rows; r += kTileM)
+      any_tile<ALONG>(std::min(kTileM, rows - r), columns, a + (ALONG ? r * step + i : i * step + r), step, b + i * ldb, ldb, std::min(kDeep, k - i),
+                      c + r * ldc, ldc, add || i > 0);
 }
 
 // r[i][j] and r[j][i] change places: blocks of 8, 4, 2 and 1 in turn.
