@@ -80,7 +80,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _transposed(x: Tensor) -> Tensor:
     """x.T laid out row after row, as oneDNN wants its first factor: torch's copy takes three times as long. x: [rows, columns]."""
-    return _transpose(x) if plain(x) and library() is not None else x.T  # type: ignore[no-any-return]
+    return _transpose(x) if plain(x) and library() is not None else x.T
 
 
 @operator("transpose(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[::-1]))
