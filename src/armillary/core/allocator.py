@@ -10,8 +10,8 @@ from typing import Final
 # <malloc.h> of glibc.
 _TRIM_THRESHOLD: Final = -1
 _TOP_PAD: Final = -2
-_MMAP_THRESHOLD: Final = -3
-_LARGEST: Final = 2**31 - 1  # an int
+_MMAP_MAX: Final = -4
+_NEVER: Final = -1
 _GROWTH: Final = 64 << 20
 
 
@@ -28,5 +28,6 @@ def keep_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _LARGEST), (_TOP_PAD, _GROWTH))
+    # Not the largest sizes that an int can name: a block, or the free end of the heap, of 2 GiB would go back to the system after all.
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _GROWTH))
     return all(libc.mallopt(option, value) == 1 for option, value in settings)
