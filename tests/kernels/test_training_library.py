@@ -68,14 +68,24 @@ def test_rope(size):
     )  # fmt: skip
 
 
+def test_angles_that_are_learned_have_their_gradient():
+    x, (cos, sin) = torch.randn(9, 2, 32), rope_angles(torch.arange(9), torch.rand(16), 1.0, torch.float32)
+    for learned in (cos, sin):
+        learned.requires_grad_()
+        (slope,) = grad(apply_rope(x.requires_grad_(), x, cos, sin)[0].sum(), learned)
+        expected = (x if learned is cos else x.roll(16, -1)).sum(1, keepdim=True)
+        torch.testing.assert_close(slope, expected)
+
+
 @pytest.mark.parametrize("shape", [(3,), (7, 37), (2, 64)])
 def test_swiglu(shape):
     check(gated, 4 * torch.randn(shape), torch.randn(shape), node="_SwiGLU")
 
 
 def test_swiglu_far_out():
-    gate = torch.tensor([-1e4, -90.0, -1e-30, 0.0, 90.0, 1e4])
-    check(gated, gate, torch.ones(6), node="_SwiGLU")
+    gate = torch.tensor([-3e38, -1e38, -1e4, -90.0, -88.0, -1e-30, 0.0, 90.0, 1e4])
+    check(gated, gate, torch.ones(9), node="_SwiGLU")
+    assert gated(torch.tensor([-torch.inf], requires_grad=True), torch.ones(1)).isnan()  # as torch's: an overflow is not made to vanish
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (3, 3, 64), (6, 1, 80)])
@@ -86,9 +96,10 @@ def test_causal_attention(lengths, heads, kv_heads, size):
     check(lambda q, k, v: varlen_attention(spec, q, k, v, lengths), q, k, v, node="_CausalAttention")
 
 
-def test_attention_against_the_plainest_loop_with_scores_that_overflow_an_exponential():
+@pytest.mark.parametrize("scale", [30.0, -30.0])
+def test_attention_against_the_plainest_loop_with_scores_that_overflow_an_exponential(scale):
     q, k, v = (torch.randn(20, 2, 16) for _ in range(3))
-    spec = AttentionSpec(0, 30.0)
+    spec = AttentionSpec(0, scale)
     ours = varlen_attention(spec, q.requires_grad_(), k, v, (13, 7))
     assert "_CausalAttention" in type(ours.grad_fn).__name__
     # Scores reach several hundred, where a float32 score itself is only good to 3e-5.
@@ -231,6 +242,8 @@ def test_all_else_goes_torchs_way(monkeypatch):
     assert not training_library.takes(x.bfloat16(), w)
     assert not training_library.takes(x, w.as_subclass(Wrapped))
     assert not training_library.takes(x, w.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not training_library.takes(x, w)
     transformed = torch.func.grad(lambda x: rms_norm(x, w, 1e-5).square().sum())(x.detach())
     assert torch.equal(transformed, grad(functional.rms_norm(x, (16,), w, 1e-5).square().sum(), x)[0])
     monkeypatch.setattr(training_library, "library", lambda: None)

@@ -27,7 +27,8 @@ def rope_angles(positions: Tensor, inverse_frequencies: Tensor, scaling: float, 
 
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates q [T, Hq, D] and k [T, Hkv, D] by the angles of `rope_angles` (each [T, 1, D])."""
-    if cos.shape[-1] % 32 == 0 and takes(q, k) and plain(cos, sin):
+    learned = cos.requires_grad or sin.requires_grad  # the compiled rotation has no gradient for its angles
+    if cos.shape[-1] % 32 == 0 and not learned and takes(q, k) and plain(cos, sin):
         return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)  # type: ignore[no-untyped-call]
     half = cos.shape[-1] // 2
     return torch.addcmul(q * cos, q.roll(half, -1), sin), torch.addcmul(k * cos, k.roll(half, -1), sin)

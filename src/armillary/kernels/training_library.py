@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors (or fakes of them) in float32 on the CPU, outside of torch.func's transforms and torch.compile.
+    """Whether all are ordinary tensors (or fakes of them) in float32 on the CPU, outside of torch.func's transforms, autocast and torch.compile.
 
     None is left out.
     """
@@ -60,6 +60,7 @@ def plain(*tensors: Tensor | None) -> bool:
         all(type(t) in _ORDINARY and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors if t is not None)
         and torch._C._functorch.maybe_current_level() is None
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

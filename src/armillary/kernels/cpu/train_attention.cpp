@@ -67,10 +67,9 @@ f32x16 first_lanes(f32x16 v, int count) {
 float softmax(float* row, int seen, int end, float scale) {
   f32x16 top = splat(-3e38f), total{};
   int i = 0;
-  for (; i + 16 <= seen; i += 16) top = vmax(top, load(row + i));
+  for (; i + 16 <= seen; i += 16) top = vmax(top, load(row + i) * scale);
   float peak = horizontal_max(top);
-  for (; i < seen; i++) peak = std::max(peak, row[i]);
-  peak *= scale;
+  for (; i < seen; i++) peak = std::max(peak, row[i] * scale);
   for (i = 0; i < seen; i += 16) {
     const f32x16 e = first_lanes(exp16(load(row + i) * scale - peak), seen - i);
     store(row + i, e);

@@ -10,7 +10,8 @@ using namespace arm;
 
 namespace {
 
-f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp16(-x)); }
+// 0 from where exp16 ends: what is left there, 4e-39, would count against the largest numbers.
+f32x16 sigmoid(f32x16 x) { return x < -88.3f ? f32x16{} : 1.0f / (1.0f + exp16(-x)); }
 
 // Calls task(first, count) for every 16 numbers; count is 16 but at the end.
 template <class Task>
@@ -98,8 +99,8 @@ ARM_EXPORT void arm_train_swiglu(int64_t size, const float* gate, const float* u
 ARM_EXPORT void arm_train_swiglu_backward(int64_t size, const float* gate, const float* up, const float* dout, float* dgate, float* dup, int threads) {
   each_vector(size, threads, [=](int64_t i, int count) {
     const f32x16 g = take(gate + i, count), u = take(up + i, count), slope = take(dout + i, count), s = sigmoid(g);
-    put(dgate + i, slope * u * s * (1.0f + g * (1.0f - s)), count);
-    put(dup + i, slope * g * s, count);
+    put(dgate + i, slope * u * (s * (1.0f + g * (1.0f - s))), count);
+    put(dup + i, slope * (g * s), count);
   });
 }
 
