@@ -1,6 +1,7 @@
 """The compiled loops of a training step: each equals its plain version in float64, forward and backward, and steps aside for all else."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def step(x, weight, cos, sin, lengths):
     """Values and gradients of all the loops in a row."""
     normed = rms_norm(x, weight, 1e-5)
     q, k = apply_rope(normed.view(-1, 2, 32), normed.view(-1, 2, 32), cos, sin)
-    mixed = varlen_attention(AttentionSpec(0, 0.2), q, k, x.view(-1, 2, 32), lengths)
+    mixed = varlen_attention(AttentionSpec(0, 0.2), q, k, x.unflatten(-1, (2, 32)), lengths)
     out = gated(mixed.flatten(1), x)
     return (out, *grad(out.square().sum(), (x, weight)))
 
@@ -154,6 +155,31 @@ def test_a_result_repeats_bit_for_bit():
     first, *others = (step(x, weight, *angles, (150, 50)) for _ in range(5))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_python_threads_do_not_share_scratch_space():
+    angles = rope_angles(torch.arange(200), torch.rand(16), 1.0, torch.float32)
+    inputs = [(torch.randn(count, 64, requires_grad=True), torch.randn(64, requires_grad=True)) for count in (200, 150, 60)]
+
+    def made(x, weight):
+        return step(x, weight, angles[0][: len(x)], angles[1][: len(x)], (len(x) - 50, 50))
+
+    alone = [made(*pair) for pair in inputs]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(lambda pair: made(*pair), inputs * 5))
+    for results, expected in zip(together, alone * 5, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", [lambda x: x.T.contiguous().T, lambda x: torch.stack((x, x * torch.nan), -1)[..., 0]])
+def test_the_layout_in_memory_does_not_matter(layout):
+    angles = rope_angles(torch.arange(60), torch.rand(16), 1.0, torch.float32)
+    x, weight = torch.randn(60, 64), torch.randn(64)
+    expected = step(x.requires_grad_(), weight.requires_grad_(), *angles, (40, 20))
+    strided = layout(x.detach()).requires_grad_()
+    assert not strided.is_contiguous()
+    for a, b in zip(step(strided, weight, *angles, (40, 20)), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nan_comes_through():
@@ -200,7 +226,7 @@ def test_shapes_that_do_not_belong_together_are_refused():
     for target in (-1, 9):
         with pytest.raises(IndexError, match="vocabulary of 9"):
             loss(x[:, 0], torch.ones(9, 32), targets + target, logits, 16, True, True)
-    for k, lengths in ((x, [3]), (x, [5, -1]), (x[:3], [4]), (torch.randn(4, 3, 32), [4]), (x[..., :16], [4])):
+    for k, lengths in ((x, [3]), (x, [5, -1]), (x[:3], [4]), (torch.randn(4, 3, 32), [4]), (x[..., :16], [4]), (x[:, :0], [4])):
         with pytest.raises(InputError, match="share tokens"):
             operators.causal_attention(x, k, k, lengths, 1.0)
 

@@ -45,7 +45,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) 
     """The result, and the log of every row's sum of exponentials, [Hq, T]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tokens, heads, size = q.shape
-    fits = k.shape == v.shape == (tokens, k.shape[1], size) and heads % k.shape[1] == 0 and size % 16 == 0
+    fits = k.shape == v.shape == (tokens, k.shape[1], size) and k.shape[1] > 0 and heads % k.shape[1] == 0 and size % 16 == 0
     require(
         fits and sum(lengths) == tokens and min(lengths, default=0) >= 0, f"q, k and v must share tokens {lengths} and head sizes", q, k, v
     )
