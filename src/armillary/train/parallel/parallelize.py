@@ -20,7 +20,7 @@ from armillary.models.decoder import Decoder
 from armillary.models.weights import assemble, hf_name
 from armillary.train.parallel.apply import OptimizerFactory, Parallel, Single, TokenLoss
 from armillary.train.parallel.ddp import BucketedAllReduce, torch_ddp
-from armillary.train.parallel.fsdp import apply_fsdp, fsdp_around_backward
+from armillary.train.parallel.fsdp import ShardedLoss
 from armillary.train.parallel.gradients import global_norm, reduce_partial
 from armillary.train.parallel.layout import Layout
 from armillary.train.parallel.mesh import Mesh, build_mesh
@@ -76,9 +76,10 @@ class Distributed:
             apply_tensor_parallel(model, mesh.tp, layout.sequence_parallel)
             loss = TensorParallelLoss(model, mesh.tp, layout.sequence_parallel)
         self._buckets: BucketedAllReduce | None = None
+        self._sharded: ShardedLoss | None = None
         if mesh.shard is not None and layout.zero_stage > 1:
             assert mesh.data is not None
-            apply_fsdp(loss, model, mesh.data, layout.zero_stage == 3, compute_dtype)
+            self._sharded = ShardedLoss(loss, model, mesh.data, layout.zero_stage == 3, compute_dtype)
             self._loss = loss
             return
         if compute_dtype is not None:
@@ -100,12 +101,12 @@ class Distributed:
             for engine in self._engines(last):
                 stack.enter_context(engine)
             yield
-        if last and self.mesh.tp is not None and not isinstance(self._loss, FSDPModule):
+        if last and self.mesh.tp is not None and self._sharded is None:
             reduce_partial(self.model.parameters(), self.mesh.tp)
 
     def _engines(self, last: bool) -> Iterator[AbstractContextManager[Any]]:
-        if isinstance(self._loss, FSDPModule):
-            yield fsdp_around_backward(self._loss, last)
+        if self._sharded is not None:
+            yield self._sharded.around_backward(last)
         elif isinstance(self._loss, DistributedDataParallel) and not last:
             yield self._loss.no_sync()
         elif self._buckets is not None:
