@@ -109,3 +109,8 @@ def test_a_transposed_matrix_is_the_same_numbers_in_rows(rows, columns):
     y = linear._transposed(x)
     assert torch.equal(y, x.T)
     assert library() is None or y.is_contiguous()
+
+
+def test_an_input_of_another_width_is_refused_with_both_shapes(onednn):
+    with pytest.raises(RuntimeError, match="3x32 and 64x48"):
+        Linear(64, 48)(torch.ones(3, 32))

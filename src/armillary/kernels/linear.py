@@ -18,7 +18,9 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`; in training its three products (forward, and both gradients) are oneDNN's where `onednn_is_faster`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and plain(input, self.weight, self.bias) and input.numel() and onednn_is_faster():
+        training = self.training and torch.is_grad_enabled() and plain(input, self.weight, self.bias)
+        fits = input.numel() and input.shape[-1] == self.in_features  # what does not is refused by torch, in better words than oneDNN's
+        if training and fits and onednn_is_faster():
             y: Tensor = _OneDNNLinear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return y
         return super().forward(input)

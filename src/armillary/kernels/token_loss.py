@@ -43,9 +43,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, size), vocabulary = hidden.shape, weight.shape[0]
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-    fits = weight.shape == (vocabulary, size) and targets.shape == (tokens,) and size % 16 == 0 and chunk > 0
+    fits = weight.shape == (vocabulary, size) and targets.shape == (tokens,) and size > 0 and size % 16 == 0 and chunk > 0
     room = logits.numel() >= vocabulary * _padded(min(chunk, tokens)) and targets.dtype == torch.int64
     require(fits and room, "hidden, weight, targets and logits must belong to one loss", hidden, weight, targets, logits)
+    chunk = min(chunk, max(1, tokens))  # the loop counts in 32 bits
     if tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(f"a target is outside the vocabulary of {vocabulary}")  # as torch's cross_entropy
     of_hidden = hidden.new_empty(hidden.shape if slope else (0,))

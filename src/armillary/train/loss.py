@@ -24,7 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
     The gradients are made with the loss, where the logits are at hand, so the logits are computed once and never kept
     (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024). Not differentiable twice.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, chunk)  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return total
 
 
@@ -42,10 +42,10 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int, training: bool) -> Tensor:
         rows = (targets != IGNORED).nonzero().flatten()
         part = slice(None) if len(rows) == len(targets) else rows
-        scored, needed = (hidden[part], weight, targets[part]), ctx.needs_input_grad[:2]
+        scored, needed = (hidden[part], weight, targets[part]), [training and needs for needs in ctx.needs_input_grad[:2]]
         if in_one_loop(hidden, weight, softcap):
             total, grad_hidden, grad_weight = token_loss.linear_cross_entropy(*scored, chunk, needed)
         else:
@@ -53,17 +53,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None and isinstance(part, Tensor):
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, part, grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes, ctx.spent = (hidden.dtype, weight.dtype), False
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a copy of the weight's gradient costs as much time as a layer. Autograd refuses a second backward pass by itself.
+        if ctx.spent:
+            raise RuntimeError("a second backward pass through linear_cross_entropy: its gradients were handed out by the first")
+        ctx.spent = True  # in place: a copy of the weight's gradient costs as much time as a layer
         gradients = (
             None if saved is None else saved.mul_(upstream).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _chunked(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from armillary.models.decoder import Decoder
 
@@ -57,29 +58,23 @@ class ShardedLoss:
         self._reduction.wait()
 
 
-class _BackgroundReduction:
-    """FSDP2's reduce-scatter (`torch.distributed.fsdp`'s ReduceScatter) that runs on beside the backward pass; `wait` before its results are read."""
+class _BackgroundReduction(DefaultReduceScatter):
+    """FSDP2's reduce-scatter that runs on beside the backward pass; `wait` before its results are read."""
 
     MOST = 2  # at a time, for each keeps a block's whole gradient
 
     def __init__(self) -> None:
         self.at_once = False
-        self._running: list[tuple[dist.Work | None, Tensor]] = []
+        self._running: list[tuple[dist.Work, Tensor]] = []
 
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType, async_op: bool = False
-    ) -> None:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False) -> dist.Work:
         self.wait(0 if self.at_once else self.MOST - 1)
-        work = dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=True)
+        work = super().__call__(output_tensor, input_tensor, group, op, async_op=True)
         self._running.append((work, input_tensor))
         self.wait(0 if self.at_once else self.MOST)
+        return work
 
     def wait(self, most: int = 0) -> None:
         """Returns when at most `most` are running."""
         while len(self._running) > most:
-            work, _ = self._running.pop(0)
-            if work is not None:
-                work.wait()
+            self._running.pop(0)[0].wait()
