@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def engine(options: argparse.Namespace, **more: object) -> LLM:
-    return LLM(options.model, threads=options.threads, **more)
+    return LLM(options.model, threads=options.threads, prefix_cache="off", **more)
 
 
 def greedy(llm: LLM) -> object:

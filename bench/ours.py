@@ -22,7 +22,12 @@ VARIANTS = {  # options of `serve.config.EngineConfig`
 def main(path: str, variant: str) -> None:
     workload = Workload.load(path)
     llm = LLM(
-        workload.gguf_file, threads=workload.threads, max_running=max(64, workload.largest_batch), weight_cache="off", **VARIANTS[variant]
+        workload.gguf_file,
+        threads=workload.threads,
+        max_running=max(64, workload.largest_batch),
+        weight_cache="off",
+        prefix_cache="off",  # repeats would be free
+        **VARIANTS[variant],
     )
 
     def generate(prompts: object, new: object) -> list[list[int]]:

@@ -77,11 +77,11 @@ def _values(request):
 def without_identity(state):
     """A state that is equal in values and shares nothing with `state`."""
     twins = [[_twin(r) for r in queue] for queue in (state.waiting, state.running)]
-    return type(state)(state.index, twins[0], tuple(twins[1]), state.free_blocks, state.limits)
+    return type(state)(state.index, twins[0], tuple(twins[1]), state.free_blocks, state.limits, state.memory)
 
 
 def _twin(request):
-    twin = Request(request.id, request.prompt, request.sampling, request.arrival)
+    twin = Request(request.id, request.prompt, request.sampling, request.arrival, cache_salt=request.cache_salt)
     twin.output, twin.blocks = list(request.output), list(request.blocks)
     twin.computed, twin.preemptions = request.computed, request.preemptions
     return twin

@@ -10,52 +10,101 @@ from armillary.serve.block_pool import BlockPool
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Against the plainest model: a set of free numbers."""
+    """Against the plainest model: users of each block, and the kept ones without users in the order in which they will go."""
 
     tables = Bundle("tables")
 
     @initialize(total=st.integers(1, 40))
     def start(self, total):
-        self.pool = BlockPool(total, 16)
-        self.free = set(range(total))
+        self.forgotten = []
+        self.pool = BlockPool(total, 16, self.forgotten.append)
+        self.free, self.idle, self.kept, self.users = set(range(total)), [], set(), dict.fromkeys(range(total), 0)
+
+    def take(self, blocks):
+        """`blocks` were allocated: the free first, then the oldest of the idle."""
+        gone = self.idle[: max(0, len(blocks) - len(self.free))]
+        assert self.forgotten == gone
+        assert set(blocks) <= self.free | set(gone)
+        assert not gone or self.free <= set(blocks)
+        self.forgotten.clear()
+        del self.idle[: len(gone)]
+        self.kept -= set(gone)
+        self.free -= set(blocks)
+        for block in blocks:
+            self.users[block] = 1
 
     @rule(target=tables, count=st.integers(0, 12))
     def allocate(self, count):
-        if count > len(self.free):
-            with pytest.raises(CapacityError, match=f"{count} KV blocks wanted, {len(self.free)} of"):
+        room = len(self.free) + len(self.idle)
+        if count > room:
+            with pytest.raises(CapacityError, match=f"{count} KV blocks wanted, {room} of"):
                 self.pool.allocate(count)
             return multiple()
         blocks = self.pool.allocate(count)
         assert len(blocks) == len(set(blocks)) == count
-        assert set(blocks) <= self.free
-        self.free -= set(blocks)
+        self.take(blocks)
         return blocks
 
     @rule(table=tables, count=st.integers(1, 3))
     def grow(self, table, count):
-        if not table or table[-1] in self.free or count > len(self.free):
+        if not table or count > len(self.free) + len(self.idle):
             return
         follower = table[-1] + 1
         blocks = self.pool.allocate(count, after=table[-1])
-        assert set(blocks) <= self.free
         if follower in self.free:
             assert blocks[0] == follower
-        self.free -= set(blocks)
+        self.take(blocks)
         table.extend(blocks)
+
+    @rule(table=tables, count=st.integers(0, 12))
+    def keep(self, table, count):
+        for block in table[:count]:
+            self.pool.keep(block)
+            self.kept.add(block)
+
+    @rule(target=tables, table=tables, count=st.integers(0, 12))
+    def share(self, table, count):
+        self.pool.share(table[:count])
+        for block in table[:count]:
+            self.users[block] += 1
+        return table[:count]
+
+    @rule(target=tables, data=st.data())
+    def share_idle(self, data):
+        if not self.idle:
+            return multiple()
+        block = data.draw(st.sampled_from(self.idle))
+        self.pool.share([block])
+        self.idle.remove(block)
+        self.users[block] = 1
+        return [block]
 
     @rule(table=consumes(tables))
     def release(self, table):
         self.pool.free(table)
-        self.free |= set(table)
-        if table:
+        for block in reversed(table):
+            self.users[block] -= 1
+            if not self.users[block] and block in self.kept:
+                self.idle.append(block)
+            elif not self.users[block]:
+                self.free.add(block)
+        unused = [block for block in table if not self.users[block]]
+        if unused:
             with pytest.raises(ArmillaryError, match="freed twice"):
-                self.pool.free(table)
+                self.pool.free(unused)
+            if set(unused) & self.free:
+                with pytest.raises(ArmillaryError, match="is shared, but it is free"):
+                    self.pool.share(set(unused) & self.free)
+            with pytest.raises(ArmillaryError, match="nobody uses it"):
+                self.pool.keep(unused[0])
 
     @invariant()
     def counts(self):
         if hasattr(self, "pool"):
-            assert self.pool.free_count == len(self.free)
-            assert self.pool.used_count == self.pool.total - len(self.free)
+            assert self.pool.free_count == len(self.free) + len(self.idle)
+            assert self.pool.idle_count == len(self.idle)
+            assert self.pool.used_count == sum(users > 0 for users in self.users.values())
+            assert all(self.pool.references(block) == users for block, users in self.users.items())
             self.pool.check()
 
 

@@ -520,7 +520,7 @@ def test_the_snapshot_is_plain_and_adds_up():
     ]
     assert shown["running"] == 2
     assert shown["waiting"] == 1
-    assert shown["blocks"] == {"used": 4, "total": 64, "block_size": 4}
+    assert shown["blocks"] == {"used": 4, "kept": 0, "total": 64, "block_size": 4}
     assert shown["iterations"] == [
         {"index": 0, "entries": (("0", 2), ("1", 4)), "tokens": 6, "start": 0, "end": 1, "preempted": (), "blocks_used": 4}
     ]
@@ -535,7 +535,7 @@ def test_the_counters_count_each_token_once_despite_preemption():
     assert (stats.prompt_tokens, stats.generated_tokens) == (24, 30)
     assert stats.finished == {"stop": 0, "length": 3, "cancelled": 0, "error": 0}
     computed = sum(tokens for row in engine.snapshot()["iterations"] for _, tokens in row["entries"])
-    assert computed == 24 + 30 - 3 + stats.recomputed_tokens  # the last token of each is never computed
+    assert computed == 24 + 30 - 3 + stats.recomputed_tokens - stats.reused_tokens  # the last token of each is never computed
 
 
 def test_a_request_explains_itself():

@@ -102,7 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.check()
             blocks = self.engine.snapshot()["blocks"]
-            assert blocks["used"] == sum(len(r.blocks) for r in self.all)
+            assert blocks["used"] == len({block for r in self.all for block in r.blocks})
 
     def teardown(self):
         if not hasattr(self, "engine"):

@@ -1,6 +1,7 @@
 """Tokens do not depend on how they were scheduled: any block size, chunk, batch, preemption; and equal transformers' on the real model."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward
 from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.request import Request, SamplingParams
-from armillary.serve.schedule import Preemption, Reason, Schedule, State
+from armillary.serve.schedule import Preemption, Reason, Room, Schedule
 
 BACKENDS = ("torch", *(("native",) if cpu_library.available() else ()))
 DECODERS = {family: tiny(family, seed=i) for i, family in enumerate(FAMILIES)}
@@ -36,10 +37,12 @@ class Erratic:
         if len(state.running) < 2 or self.random.random() >= self.share:
             return self.inner.step(state)
         *others, victim = state.running
-        rest = State(state.index, (), tuple(others), state.free_blocks + len(victim.blocks), state.limits)
+        room = Room(state)
+        freed = room.give_back(victim)
+        rest = replace(state, waiting=(), running=tuple(others), free_blocks=room.free)
         schedule = self.inner.step(rest)
         self.count += 1
-        thrown = Preemption(victim.id, Reason.MAKE_ROOM, len(victim.blocks))
+        thrown = Preemption(victim.id, Reason.MAKE_ROOM, freed)
         return Schedule(state.index, schedule.entries, (thrown, *schedule.preempted), schedule.held)
 
 
@@ -84,10 +87,12 @@ def run(executor, config, requests, policy=None, eos=()):
     spare=st.integers(0, 6),
     erratic=st.sampled_from((0.0, 0.0, 0.3)),
     backend=st.sampled_from(BACKENDS),
+    shared=st.sampled_from((0, 3, 8, 30)),
 )
-def test_greedy_tokens_equal_the_plainest_loop(backend, seed, family, block_size, chunk, lengths, policy, spare, erratic):
+def test_greedy_tokens_equal_the_plainest_loop(backend, seed, family, block_size, chunk, lengths, policy, spare, erratic, shared):
     rng, decoder = random.Random(seed), DECODERS[family]
-    prompts = [[rng.randrange(VOCABULARY) for _ in range(length)] for length, _ in lengths]
+    stem = [rng.randrange(VOCABULARY) for _ in range(shared)]  # whose blocks later prompts find computed
+    prompts = [[*stem, *(rng.randrange(VOCABULARY) for _ in range(length))][:length] for length, _ in lengths]
     wanted = [greedy(decoder, prompt, count) for prompt, (_, count) in zip(prompts, lengths, strict=True)]
     assume(min(gap for _, gap in wanted) > GAP)
     # A pool that hardly holds the longest sequence: the others are thrown out again and again.

@@ -53,6 +53,18 @@ def test_a_chat_answer_is_complete_and_counted(client, world):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_what_an_earlier_request_computed_is_reused_within_a_salt_and_counted(client):
+    def cached(salt, **more):
+        usage = chat(client, messages=[{"role": "user", "content": "a" * 100}], extra_body={"cache_salt": salt}, **more).usage
+        return usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens
+
+    first, length = cached("one")
+    assert first == 0
+    assert cached("one") == ((length - 1) // 16 * 16, length)
+    assert cached("two", n=3) == (0, length)
+    assert cached("two", n=3) == ((length - 1) // 16 * 16, length)
+
+
 def test_text_parts_are_joined(client, world):
     world.typist.reply = lambda request: world.tokenizer.decode(request.prompt)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -202,7 +202,7 @@ def test_vllm_decides_as_vllm_v1_does(block_size, spare, budget, max_running, sh
     for made, (arrival, _, _) in zip(requests, shapes, strict=True):
         made.arrival = arrival
     blocks = -(-(max(r.max_length for r in requests) + spare) // block_size)
-    config = EngineConfig(block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running)
+    config = EngineConfig(block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running, prefix_cache="off")
     executor, compared = TableExecutor(block_size), CompareWithVLLM()
     replay(Engine(executor, config, clock=executor.clock, policy=compared), executor.clock, requests)
     assert compared.compared > 0

@@ -35,7 +35,9 @@ Job = tuple[int, int, int]
 def serve(policy: str, jobs: Sequence[Job], cost: Cost, seats: int, trace: Trace | None = None) -> tuple[list[Request], Engine]:
     """Run the jobs under a policy to their end in virtual time; memory never binds."""
     clock = VirtualClock()
-    config = EngineConfig.model_validate({"policy": policy, "kv_blocks": 1 << 14, "max_running": seats, "max_batch_tokens": 1 << 16})
+    config = EngineConfig.model_validate(
+        {"policy": policy, "kv_blocks": 1 << 14, "max_running": seats, "max_batch_tokens": 1 << 16, "prefix_cache": "off"}
+    )
     engine = Engine(ScriptedExecutor(clock, cost=cost), config, clock=clock, trace=trace)
     requests = [
         Request(f"{index:03d}", (1,) * prompt, SamplingParams(max_tokens=answer, ignore_eos=True), arrival=arrival)

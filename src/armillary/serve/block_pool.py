@@ -1,8 +1,9 @@
-"""Which KV blocks are free: integers only, so that real and virtual executors share it."""
+"""Which KV blocks are free, used or kept for later: integers only, so that real and virtual executors share it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 
@@ -10,28 +11,45 @@ from armillary.core.errors import ArmillaryError, CapacityError, InputError
 class BlockPool:
     """A pool of `total` KV blocks of `block_size` tokens, numbered from 0 (Kwon et al., "PagedAttention", SOSP 2023).
 
-    `allocate` and `free` take constant time a block. Neighbouring numbers are handed out where that costs nothing,
-    because a run of blocks can be read as one slice. A block that is freed twice, or was never the pool's, is an error:
-    it means that two sequences believe they own the same memory.
+    A block is free, used by `references(block)` sequences, or idle: used by none, but its contents are worth keeping (`keep`).
+    Idle blocks count as free. They are taken only when no other is free, the one whose last user left first before the others,
+    and then `forgotten(block)` is called.
+
+    `allocate`, `share` and `free` take constant time a block. Neighbouring numbers are handed out where that costs nothing,
+    because a run of blocks can be read as one slice. A block that is freed more often than it was taken, or was never the
+    pool's, is an error: it means that two sequences believe they own the same memory.
     """
 
-    def __init__(self, total: int, block_size: int) -> None:
+    def __init__(self, total: int, block_size: int, forgotten: Callable[[int], None] = lambda block: None) -> None:
         if total < 1:
             raise InputError(f"a KV pool of {total} blocks holds nothing", "give it at least 1 block")
         if block_size < 1:
             raise InputError(f"a KV block of {block_size} tokens holds nothing", "use a block size of at least 1")
         self.total = total
         self.block_size = block_size
+        self._forgotten = forgotten
         self._free = list(range(total - 1, -1, -1))  # a stack: the next block is the last
-        self._place = list(range(total - 1, -1, -1))  # block -> where it lies in the stack; -1 while it is used
+        self._place = list(range(total - 1, -1, -1))  # block -> where it lies in the stack; -1 while it is not free
+        self._references = [0] * total
+        self._kept: set[int] = set()
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the one that goes next is the first
 
     @property
     def free_count(self) -> int:
-        return len(self._free)
+        """Blocks that `allocate` can give, idle ones among them."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def idle_count(self) -> int:
+        return len(self._idle)
 
     @property
     def used_count(self) -> int:
-        return self.total - len(self._free)
+        return self.total - self.free_count
+
+    def references(self, block: int) -> int:
+        """How many sequences use a block."""
+        return self._references[block]
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """Take `count` blocks, all or nothing; `after` is the block that the first should follow when it can.
@@ -40,35 +58,63 @@ class BlockPool:
         """
         if count < 0:
             raise InputError(f"cannot allocate {count} KV blocks", "ask for 0 or more")
-        if count > len(self._free):
+        if count > self.free_count:
             raise CapacityError(
-                f"{count} KV blocks wanted, {len(self._free)} of {self.total} free", "preempt a sequence or wait for one to end"
+                f"{count} KV blocks wanted, {self.free_count} of {self.total} free", "preempt a sequence or wait for one to end"
             )
         taken: list[int] = []
         for _ in range(count):
             follower = self.total if after is None else after + 1
-            block = follower if follower < self.total and self._place[follower] >= 0 else self._free[-1]
+            if follower < self.total and self._place[follower] >= 0:
+                block = follower
+            elif self._free:
+                block = self._free[-1]
+            else:
+                block = self._oldest_idle()
             self._take(block)
             taken.append(block)
             after = block
         return taken
 
+    def share(self, blocks: Iterable[int]) -> None:
+        """One user more of blocks that are used or idle."""
+        for block in blocks:
+            if not self._references[block] and block not in self._idle:
+                raise ArmillaryError(f"KV block {block} is shared, but it is free", "share only what is used or kept")
+            self._idle.pop(block, None)
+            self._references[block] += 1
+
+    def keep(self, block: int) -> None:
+        """From its last user's end on a used block is idle, not free."""
+        if not self._references[block]:
+            raise ArmillaryError(f"KV block {block} is to be kept, but nobody uses it", "keep a block while its sequence has it")
+        self._kept.add(block)
+
     def free(self, blocks: Iterable[int]) -> None:
-        """Give blocks back, all or nothing. Raises ArmillaryError on a foreign block, a double free or a repetition."""
+        """One user less of each, all or nothing. Raises ArmillaryError on a foreign block, a double free or a repetition.
+
+        Of those that become idle the first is kept longest: the beginning of a sequence is of use without its end, not the reverse.
+        """
         given = list(blocks)
         for block in given:
             if not 0 <= block < self.total:
                 raise ArmillaryError(f"KV block {block} is not of this pool (0..{self.total - 1})", "free only what allocate() returned")
-            if self._place[block] >= 0:
+            if not self._references[block]:
                 raise ArmillaryError(f"KV block {block} is freed twice", "clear the block table when its sequence gives its blocks back")
         if len(set(given)) != len(given):
             raise ArmillaryError("a KV block is named twice in one free()", "a block table holds each block once")
         for block in reversed(given):  # so that the first of them is the next to be handed out
-            self._place[block] = len(self._free)
-            self._free.append(block)
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._kept:
+                self._idle[block] = None
+            else:
+                self._place[block] = len(self._free)
+                self._free.append(block)
 
     def check(self) -> None:
-        """Assert the invariants: every block is either free, in exactly one place of the stack, or used."""
+        """Assert the invariants: every block is in exactly one place: the free stack, idle, or used."""
         if len(self._place) != self.total:
             raise ArmillaryError(f"the KV pool lost track of its size: {len(self._place)} places for {self.total} blocks")
         for place, block in enumerate(self._free):
@@ -77,6 +123,10 @@ class BlockPool:
         recorded = sum(place >= 0 for place in self._place)
         if recorded != len(self._free):
             raise ArmillaryError(f"{recorded} KV blocks are recorded as free, {len(self._free)} are in the free stack")
+        for block, count in enumerate(self._references):
+            states = (count > 0) + (self._place[block] >= 0) + (block in self._idle)
+            if states != 1 or (block in self._idle and block not in self._kept):
+                raise ArmillaryError(f"KV block {block} is in {states} of the states used, free and idle; it has {count} users")
 
     def _take(self, block: int) -> None:
         """Remove a free block from the stack: the last one fills its place."""
@@ -86,3 +136,13 @@ class BlockPool:
             self._free[place] = last
             self._place[last] = place
         self._place[block] = -1
+        self._references[block] = 1
+
+    def _oldest_idle(self) -> int:
+        """Frees the idle block that has been so longest."""
+        block, _ = self._idle.popitem(last=False)
+        self._kept.discard(block)
+        self._forgotten(block)
+        self._place[block] = len(self._free)
+        self._free.append(block)
+        return block

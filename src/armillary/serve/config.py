@@ -28,6 +28,7 @@ class EngineConfig(Config):
     """KV blocks in the pool."""
     kv_memory: Bytes | None = None
     """Memory of the KV pool, such as "1 GB"."""
+    prefix_cache: Literal["on", "off"] = Field("on", description="keep computed prompts and answers for later requests that begin alike")
     max_batch_tokens: int = Field(512, ge=1, le=1 << 20)
     """Most tokens an iteration: the budget of chunked prefill. Small: steady decodes; large: fast prompts."""
     max_running: int = Field(64, ge=1, le=1 << 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import asdict
 from itertools import islice
@@ -19,8 +19,9 @@ from armillary.serve.block_pool import BlockPool
 from armillary.serve.config import EngineConfig
 from armillary.serve.history import EngineStats, History
 from armillary.serve.policies.entries import is_decode
+from armillary.serve.prefix_cache import PrefixCache
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
-from armillary.serve.schedule import Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Limits, Memory, NothingShared, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
 from armillary.serve.verify import verify, verify_outcome
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Engine:
         self.policy = policy if policy is not None else policies.get(config.policy)
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
-        self._pool = BlockPool(config.kv_blocks, config.block_size)
+        self._pool = BlockPool(config.kv_blocks, config.block_size, self._forget)
+        self._prefixes = PrefixCache(self._pool) if config.prefix_cache == "on" else None
         self._history = History(trace)
         self._index = 0
         self._requests: dict[str, Request] = {}  # every one that has not ended
@@ -192,7 +194,12 @@ class Engine:
                 "running": len(self._running),
                 "waiting": len(self._waiting),
                 "limits": asdict(self.limits),
-                "blocks": {"used": self._pool.used_count, "total": self._pool.total, "block_size": self._pool.block_size},
+                "blocks": {
+                    "used": self._pool.used_count,
+                    "kept": self._pool.idle_count,
+                    "total": self._pool.total,
+                    "block_size": self._pool.block_size,
+                },
                 "requests": rows,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
@@ -204,7 +211,7 @@ class Engine:
             return self._history.explain(request_id)
 
     def check(self) -> None:
-        """Assert the invariants of memory: each block is free or in exactly one block table."""
+        """Assert the invariants of memory: each block is in as many block tables as it has users."""
         with self._lock:
             self._check()
 
@@ -222,7 +229,8 @@ class Engine:
         with self._lock:
             if not self._running and not self._waiting:
                 return False
-            state = State(self._index, self._waiting, tuple(self._running), self._pool.free_count, self.limits)
+            memory: Memory = self._prefixes or NothingShared()
+            state = State(self._index, self._waiting, tuple(self._running), self._pool.free_count, self.limits, memory)
             schedule = self.policy.step(state)
             plan = self._apply(schedule, verify(schedule, state))
         start, failure, outcome = self.clock.now(), None, None
@@ -254,10 +262,13 @@ class Engine:
             self._history.preempted(request, preemption.reason, now)
             self._running.remove(request)
             self._release(request)
-            request.computed = 0
+            request.computed = request.kept = 0
             request.preemptions += 1
             self._waiting.appendleft(request)
         self._running.extend(admitted)
+        starts = {entry.request_id: entry.start for entry in schedule.entries}
+        for request in admitted:  # before anybody is given what others have left
+            self._begin(request, starts[request.id])
         for entry in schedule.entries:
             request = scheduled[entry.request_id]
             table = request.blocks
@@ -267,6 +278,24 @@ class Engine:
         self._history.scheduled(schedule, admitted, now)
         requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
         return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests))
+
+    def _begin(self, request: Request, start: int) -> None:
+        """The first `start` tokens of an admitted sequence are in the prefix cache: it shares their blocks."""
+        if self._prefixes is not None:
+            self.stats.sought_tokens += request.known
+        if start:
+            assert self._prefixes is not None
+            blocks = self._prefixes.hit(request).blocks
+            self._pool.share(blocks)
+            request.blocks.extend(blocks)
+            request.computed, request.kept = start, len(blocks)
+            self.stats.reused_tokens += start
+        if request.first_scheduled is None:
+            request.reused = start
+
+    def _forget(self, block: int) -> None:
+        assert self._prefixes is not None
+        self._prefixes.forget(block)
 
     def _leave_queue(self, ids: set[str]) -> None:
         while ids and self._waiting[0].id in ids:
@@ -284,6 +313,8 @@ class Engine:
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count
+            if self._prefixes is not None and index not in failed:
+                self._prefixes.keep(request)
             if entry.start < len(request.prompt) <= request.computed and not request.output:
                 self.stats.prompt_tokens += len(request.prompt)
             _keep_prompt_scores(request, entry.start, scores)
@@ -461,14 +492,12 @@ class Engine:
 
     def _check(self) -> None:
         self._pool.check()
-        owners: dict[int, str] = {}
-        for request in self._requests.values():
-            for block in request.blocks:
-                if block in owners:
-                    raise ArmillaryError(f"KV block {block} belongs to '{owners[block]}' and to '{request.id}'")
-                owners[block] = request.id
-        if len(owners) != self._pool.used_count:
-            raise ArmillaryError(f"{self._pool.used_count} KV blocks are in use, {len(owners)} are in block tables")
+        users = Counter(block for request in self._requests.values() for block in request.blocks)
+        for block, count in users.items():
+            if self._pool.references(block) != count:
+                raise ArmillaryError(f"KV block {block} is in {count} block tables, its users are {self._pool.references(block)}")
+        if len(users) != self._pool.used_count:
+            raise ArmillaryError(f"{self._pool.used_count} KV blocks are in use, {len(users)} are in block tables")
 
 
 def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:

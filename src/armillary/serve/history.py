@@ -26,7 +26,9 @@ class EngineStats:
     prompt_tokens: int = 0  # prompts whose computation was completed, once each
     generated_tokens: int = 0
     preemptions: int = 0
-    recomputed_tokens: int = 0  # cached tokens that preemption threw away
+    recomputed_tokens: int = 0  # cached tokens that preemption took away
+    sought_tokens: int = 0  # tokens of sequences that were admitted and looked for in the prefix cache
+    reused_tokens: int = 0  # those of them that it had
     failed_iterations: int = 0
     scheduled_tokens: int = 0  # over all iterations
     iteration_sizes: list[int] = field(default_factory=lambda: [0] * 32)  # iterations with over 2^(i-1) and up to 2^i tokens
@@ -89,7 +91,10 @@ class History:
         counts = {entry.request_id: entry for entry in schedule.entries}
         for request in admitted:
             story, entry = self._stories[request.id], counts[request.id]
-            story.tell(at, f"admitted: {entry.count} of {request.known} tokens ({entry.reason}), {entry.blocks} KV blocks")
+            reused = f", {entry.start} of them from the prefix cache" if entry.start else ""
+            story.tell(
+                at, f"admitted: {entry.start + entry.count} of {request.known} tokens{reused} ({entry.reason}), {entry.blocks} KV blocks"
+            )
             if self.trace is not None and at > story.waiting_since:
                 kind = "preempted" if request.preemptions else "queued"
                 self.trace.add(f"request/{request.id}", kind, story.waiting_since, at, str(story.held or ""))

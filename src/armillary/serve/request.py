@@ -75,12 +75,16 @@ class Request:
     sampling: SamplingParams
     arrival: int | None = None
     priority: int = 0
+    cache_salt: str = ""  # computed keys and values are shared among requests of the same salt only
     text: TextStream | None = None
     on_event: Callable[[Event], None] | None = None
     # State, written by the engine alone.
     output: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # block table
+    reused: int = 0  # tokens that the prefix cache had when the sequence was first admitted
+    kept: int = 0  # blocks that the prefix cache knows
+    block_names: list[bytes] = field(default_factory=list)  # of full blocks, as far as the prefix cache has asked
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -47,7 +47,7 @@ class Preemption:
 
     request_id: str
     reason: Reason
-    blocks: int  # given back
+    blocks: int  # free by that: its own, but for those that another sequence shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,59 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Hit:
+    """The beginning of a sequence that has been computed already: whole blocks, in order, and the tokens in them."""
+
+    blocks: tuple[int, ...] = ()
+    tokens: int = 0
+
+
+class Memory(Protocol):
+    """What KV blocks hold, and how many sequences use each."""
+
+    def hit(self, request: Request) -> Hit:
+        """What a waiting request may begin with: an entry that admits it starts at `Hit.tokens`, or at 0."""
+        ...
+
+    def references(self, block: int) -> int: ...
+
+
+class NothingShared:
+    """The memory of an engine without a prefix cache: every used block is one sequence's."""
+
+    def hit(self, request: Request) -> Hit:
+        return Hit()
+
+    def references(self, block: int) -> int:
+        return 1
+
+
+class Room:
+    """The free KV blocks while a schedule is being made. A block is given back when its last user gives it back."""
+
+    def __init__(self, state: State) -> None:
+        self.free = state.free_blocks
+        self._memory = state.memory
+        self._given_back: dict[int, int] = {}
+
+    def give_back(self, victim: Request) -> int:
+        """`victim` loses its blocks: how many are free by that."""
+        freed = 0
+        for block in victim.blocks:
+            self._given_back[block] = self._given_back.get(block, 0) + 1
+            freed += self._left(block) == 0
+        self.free += freed
+        return freed
+
+    def needed(self, blocks: int, hit: Hit) -> int:
+        """Free blocks that a sequence takes which begins with `hit` and then owns `blocks`."""
+        return blocks - sum(self._left(block) > 0 for block in hit.blocks)
+
+    def _left(self, block: int) -> int:
+        return self._memory.references(block) - self._given_back.get(block, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """What a policy sees. `waiting` is in queue order (preempted sequences at the front), `running` in admission order.
 
@@ -104,6 +157,7 @@ class State:
     running: Sequence[Request]
     free_blocks: int
     limits: Limits
+    memory: Memory = NothingShared()  # noqa: RUF009
 
 
 class SchedulerPolicy(Protocol):

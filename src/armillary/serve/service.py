@@ -138,6 +138,7 @@ class Service:
         *,
         n: int = 1,
         arrival: int | None = None,
+        cache_salt: str = "",
     ) -> AsyncStream:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
@@ -159,6 +160,7 @@ class Service:
                 index,
                 arrival,
                 sink(index),
+                cache_salt,
             )
             for index in range(n * len(prompts))
         ]
@@ -206,13 +208,16 @@ class Service:
         index: int,
         arrival: int | None,
         on_event: Callable[[Event], None],
+        cache_salt: str = "",
     ) -> Request:
         if sampling.seed is None and self.engine.config.deterministic:
             sampling = replace(sampling, seed=self.engine.config.seed)  # and not from an id, which no second request has
         if sampling.seed is not None and index:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
         text = TextStream(self.tokenizer, stop=sampling.stop)
-        return Request(id=request_id, prompt=tuple(prompt), sampling=sampling, arrival=arrival, text=text, on_event=on_event)
+        return Request(
+            id=request_id, prompt=tuple(prompt), sampling=sampling, arrival=arrival, cache_salt=cache_salt, text=text, on_event=on_event
+        )
 
     def _bridge(self, loop: asyncio.AbstractEventLoop) -> LoopBridge:
         bridge = self._bridges.get(loop)

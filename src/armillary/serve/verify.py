@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Outcome, Plan, Schedule, State
+from armillary.serve.schedule import Entry, Hit, Outcome, Plan, Room, Schedule, State
 
 
 class ScheduleError(ArmillaryError):
@@ -21,16 +21,16 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
         raise ScheduleError(f"the schedule is for iteration {schedule.index}, the state for {state.index}")
     limits = state.limits
     running = {request.id: request for request in state.running}
-    free = state.free_blocks
+    room = Room(state)
     preempted: set[str] = set()
     for preemption in schedule.preempted:
         victim = running.get(preemption.request_id)
         if victim is None or preemption.request_id in preempted:
             raise ScheduleError(f"request '{preemption.request_id}' is preempted but is not running, or twice")
-        if preemption.blocks != len(victim.blocks):
-            raise ScheduleError(f"preempting '{victim.id}' gives back {len(victim.blocks)} blocks, not {preemption.blocks}")
+        freed = room.give_back(victim)
+        if preemption.blocks != freed:
+            raise ScheduleError(f"preempting '{victim.id}' gives back {freed} blocks, not {preemption.blocks}")
         preempted.add(victim.id)
-        free += len(victim.blocks)
 
     scheduled = _scheduled(schedule, running, state)
     if len(scheduled) != len(schedule.entries):
@@ -39,10 +39,11 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
         if entry.request_id in preempted:
             raise ScheduleError(f"request '{entry.request_id}' is preempted and scheduled in one iteration")
         request = scheduled[entry.request_id]
-        _verify_entry(entry, request, state)
-        free -= entry.blocks - len(request.blocks)
-    if free < 0:
-        raise ScheduleError(f"the schedule needs {-free} KV blocks more than are free")
+        hit = Hit() if entry.request_id in running or not entry.start else state.memory.hit(request)
+        _verify_entry(entry, request, state, max(request.computed, hit.tokens))
+        room.free -= room.needed(entry.blocks, hit) - len(request.blocks)
+    if room.free < 0:
+        raise ScheduleError(f"the schedule needs {-room.free} KV blocks more than are free")
     if not schedule.entries and (state.running or state.waiting):
         raise ScheduleError("the schedule runs nothing although there is work")
     admitted = sum(entry.request_id not in running for entry in schedule.entries)
@@ -70,13 +71,13 @@ def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) ->
     return scheduled
 
 
-def _verify_entry(entry: Entry, request: Request, state: State) -> None:
+def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -> None:
     name = f"entry of request '{entry.request_id}'"
-    if entry.start != request.computed:
-        raise ScheduleError(f"{name} starts at {entry.start}, its cache ends at {request.computed}")
+    if entry.start != computed:
+        raise ScheduleError(f"{name} starts at {entry.start}, its cache ends at {computed}")
     end = entry.start + entry.count
     if entry.count < 1 or end > request.known:
-        raise ScheduleError(f"{name} computes {entry.count} tokens, {request.known - request.computed} are wanted")
+        raise ScheduleError(f"{name} computes {entry.count} tokens, {request.known - computed} are wanted")
     if entry.sample != (end == request.known and request.sampling.max_tokens > 0):
         raise ScheduleError(f"{name} must sample exactly when it reaches the last known token")
     if entry.blocks < max(len(request.blocks), state.limits.blocks_for(end)):

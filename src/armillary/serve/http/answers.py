@@ -48,7 +48,9 @@ class Answer(Protocol):
 
 
 class _Answer:
-    def __init__(self, service: Service, answer_id: str, kind: str, choices: int, prompt_tokens: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, service: Service, answer_id: str, kind: str, choices: int, prompt_tokens: int, *, n: int, include_usage: bool
+    ) -> None:
         self.id = answer_id
         self.tokenizer = service.tokenizer
         self._eos = service.engine.eos_ids
@@ -61,6 +63,7 @@ class _Answer:
         }
         self._include_usage = include_usage
         self._prompt_tokens = prompt_tokens
+        self._n = n
         self._output_tokens = 0
         self._texts: list[list[str]] = [[] for _ in range(choices)]
         self._finish: list[str | None] = [None] * choices
@@ -81,7 +84,8 @@ class _Answer:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._output_tokens,
             "total_tokens": self._prompt_tokens + self._output_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            # Of a prompt's n choices the first counts: the others share what it has just computed.
+            "prompt_tokens_details": {"cached_tokens": sum(request.reused for request in self.requests[:: self._n])},
         }
 
     def _chunk(self, choice: Json) -> Json:
@@ -109,7 +113,7 @@ class ChatAnswer(_Answer):
         include_usage: bool = False,
     ) -> None:
         kind = "chat.completion.chunk" if stream else "chat.completion"
-        super().__init__(service, answer_id, kind, choices, prompt_tokens, include_usage=include_usage)
+        super().__init__(service, answer_id, kind, choices, prompt_tokens, n=choices, include_usage=include_usage)
         self._logprobs: list[list[Json]] | None = [[] for _ in range(choices)] if logprobs else None
         self._greeted: set[int] = set()
 
@@ -164,11 +168,12 @@ class CompletionAnswer(_Answer):
         prompt_tokens: int,
         *,
         choices: int,
+        n: int,
         logprobs: bool,
         echoes: Sequence[str] | None,
         include_usage: bool = False,
     ) -> None:
-        super().__init__(service, answer_id, "text_completion", choices, prompt_tokens, include_usage=include_usage)
+        super().__init__(service, answer_id, "text_completion", choices, prompt_tokens, n=n, include_usage=include_usage)
         self._echoes = echoes
         self._begun: set[int] = set()
         self._columns = (

@@ -63,7 +63,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             logprobs=body.logprobs,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        stream = service.start(answer.id, [prompt], [sampling], n=body.n, arrival=arrival)
+        stream = service.start(answer.id, [prompt], [sampling], n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
         return await _respond(request, body, stream, answer)
 
     @routes.post("/v1/completions", openapi_extra=_documented(CompletionBody))
@@ -80,11 +80,12 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             service.new_id("cmpl"),
             sum(map(len, prompts)),
             choices=len(prompts) * body.n,
+            n=body.n,
             logprobs=body.logprobs is not None,
             echoes=[echo for echo in echoes for _ in range(body.n)] if body.echo else None,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival)
+        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
         return await _respond(request, body, stream, answer)
 
     @routes.post("/tokenize", openapi_extra=_documented(TokenizeBody))

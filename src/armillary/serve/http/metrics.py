@@ -34,6 +34,8 @@ VLLM_NAMES = {
     "armillary_prompt_tokens": "vllm:prompt_tokens",
     "armillary_generated_tokens": "vllm:generation_tokens",
     "armillary_preemptions": "vllm:num_preemptions",
+    "armillary_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "armillary_prefix_cache_hits": "vllm:prefix_cache_hits",
     "armillary_requests_finished": "vllm:request_success",
     "armillary_requests_running": "vllm:num_requests_running",
     "armillary_requests_waiting": "vllm:num_requests_waiting",
@@ -121,10 +123,16 @@ class _EngineState(Collector):
         for name, help_text, value in (
             ("iterations", "Iterations of the engine", stats["iterations"]),
             ("iterations_failed", "Iterations that raised", stats["failed_iterations"]),
-            ("prompt_tokens", "Prompt tokens computed", stats["prompt_tokens"]),
+            ("prompt_tokens", "Tokens of prompts, computed or reused", stats["prompt_tokens"]),
+            ("prefix_cache_queries", "Tokens of sequences that were admitted and looked for in the prefix cache", stats["sought_tokens"]),
+            ("prefix_cache_hits", "Tokens of them that it had", stats["reused_tokens"]),
             ("generated_tokens", "Tokens generated", stats["generated_tokens"]),
             ("preemptions", "Times that a running request lost its KV blocks", stats["preemptions"]),
-            ("recomputed_tokens", "Cached tokens that preemption threw away", stats["recomputed_tokens"]),
+            (
+                "recomputed_tokens",
+                "Cached tokens that preemption took away; prefix_cache_hits has those found again",
+                stats["recomputed_tokens"],
+            ),
         ):
             counter = CounterMetricFamily(f"armillary_{name}", help_text, labels=["model_name"])
             counter.add_metric([model], value)

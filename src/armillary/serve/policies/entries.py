@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Preemption, Reason
+from armillary.serve.schedule import Entry, Hit, Preemption, Reason, Room
 
 
 def is_decode(request: Request) -> bool:
@@ -11,9 +11,10 @@ def is_decode(request: Request) -> bool:
     return request.known - request.computed == 1 and len(request.output) > 0
 
 
-def entry(request: Request, count: int, blocks: int) -> Entry:
-    """Compute `count` tokens more of `request`, which then owns `blocks` KV blocks."""
-    left = request.known - request.computed
+def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:  # noqa: B008
+    """Compute `count` tokens more of `request`, which then owns `blocks` KV blocks. `hit`: what it begins with where it is admitted."""
+    start = max(request.computed, hit.tokens)
+    left = request.known - start
     if is_decode(request):
         reason = Reason.DECODE
     elif request.preemptions > 0:
@@ -21,9 +22,9 @@ def entry(request: Request, count: int, blocks: int) -> Entry:
     else:
         reason = Reason.PROMPT if count == left else Reason.CHUNK
     samples = count == left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
-    return Entry(request.id, request.computed, count, samples, blocks, reason)
+    return Entry(request.id, start, count, samples, blocks, reason)
 
 
-def preemption(request: Request) -> Preemption:
+def preemption(request: Request, room: Room) -> Preemption:
     """The loss of all blocks: all or nothing, and recomputed later (cheaper than swapping: vLLM PR #12)."""
-    return Preemption(request.id, Reason.MAKE_ROOM, len(request.blocks))
+    return Preemption(request.id, Reason.MAKE_ROOM, room.give_back(request))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from armillary.serve.policies.entries import entry
-from armillary.serve.schedule import Entry, Hold, Reason, Schedule, State
+from armillary.serve.schedule import Entry, Hold, Reason, Room, Schedule, State
 
 
 class Orca:
@@ -19,7 +19,7 @@ class Orca:
     returns_together = False
 
     def step(self, state: State) -> Schedule:
-        limits, free = state.limits, state.free_blocks
+        limits, room = state.limits, Room(state)
         entries: list[Entry] = []
         tokens = 0
         for request in state.running:  # always fits: seats never exceed the budget, and a running sequence only decodes
@@ -28,15 +28,15 @@ class Orca:
             tokens += count
         seats = min(limits.max_running, limits.max_batch_tokens)
         for request in state.waiting:
-            count = request.known - request.computed
-            blocks = limits.blocks_for(request.max_length)
+            hit, blocks = state.memory.hit(request), limits.blocks_for(request.max_length)
+            count, needed = request.known - hit.tokens, room.needed(blocks, hit)
             if len(entries) >= seats:
                 return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_SEAT),))
-            if blocks > free:
+            if needed > room.free:
                 return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_BLOCKS),))
             if entries and tokens + count > limits.max_batch_tokens:
                 return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_BUDGET),))
-            entries.append(entry(request, count, blocks))
-            free -= blocks
+            entries.append(entry(request, count, blocks, hit))
+            room.free -= needed
             tokens += count
         return Schedule(state.index, tuple(entries))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from armillary.serve.policies.entries import entry, is_decode, preemption
-from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Schedule, State
+from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
 
 
 class Sarathi:
@@ -23,7 +23,7 @@ class Sarathi:
     def step(self, state: State) -> Schedule:
         limits = state.limits
         running = list(state.running)
-        free, budget = state.free_blocks, limits.max_batch_tokens
+        room, budget = Room(state), limits.max_batch_tokens
         entries: list[Entry] = []
         preempted: list[Preemption] = []
         held: list[Hold] = []
@@ -33,14 +33,13 @@ class Sarathi:
             request = running[position]
             if is_decode(request):
                 blocks = limits.blocks_for(request.known)
-                while blocks - len(request.blocks) > free and position < len(running):
+                while blocks - len(request.blocks) > room.free and position < len(running):
                     victim = running.pop()  # those after `position` have no entry yet
-                    preempted.append(preemption(victim))
-                    free += len(victim.blocks)
+                    preempted.append(preemption(victim, room))
                 if position == len(running):
                     break
                 entries.append(entry(request, 1, blocks))
-                free -= blocks - len(request.blocks)
+                room.free -= blocks - len(request.blocks)
                 budget -= 1
             position += 1
 
@@ -56,19 +55,20 @@ class Sarathi:
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
         for request in state.waiting:
-            blocks = limits.blocks_for(request.known)
+            hit, blocks = state.memory.hit(request), limits.blocks_for(request.known)
+            needed = room.needed(blocks, hit)
             if preempted:
                 stop = Reason.NO_BLOCKS
             elif seats <= 0:
                 stop = Reason.NO_SEAT
             elif budget <= 0:
                 stop = Reason.NO_BUDGET
-            elif blocks > free:
+            elif needed > room.free:
                 stop = Reason.NO_BLOCKS
             else:
-                count = min(request.known - request.computed, budget)
-                entries.append(entry(request, count, blocks))
-                free -= blocks
+                count = min(request.known - hit.tokens, budget)
+                entries.append(entry(request, count, blocks, hit))
+                room.free -= needed
                 budget -= count
                 seats -= 1
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from armillary.serve.policies.entries import entry, preemption
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Schedule, State
+from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
 
 
 class VLLM:
@@ -23,7 +23,7 @@ class VLLM:
     def step(self, state: State) -> Schedule:
         limits = state.limits
         running = list(state.running)
-        free, budget = state.free_blocks, limits.max_batch_tokens
+        room, budget = Room(state), limits.max_batch_tokens
         entries: list[Entry] = []
         preempted: list[Preemption] = []
         held: list[Hold] = []
@@ -37,32 +37,32 @@ class VLLM:
                 position += 1
                 continue
             blocks = max(len(request.blocks), limits.blocks_for(request.computed + count))
-            while blocks - len(request.blocks) > free and position < len(running):
+            while blocks - len(request.blocks) > room.free and position < len(running):
                 victim: Request = running.pop()
-                preempted.append(preemption(victim))
-                free += len(victim.blocks)
+                preempted.append(preemption(victim, room))
             if position == len(running):  # it was the last itself
                 break
             entries.append(entry(request, count, blocks))
-            free -= blocks - len(request.blocks)
+            room.free -= blocks - len(request.blocks)
             budget -= count
             position += 1
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
         for request in state.waiting:
+            hit = state.memory.hit(request)
             if preempted:
                 stop = Reason.NO_BLOCKS
             elif seats <= 0:
                 stop = Reason.NO_SEAT
             elif budget == 0:
                 stop = Reason.NO_BUDGET
-            elif limits.blocks_for(request.known) > free:
+            elif room.needed(limits.blocks_for(request.known), hit) > room.free:
                 stop = Reason.NO_BLOCKS
             else:
-                count = min(request.known - request.computed, budget)
-                blocks = limits.blocks_for(request.computed + count)
-                entries.append(entry(request, count, blocks))
-                free -= blocks
+                count = min(request.known - hit.tokens, budget)
+                blocks = limits.blocks_for(hit.tokens + count)
+                entries.append(entry(request, count, blocks, hit))
+                room.free -= room.needed(blocks, hit)
                 budget -= count
                 seats -= 1
                 continue

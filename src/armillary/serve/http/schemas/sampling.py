@@ -47,6 +47,7 @@ class SamplingBody(Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     seed: int | None = Field(None, ge=0, lt=2**63)
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)  # vLLM's: only requests with the same share computed prompts
     stop: list[str] = Field(default_factory=list)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False

@@ -1,0 +1,68 @@
+"""Keys and values that are computed once: what a new sequence's beginning shares with any sequence before it (RadixAttention)."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+
+from armillary.serve.block_pool import BlockPool
+from armillary.serve.request import Request
+from armillary.serve.schedule import Hit
+
+NAME_BYTES = 16
+
+
+class PrefixCache:
+    """Finds computed blocks by their contents, and keeps those of ended sequences until the memory is needed (Zheng et al., NeurIPS 2024).
+
+    A full block is named by a hash of its tokens, of the name of the block before it, and of the tenant's salt: a name stands
+    for everything from the beginning on, so a dictionary of names is the radix tree, and a match is a walk along one's own names. The
+    hash is cryptographic, for a collision would show one tenant another's text. The pool lets a sequence's end go before its
+    beginning, so what is kept can be reached.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._block: dict[bytes, int] = {}
+        self._name: dict[int, bytes] = {}
+
+    def hit(self, request: Request) -> Hit:
+        """The computed blocks that `request`, which has none, could begin with; at least one token stays to be computed.
+
+        Nothing where the prompt's own probabilities are wanted: they come from computing it.
+        """
+        if request.sampling.prompt_logprobs is not None:
+            return Hit()
+        found: list[int] = []
+        for index in range((request.known - 1) // self._pool.block_size):
+            block = self._block.get(self._name_of(request, index))
+            if block is None:
+                break
+            found.append(block)
+        return Hit(tuple(found), len(found) * self._pool.block_size)
+
+    def references(self, block: int) -> int:
+        return self._pool.references(block)
+
+    def keep(self, request: Request) -> None:
+        """Makes the full blocks that `request` has computed known to others."""
+        for index in range(request.kept, request.computed // self._pool.block_size):
+            name, block = self._name_of(request, index), request.blocks[index]
+            if name not in self._block:  # else: two computed it at once, and one of them is enough
+                self._pool.keep(block)
+                self._block[name], self._name[block] = block, name
+            request.kept = index + 1
+
+    def forget(self, block: int) -> None:
+        """The pool gives a kept block to somebody else."""
+        del self._block[self._name.pop(block)]
+
+    def _name_of(self, request: Request, index: int) -> bytes:
+        """The name of a request's full block; the request remembers it."""
+        names, size = request.block_names, self._pool.block_size
+        while len(names) <= index:
+            before = names[-1] if names else blake2b(request.cache_salt.encode(), digest_size=NAME_BYTES, person=b"salt").digest()
+            start = len(names) * size
+            tokens = array("q", (request.token(position) for position in range(start, start + size)))
+            names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
+        return names[index]
