@@ -56,9 +56,9 @@ function show(state) {
   $("tile-running").textContent = state.running;
   $("tile-waiting").textContent = state.waiting;
   $("tile-step").textContent = history.step === null ? "–" : history.step < 10 ? `${history.step.toFixed(1)} ms` : `${Math.round(history.step)} ms`;
-  const { used, total, block_size: size } = state.blocks;
+  const { used, kept, total, block_size: size } = state.blocks;
   const shown = blocksShown(history);
-  $("blocks-text").textContent = `${used} of ${total} blocks of ${size} tokens${shown < total ? ` · the bar shows ${shown}` : ""}`;
+  $("blocks-text").textContent = `${used} of ${total} blocks of ${size} tokens${kept ? `, ${kept} kept for prompts that begin alike` : ""}${shown < total ? ` · the bar shows ${shown}` : ""}`;
   blocks.setAttribute("aria-label", `${used} of ${total} KV blocks in use`);
   picture.setAttribute("aria-label", `${history.iterations.length} iterations; ${state.running} requests running, ${state.waiting} waiting`);
   picture.dataset.columns = history.iterations.length;
