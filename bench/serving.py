@@ -80,9 +80,10 @@ def prepare(threads: int) -> Prefix:
         save_hf(loaded.decoder, folder, loaded.tokenizer)
     tokens = loaded.tokenizer.encode(TEXT.read_text(), special=False)
     shared, rest = tokens[:SHARED], tokens[SHARED:]
-    assert len(rest) >= SHARED + OWN * (REQUESTS + 1), "the text is too short"
+    assert len(rest) >= OWN * REQUESTS, "the text is too short"
     prompts = tuple((*shared, *rest[OWN * index : OWN * (index + 1)]) for index in range(REQUESTS))
-    return Prefix(prompts, tuple(rest[-(SHARED + OWN) :]), SHARED, str(folder), str(loaded.source_path), threads)
+    warm = tuple(tokens[::-1][: SHARED + OWN])
+    return Prefix(prompts, warm, SHARED, str(folder), str(loaded.source_path), threads)
 
 
 def page(found: Mapping[tuple[str, str], Mapping[str, Any]], threads: int, load_before: float) -> str:
