@@ -97,7 +97,8 @@ def page(found: Mapping[tuple[str, str], Mapping[str, Any]], threads: int, load_
         "",
         "## Prefix cache",
         "",
-        f"{REQUESTS} requests that share their first {SHARED:,} tokens and end in {OWN} of their own, one after another. Time to first token.",
+        f"{REQUESTS} requests that share their first {SHARED:,} tokens and end in {OWN} of their own, one after another. Time to first token;"
+        " that of the first request is a single measurement.",
         "",
         "| | first request | the others, median | slowest of the others |",
         "|---|---:|---:|---:|",

@@ -140,6 +140,8 @@ def test_prompt_scores_are_kept_once_whatever_the_chunks_and_preemptions():
 
     engine = make(executor=Scoring(1), block_size=1, kv_blocks=30, max_batch_tokens=3)
     requests = [request(name, range(10, 20), 15, prompt_logprobs=0) for name in "abc"]
+    for made in requests:  # or they would share their memory, and all three would fit
+        made.cache_salt = made.id
     replay(engine, engine.clock, requests)
     assert engine.stats.preemptions > 0
     for made in requests:
@@ -529,6 +531,8 @@ def test_the_snapshot_is_plain_and_adds_up():
 def test_the_counters_count_each_token_once_despite_preemption():
     engine = make(block_size=1, kv_blocks=20, max_batch_tokens=8)
     requests = [request(name, range(8), 10, ignore_eos=True) for name in "abc"]
+    for made in requests:
+        made.cache_salt = made.id
     replay(engine, engine.clock, requests)
     stats = engine.stats
     assert stats.preemptions == sum(made.preemptions for made in requests) > 0
@@ -541,6 +545,8 @@ def test_the_counters_count_each_token_once_despite_preemption():
 def test_a_request_explains_itself():
     engine = make(block_size=1, kv_blocks=20, max_batch_tokens=8)
     requests = [request(name, range(8), 10, ignore_eos=True) for name in "abc"]
+    for made in requests:
+        made.cache_salt = made.id
     replay(engine, engine.clock, requests)
     story = engine.explain("b")
     assert "arrived with a prompt of 8 tokens, 1 requests ahead" in story[0]

@@ -142,3 +142,33 @@ def test_answers_are_those_of_the_plain_loop_whatever_is_shared_preempted_and_ca
             assert made.output == plain_loop(made.prompt, made.sampling.max_tokens)
     engine.check()
     assert engine.snapshot()["blocks"]["used"] == 0
+
+
+def test_what_is_kept_can_be_reached_though_it_was_computed_twice():
+    engine = make(kv_blocks=12, block_size=4)
+    twins = [request(name, range(24), 1) for name in "ab"]
+    for made in twins:  # admitted together: both compute all of it
+        engine.submit(made)
+    engine.run_until_idle()
+    assert [made.reused for made in twins] == [0, 0]
+    assert engine.snapshot()["blocks"]["kept"] == 6
+    served(engine, "a stranger", range(30, 55), max_tokens=1)  # 7 blocks: one of the six goes, the last
+    assert served(engine, "c", range(24)).reused == 20
+
+
+def test_a_salt_may_be_any_string():
+    engine = make()
+    assert served(engine, "a", range(40), salt="\ud800").finish_reason == "length"
+    assert served(engine, "b", range(40), salt="\ud800").reused == 32
+    assert served(engine, "c", range(40), salt="\ud801").reused == 0
+
+
+def test_a_policy_that_does_not_reach_a_request_does_not_look_for_it():
+    engine = make(max_running=1)
+    looked = []
+    engine._prefixes.hit = lambda made, hit=engine._prefixes.hit: looked.append(made.id) or hit(made)
+    for name in ("runs", "waits"):
+        engine.submit(request(name, range(40), 5))
+    engine.step()
+    engine.step()
+    assert set(looked) == {"runs"}

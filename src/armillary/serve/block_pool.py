@@ -62,15 +62,12 @@ class BlockPool:
             raise CapacityError(
                 f"{count} KV blocks wanted, {self.free_count} of {self.total} free", "preempt a sequence or wait for one to end"
             )
+        while len(self._free) < count:  # all at once, so that neighbours among them are found
+            self._forget_oldest()
         taken: list[int] = []
         for _ in range(count):
             follower = self.total if after is None else after + 1
-            if follower < self.total and self._place[follower] >= 0:
-                block = follower
-            elif self._free:
-                block = self._free[-1]
-            else:
-                block = self._oldest_idle()
+            block = follower if follower < self.total and self._place[follower] >= 0 else self._free[-1]
             self._take(block)
             taken.append(block)
             after = block
@@ -138,11 +135,10 @@ class BlockPool:
         self._place[block] = -1
         self._references[block] = 1
 
-    def _oldest_idle(self) -> int:
+    def _forget_oldest(self) -> None:
         """Frees the idle block that has been so longest."""
         block, _ = self._idle.popitem(last=False)
         self._kept.discard(block)
         self._forgotten(block)
         self._place[block] = len(self._free)
         self._free.append(block)
-        return block

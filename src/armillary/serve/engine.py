@@ -259,7 +259,7 @@ class Engine:
         self._leave_queue({request.id for request in admitted})
         for preemption in schedule.preempted:
             request = self._requests[preemption.request_id]
-            self._history.preempted(request, preemption.reason, now)
+            self._history.preempted(request, preemption, now)
             self._running.remove(request)
             self._release(request)
             request.computed = request.kept = 0
@@ -281,7 +281,7 @@ class Engine:
 
     def _begin(self, request: Request, start: int) -> None:
         """The first `start` tokens of an admitted sequence are in the prefix cache: it shares their blocks."""
-        if self._prefixes is not None:
+        if self._prefixes is not None and request.sampling.prompt_logprobs is None:
             self.stats.sought_tokens += request.known
         if start:
             assert self._prefixes is not None
@@ -397,6 +397,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
         self._release(request)
+        request.block_names.clear()  # callers keep their requests
         request.finish_reason = reason
         request.finished = at
         del self._requests[request.id]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from armillary.core.units import format_duration
 from armillary.serve.request import FinishReason, Request
-from armillary.serve.schedule import Plan, Reason, Schedule
+from armillary.serve.schedule import Plan, Preemption, Reason, Schedule
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
@@ -78,13 +78,13 @@ class History:
         self._stories[request.id] = story
         story.tell(at, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
 
-    def preempted(self, request: Request, reason: Reason, at: int) -> None:
+    def preempted(self, request: Request, preemption: Preemption, at: int) -> None:
         self.stats.preemptions += 1
         self.stats.recomputed_tokens += request.computed
         story = self._stories[request.id]
         story.waiting_since = at
-        story.held = reason
-        story.tell(at, f"{reason}; gave back {len(request.blocks)} KV blocks, {request.computed} tokens to compute again")
+        story.held = preemption.reason
+        story.tell(at, f"{preemption.reason}; gave back {preemption.blocks} KV blocks, up to {request.computed} tokens to compute again")
 
     def scheduled(self, schedule: Schedule, admitted: list[Request], at: int) -> None:
         """Who was let in and who was not; called before the iteration runs."""

@@ -1,4 +1,4 @@
-"""Keys and values that are computed once: what a new sequence's beginning shares with any sequence before it (RadixAttention)."""
+"""Keys and values that are reused: what a new sequence's beginning shares with any sequence before it (RadixAttention)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,14 @@ class PrefixCache:
         """Makes the full blocks that `request` has computed known to others."""
         for index in range(request.kept, request.computed // self._pool.block_size):
             name, block = self._name_of(request, index), request.blocks[index]
-            if name not in self._block:  # else: two computed it at once, and one of them is enough
+            known = self._block.get(name)
+            if known is None:
                 self._pool.keep(block)
                 self._block[name], self._name[block] = block, name
+            elif known != block:  # it was computed twice; who uses a block uses those before it, so that these never go first
+                self._pool.share([known])
+                request.blocks[index] = known
+                self._pool.free([block])
             request.kept = index + 1
 
     def forget(self, block: int) -> None:
@@ -61,8 +66,13 @@ class PrefixCache:
         """The name of a request's full block; the request remembers it."""
         names, size = request.block_names, self._pool.block_size
         while len(names) <= index:
-            before = names[-1] if names else blake2b(request.cache_salt.encode(), digest_size=NAME_BYTES, person=b"salt").digest()
+            before = names[-1] if names else _salted(request.cache_salt)
             start = len(names) * size
             tokens = array("q", (request.token(position) for position in range(start, start + size)))
             names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
         return names[index]
+
+
+def _salted(salt: str) -> bytes:
+    """What stands before a tenant's first block; not a block's name, whatever the salt."""
+    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=NAME_BYTES, person=b"salt").digest()

@@ -84,7 +84,7 @@ class _Answer:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._output_tokens,
             "total_tokens": self._prompt_tokens + self._output_tokens,
-            # Of a prompt's n choices the first counts: the others share what it has just computed.
+            # Of a prompt's n choices the first counts: what the others reuse may be what it has just computed.
             "prompt_tokens_details": {"cached_tokens": sum(request.reused for request in self.requests[:: self._n])},
         }
 

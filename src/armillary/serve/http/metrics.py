@@ -114,6 +114,7 @@ class _EngineState(Collector):
             ("requests_running", "Requests in the running batch", live["running"]),
             ("requests_waiting", "Requests in the queue", live["waiting"]),
             ("kv_blocks_used", "KV blocks in use", used),
+            ("kv_blocks_kept", "KV blocks without a user, kept for sequences that begin alike", live["blocks"]["kept"]),
             ("kv_blocks", "KV blocks in the pool", engine.limits.total_blocks),
             ("kv_cache_usage_ratio", "Share of the KV pool in use, 0 to 1", used / engine.limits.total_blocks),
         ):

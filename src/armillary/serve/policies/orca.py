@@ -28,10 +28,10 @@ class Orca:
             tokens += count
         seats = min(limits.max_running, limits.max_batch_tokens)
         for request in state.waiting:
-            hit, blocks = state.memory.hit(request), limits.blocks_for(request.max_length)
-            count, needed = request.known - hit.tokens, room.needed(blocks, hit)
             if len(entries) >= seats:
                 return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_SEAT),))
+            hit, blocks = state.memory.hit(request), limits.blocks_for(request.max_length)
+            count, needed = request.known - hit.tokens, room.needed(blocks, hit)
             if needed > room.free:
                 return Schedule(state.index, tuple(entries), (), (Hold(request.id, Reason.NO_BLOCKS),))
             if entries and tokens + count > limits.max_batch_tokens:

@@ -55,23 +55,24 @@ class Sarathi:
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
         for request in state.waiting:
-            hit, blocks = state.memory.hit(request), limits.blocks_for(request.known)
-            needed = room.needed(blocks, hit)
+            stop = None
             if preempted:
                 stop = Reason.NO_BLOCKS
             elif seats <= 0:
                 stop = Reason.NO_SEAT
             elif budget <= 0:
                 stop = Reason.NO_BUDGET
-            elif needed > room.free:
-                stop = Reason.NO_BLOCKS
-            else:
-                count = min(request.known - hit.tokens, budget)
-                entries.append(entry(request, count, blocks, hit))
-                room.free -= needed
-                budget -= count
-                seats -= 1
-                continue
-            held.append(Hold(request.id, stop))
-            break
+            if stop is None:  # a hit costs time in the length of the prompt: it is asked for last
+                hit, blocks = state.memory.hit(request), limits.blocks_for(request.known)
+                needed = room.needed(blocks, hit)
+                if needed > room.free:
+                    stop = Reason.NO_BLOCKS
+            if stop is not None:
+                held.append(Hold(request.id, stop))
+                break
+            count = min(request.known - hit.tokens, budget)
+            entries.append(entry(request, count, blocks, hit))
+            room.free -= needed
+            budget -= count
+            seats -= 1
         return Schedule(state.index, tuple(entries), tuple(preempted), tuple(held))

@@ -49,23 +49,24 @@ class VLLM:
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
         for request in state.waiting:
-            hit = state.memory.hit(request)
+            stop = None
             if preempted:
                 stop = Reason.NO_BLOCKS
             elif seats <= 0:
                 stop = Reason.NO_SEAT
-            elif budget == 0:
+            elif budget <= 0:
                 stop = Reason.NO_BUDGET
-            elif room.needed(limits.blocks_for(request.known), hit) > room.free:
-                stop = Reason.NO_BLOCKS
-            else:
-                count = min(request.known - hit.tokens, budget)
-                blocks = limits.blocks_for(hit.tokens + count)
-                entries.append(entry(request, count, blocks, hit))
-                room.free -= room.needed(blocks, hit)
-                budget -= count
-                seats -= 1
-                continue
-            held.append(Hold(request.id, stop))
-            break
+            if stop is None:  # a hit costs time in the length of the prompt: it is asked for last
+                hit = state.memory.hit(request)
+                if room.needed(limits.blocks_for(request.known), hit) > room.free:
+                    stop = Reason.NO_BLOCKS
+            if stop is not None:
+                held.append(Hold(request.id, stop))
+                break
+            count = min(request.known - hit.tokens, budget)
+            blocks = limits.blocks_for(hit.tokens + count)
+            entries.append(entry(request, count, blocks, hit))
+            room.free -= room.needed(blocks, hit)
+            budget -= count
+            seats -= 1
         return Schedule(state.index, tuple(entries), tuple(preempted), tuple(held))

@@ -117,9 +117,12 @@ export function drawBlocks(canvas, history) {
   context.fill();
   context.save();
   context.clip();
+  // Sequences that share blocks claim more than there are: each is shown narrower, and all together as wide as what is used.
+  const claimed = state.requests.reduce((sum, request) => sum + request.blocks, 0);
+  const share = Math.min(1, state.blocks.used / Math.max(1, claimed));
   let x = GAP;
   for (const request of [...state.requests].sort((a, b) => history.numbers.get(a.id) - history.numbers.get(b.id))) {
-    const wide = (request.blocks / total) * inner;
+    const wide = ((request.blocks * share) / total) * inner;
     context.fillStyle = colour(history.numbers.get(request.id) ?? 0);
     context.fillRect(x, top, wide, tall);
     x += wide;
