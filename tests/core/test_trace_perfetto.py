@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
@@ -38,6 +38,7 @@ def same(a: Any, b: Any) -> bool:
     st.lists(st.tuples(texts, times, values), max_size=10),
     texts,
 )
+@example([("", "", -(2**62), 2**62 - 1, "", {})], [], "")  # the longest
 def test_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, spans: list[Any], samples: list[Any], name: str) -> None:
     path = tmp_path_factory.mktemp("trace") / "trace.json"
     trace = Trace(name, capacity=50, meta={"model": "smollm2", "rate": 0.1, "tags": [1, None, {"a": 1e300}]})

@@ -46,6 +46,7 @@ class EngineFlags:
     kv_dtype: Annotated[
         str | None, _flag("Keys and values in memory: fp32 (default), fp16 or int8; the latter two need the native backend.", _ENGINE)
     ] = None
+    prefix_cache: Annotated[str | None, _flag("Reuse what prompts that begin alike share: on (default) or off.", _ENGINE)] = None
     weight_cache: Annotated[str | None, _flag("Keep laid-out weights on disk for the next start: on (default) or off.", _ENGINE)] = None
     deterministic: Annotated[
         bool | None,

@@ -178,7 +178,7 @@ class _Reader:
         value: Any = event.get(key)
         if isinstance(value, bool) or not isinstance(value, int | Decimal):
             self._wrong(f"its {key} is {_shown(value)}", "give microseconds as a number")
-        bound = 2**63 // 1000
+        bound = Decimal(2**63 - 1) / 1000
         if not -bound <= value <= bound:  # before any arithmetic: a Decimal may have a billion digits to expand
             self._wrong(f"its {key} is out of bounds", "give microseconds within 64-bit nanoseconds")
         return value * 1000 if isinstance(value, int) else round(value * 1000)
