@@ -166,7 +166,7 @@ def test_a_salt_may_be_any_string():
 def test_a_policy_that_does_not_reach_a_request_does_not_look_for_it():
     engine = make(max_running=1)
     looked = []
-    engine._prefixes.hit = lambda made, hit=engine._prefixes.hit: looked.append(made.id) or hit(made)
+    engine._memory.hit = lambda made, hit=engine._memory.hit: looked.append(made.id) or hit(made)
     for name in ("runs", "waits"):
         engine.submit(request(name, range(40), 5))
     engine.step()

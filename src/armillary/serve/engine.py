@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import asdict
 from itertools import islice
@@ -15,13 +15,12 @@ from armillary.core.contract import Executor
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.serve import policies
 from armillary.serve.admission import admissible
-from armillary.serve.block_pool import BlockPool
 from armillary.serve.config import EngineConfig
 from armillary.serve.history import EngineStats, History
 from armillary.serve.policies.entries import is_decode
-from armillary.serve.prefix_cache import PrefixCache
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
-from armillary.serve.schedule import Limits, Memory, NothingShared, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.verify import verify, verify_outcome
 
 if TYPE_CHECKING:
@@ -60,8 +59,7 @@ class Engine:
         self.policy = policy if policy is not None else policies.get(config.policy)
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
-        self._pool = BlockPool(config.kv_blocks, config.block_size, self._forget)
-        self._prefixes = PrefixCache(self._pool) if config.prefix_cache == "on" else None
+        self._memory = SequenceMemory(config.kv_blocks, config.block_size, sharing=config.prefix_cache == "on")
         self._history = History(trace)
         self._index = 0
         self._requests: dict[str, Request] = {}  # every one that has not ended
@@ -179,6 +177,7 @@ class Engine:
         Only iterations with an index over `since` are listed, so that a page that asks often costs little.
         """
         with self._lock:
+            pool = self._memory.pool
             rows = [
                 self._row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt")
                 for request in self._running
@@ -194,12 +193,7 @@ class Engine:
                 "running": len(self._running),
                 "waiting": len(self._waiting),
                 "limits": asdict(self.limits),
-                "blocks": {
-                    "used": self._pool.used_count,
-                    "kept": self._pool.idle_count,
-                    "total": self._pool.total,
-                    "block_size": self._pool.block_size,
-                },
+                "blocks": {"used": pool.used_count, "kept": pool.idle_count, "total": pool.total, "block_size": pool.block_size},
                 "requests": rows,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
@@ -213,7 +207,7 @@ class Engine:
     def check(self) -> None:
         """Assert the invariants of memory: each block is in as many block tables as it has users."""
         with self._lock:
-            self._check()
+            self._memory.check(self._requests.values())
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
@@ -229,8 +223,8 @@ class Engine:
         with self._lock:
             if not self._running and not self._waiting:
                 return False
-            memory: Memory = self._prefixes or NothingShared()
-            state = State(self._index, self._waiting, tuple(self._running), self._pool.free_count, self.limits, memory)
+            free = self._memory.pool.free_count
+            state = State(self._index, self._waiting, tuple(self._running), free, self.limits, self._memory)
             schedule = self.policy.step(state)
             plan = self._apply(schedule, verify(schedule, state))
         start, failure, outcome = self.clock.now(), None, None
@@ -261,18 +255,17 @@ class Engine:
             request = self._requests[preemption.request_id]
             self._history.preempted(request, preemption, now)
             self._running.remove(request)
-            self._release(request)
+            self._memory.release(request)
             request.computed = request.kept = 0
             request.preemptions += 1
             self._waiting.appendleft(request)
         self._running.extend(admitted)
-        starts = {entry.request_id: entry.start for entry in schedule.entries}
-        for request in admitted:  # before anybody is given what others have left
-            self._begin(request, starts[request.id])
+        for entry in schedule.entries:  # before anybody is given what others have left
+            if entry.request_id not in running:
+                self._begin(scheduled[entry.request_id], entry.start)
         for entry in schedule.entries:
             request = scheduled[entry.request_id]
-            table = request.blocks
-            table.extend(self._pool.allocate(entry.blocks - len(table), table[-1] if table else None))
+            self._memory.grow(request, entry.blocks)
             if request.first_scheduled is None:
                 request.first_scheduled = now
         self._history.scheduled(schedule, admitted, now)
@@ -280,22 +273,13 @@ class Engine:
         return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests))
 
     def _begin(self, request: Request, start: int) -> None:
-        """The first `start` tokens of an admitted sequence are in the prefix cache: it shares their blocks."""
-        if self._prefixes is not None and request.sampling.prompt_logprobs is None:
+        """An admitted sequence has its first `start` tokens from others."""
+        self._memory.begin(request, start)
+        if self._memory.looks_for(request):
             self.stats.sought_tokens += request.known
-        if start:
-            assert self._prefixes is not None
-            blocks = self._prefixes.hit(request).blocks
-            self._pool.share(blocks)
-            request.blocks.extend(blocks)
-            request.computed, request.kept = start, len(blocks)
-            self.stats.reused_tokens += start
+        self.stats.reused_tokens += start
         if request.first_scheduled is None:
             request.reused = start
-
-    def _forget(self, block: int) -> None:
-        assert self._prefixes is not None
-        self._prefixes.forget(block)
 
     def _leave_queue(self, ids: set[str]) -> None:
         while ids and self._waiting[0].id in ids:
@@ -305,7 +289,7 @@ class Engine:
 
     def _collect(self, plan: Plan, outcome: Outcome) -> None:
         """Advance every sequence of the iteration by what was computed and drawn."""
-        self._history.ran(plan, outcome.start, outcome.end, self._pool.used_count)
+        self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
         failed = dict(outcome.failed)
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
@@ -313,8 +297,8 @@ class Engine:
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count
-            if self._prefixes is not None and index not in failed:
-                self._prefixes.keep(request)
+            if index not in failed:
+                self._memory.keep(request)
             if entry.start < len(request.prompt) <= request.computed and not request.output:
                 self.stats.prompt_tokens += len(request.prompt)
             _keep_prompt_scores(request, entry.start, scores)
@@ -396,7 +380,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
-        self._release(request)
+        self._memory.release(request)
         request.block_names.clear()  # callers keep their requests
         request.finish_reason = reason
         request.finished = at
@@ -411,11 +395,6 @@ class Engine:
         for request in list(self._requests.values()):
             self._finish(request, reason, self.clock.now(), error)
         self._changed.notify_all()
-
-    def _release(self, request: Request) -> None:
-        blocks = list(request.blocks)
-        request.blocks.clear()
-        self._pool.free(blocks)
 
     # -- events and the thread ---------------------------------------------------------------------------------------
 
@@ -487,18 +466,9 @@ class Engine:
 
     def _check_idle(self) -> None:
         try:
-            self._check()
+            self._memory.check(self._requests.values())
         except ArmillaryError:  # a defect of the engine; serving on is better than dying, hiding it is not
             log.critical("the KV pool's books are wrong while nothing runs", exc_info=True)
-
-    def _check(self) -> None:
-        self._pool.check()
-        users = Counter(block for request in self._requests.values() for block in request.blocks)
-        for block, count in users.items():
-            if self._pool.references(block) != count:
-                raise ArmillaryError(f"KV block {block} is in {count} block tables, its users are {self._pool.references(block)}")
-        if len(users) != self._pool.used_count:
-            raise ArmillaryError(f"{self._pool.used_count} KV blocks are in use, {len(users)} are in block tables")
 
 
 def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:

@@ -27,12 +27,7 @@ class PrefixCache:
         self._name: dict[int, bytes] = {}
 
     def hit(self, request: Request) -> Hit:
-        """The computed blocks that `request`, which has none, could begin with; at least one token stays to be computed.
-
-        Nothing where the prompt's own probabilities are wanted: they come from computing it.
-        """
-        if request.sampling.prompt_logprobs is not None:
-            return Hit()
+        """The computed blocks that `request`, which has none, could begin with; at least one token stays to be computed."""
         found: list[int] = []
         for index in range((request.known - 1) // self._pool.block_size):
             block = self._block.get(self._name_of(request, index))
@@ -40,9 +35,6 @@ class PrefixCache:
                 break
             found.append(block)
         return Hit(tuple(found), len(found) * self._pool.block_size)
-
-    def references(self, block: int) -> int:
-        return self._pool.references(block)
 
     def keep(self, request: Request) -> None:
         """Makes the full blocks that `request` has computed known to others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from armillary.serve.request import Request
 from armillary.serve.schedule import Entry, Hit, Preemption, Reason, Room
 
@@ -23,6 +25,15 @@ def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:
         reason = Reason.PROMPT if count == left else Reason.CHUNK
     samples = count == left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
     return Entry(request.id, start, count, samples, blocks, reason)
+
+
+def turned_away(preempted: Sequence[Preemption], seats: int, budget: int) -> Reason | None:
+    """Why nobody can be admitted any more, whoever it is. Asked before a hit, which costs time in the length of the prompt."""
+    if preempted:
+        return Reason.NO_BLOCKS
+    if seats <= 0:
+        return Reason.NO_SEAT
+    return Reason.NO_BUDGET if budget <= 0 else None
 
 
 def preemption(request: Request, room: Room) -> Preemption:

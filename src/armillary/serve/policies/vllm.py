@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import entry, preemption
+from armillary.serve.policies.entries import entry, preemption, turned_away
 from armillary.serve.request import Request
 from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
 
@@ -49,14 +49,8 @@ class VLLM:
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
         for request in state.waiting:
-            stop = None
-            if preempted:
-                stop = Reason.NO_BLOCKS
-            elif seats <= 0:
-                stop = Reason.NO_SEAT
-            elif budget <= 0:
-                stop = Reason.NO_BUDGET
-            if stop is None:  # a hit costs time in the length of the prompt: it is asked for last
+            stop = turned_away(preempted, seats, budget)
+            if stop is None:
                 hit = state.memory.hit(request)
                 if room.needed(limits.blocks_for(request.known), hit) > room.free:
                     stop = Reason.NO_BLOCKS

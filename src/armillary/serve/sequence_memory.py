@@ -1,0 +1,68 @@
+"""Which KV blocks each sequence has: shared with those that begin alike, taken, and given back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from armillary.core.errors import ArmillaryError
+from armillary.serve.block_pool import BlockPool
+from armillary.serve.prefix_cache import PrefixCache
+from armillary.serve.request import Request
+from armillary.serve.schedule import Hit
+
+
+class SequenceMemory:
+    """The pool, and with `sharing` the prefix cache, behind the block tables of all sequences. To policies it is `schedule.Memory`."""
+
+    def __init__(self, total: int, block_size: int, *, sharing: bool) -> None:
+        self.pool = BlockPool(total, block_size, self._forget)
+        self._prefixes = PrefixCache(self.pool) if sharing else None
+
+    def looks_for(self, request: Request) -> bool:
+        """Whether a sequence may begin with blocks of others: not where the prompt's own probabilities are wanted, which come from computing it."""
+        return self._prefixes is not None and request.sampling.prompt_logprobs is None
+
+    def hit(self, request: Request) -> Hit:
+        return self._prefixes.hit(request) if self._prefixes is not None and self.looks_for(request) else Hit()
+
+    def references(self, block: int) -> int:
+        return self.pool.references(block)
+
+    def begin(self, request: Request, start: int) -> None:
+        """An admitted sequence shares the blocks of its first `start` tokens, which `hit` has found in this iteration."""
+        if start:
+            blocks = self.hit(request).blocks
+            self.pool.share(blocks)
+            request.blocks.extend(blocks)
+            request.computed, request.kept = start, len(blocks)
+
+    def grow(self, request: Request, blocks: int) -> None:
+        """The sequence owns `blocks` blocks from now on."""
+        table = request.blocks
+        table.extend(self.pool.allocate(blocks - len(table), table[-1] if table else None))
+
+    def keep(self, request: Request) -> None:
+        """What `request` has computed is right, and others may use it."""
+        if self._prefixes is not None:
+            self._prefixes.keep(request)
+
+    def release(self, request: Request) -> None:
+        """The sequence gives its blocks back."""
+        blocks = list(request.blocks)
+        request.blocks.clear()
+        self.pool.free(blocks)
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Assert the invariants: each block is in as many of the requests' tables as it has users."""
+        self.pool.check()
+        users = Counter(block for request in requests for block in request.blocks)
+        for block, count in users.items():
+            if self.pool.references(block) != count:
+                raise ArmillaryError(f"KV block {block} is in {count} block tables, its users are {self.pool.references(block)}")
+        if len(users) != self.pool.used_count:
+            raise ArmillaryError(f"{self.pool.used_count} KV blocks are in use, {len(users)} are in block tables")
+
+    def _forget(self, block: int) -> None:
+        assert self._prefixes is not None  # without it nothing is kept
+        self._prefixes.forget(block)
