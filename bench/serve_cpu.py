@@ -28,11 +28,9 @@ import limits
 import table
 from ours import VARIANTS
 from peers.workload import Case, Workload
-from sides import peer_python, run_side
+from sides import hf_folder, peer_python, run_side
 
 from armillary.cluster.machine import describe
-from armillary.core.paths import cache_dir
-from armillary.models.hf import save_hf
 from armillary.models.load import load
 
 HERE = Path(__file__).resolve().parent
@@ -115,11 +113,7 @@ def parse() -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
     """The workload, and the model's weights once more as the HF folder that the peers read."""
     loaded = load(options.model)
-    scratch = cache_dir() / "bench"
-    folder = scratch / f"{loaded.name}-fp32"
-    if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_hf(loaded.decoder, folder, loaded.tokenizer)
+    folder = hf_folder(loaded)
     tokens = loaded.tokenizer.encode(cases.TEXT.read_text(), special=False)
     known = cases.build(tokens, loaded.config.max_context, options.requests)
     chosen = [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)]
@@ -129,7 +123,7 @@ def prepare(options: argparse.Namespace) -> tuple[Workload, Any]:
         cases=tuple(chosen),
         hf_folder=str(folder),
         gguf_file=str(loaded.source_path),
-        scratch=str(scratch),
+        scratch=str(folder.parent),
         threads=options.threads,
         repeats=options.repeats,
         seconds=options.seconds,

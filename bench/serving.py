@@ -22,11 +22,9 @@ from typing import Any
 from cases import TEXT
 from peers.prefix import Prefix
 from prefix_ours import VARIANTS
-from sides import HERE, peer_python, run_side
+from sides import HERE, hf_folder, peer_python, run_side
 
 from armillary.cluster.machine import describe
-from armillary.core.paths import cache_dir
-from armillary.models.hf import save_hf
 from armillary.models.load import load
 
 QUIET = 0.5  # load average above which timings mean nothing
@@ -74,16 +72,12 @@ def main() -> int:
 
 def prepare(threads: int) -> Prefix:
     loaded = load("smollm2")
-    folder = cache_dir() / "bench" / f"{loaded.name}-fp32"
-    if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_hf(loaded.decoder, folder, loaded.tokenizer)
     tokens = loaded.tokenizer.encode(TEXT.read_text(), special=False)
     shared, rest = tokens[:SHARED], tokens[SHARED:]
     assert len(rest) >= OWN * REQUESTS, "the text is too short"
     prompts = tuple((*shared, *rest[OWN * index : OWN * (index + 1)]) for index in range(REQUESTS))
     warm = tuple(tokens[::-1][: SHARED + OWN])
-    return Prefix(prompts, warm, SHARED, str(folder), str(loaded.source_path), threads)
+    return Prefix(prompts, warm, SHARED, str(hf_folder(loaded)), str(loaded.source_path), threads)
 
 
 def page(found: Mapping[tuple[str, str], Mapping[str, Any]], threads: int, load_before: float) -> str:

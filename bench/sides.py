@@ -1,4 +1,4 @@
-"""The sides of a bench: whose python each runs in, and one side in a process of its own."""
+"""The sides of a bench: whose python each runs in, the weights that peers read, and one side in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peers.workload import results
+
+from armillary.core.paths import cache_dir
+from armillary.models.hf import save_hf
+from armillary.models.load import LoadedModel
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -25,6 +29,15 @@ def peer_python(home: str) -> str | None:
     if home == "transformers" and subprocess.run([sys.executable, "-c", "import transformers"], capture_output=True).returncode == 0:
         return sys.executable
     return None
+
+
+def hf_folder(loaded: LoadedModel) -> Path:
+    """The model's weights in fp32 as a Hugging Face folder, written once a machine."""
+    folder = cache_dir() / "bench" / f"{loaded.name}-fp32"
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_hf(loaded.decoder, folder, loaded.tokenizer)
+    return folder
 
 
 def run_side(name: str, python: str, arguments: list[str], timeout: float) -> list[dict[str, Any]]:

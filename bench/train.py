@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from cases import TEXT
 from peers.training import Recipe
-from sides import HERE, ROOT, peer_python, run_side
+from sides import HERE, ROOT, hf_folder, peer_python, run_side
 from table import markdown, ratio, speed
 
 from armillary.cluster.machine import describe
-from armillary.core.paths import cache_dir
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.hf import save_hf
@@ -150,10 +149,7 @@ def prepare(case: Case, options: argparse.Namespace, scratch: Path) -> tuple[Rec
     """The weights as an HF folder, and batches of real text."""
     smollm2 = load("smollm2")
     if case.config is None:
-        folder, config = cache_dir() / "bench" / f"{smollm2.name}-fp32", smollm2.config
-        if not (folder / "config.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_hf(smollm2.decoder, folder, smollm2.tokenizer)
+        folder, config = hf_folder(smollm2), smollm2.config
     else:
         folder, config = scratch / case.name, case.config
         torch.manual_seed(0)

@@ -1,7 +1,4 @@
-"""vLLM on the CPU, compiled, fp32, on as many cores as the others get.
-
-By default it keeps a core for itself, which halves it on a small machine: the environment below gives it all of them.
-"""
+"""vLLM on the CPU, compiled, fp32, on as many cores as the others get."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ import sys
 from peers.workload import Workload, measure, report
 
 
-def main(path: str) -> None:
-    workload = Workload.load(path)
-    threads = workload.threads
+def use_all_cores(threads: int) -> None:
+    """Before vLLM is imported. By default it keeps a core for itself, which halves it on a small machine."""
     os.environ |= {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0",
@@ -23,6 +19,11 @@ def main(path: str) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def main(path: str) -> None:
+    workload = Workload.load(path)
+    use_all_cores(workload.threads)
     import vllm
 
     llm = vllm.LLM(

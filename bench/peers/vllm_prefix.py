@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from peers.prefix import Prefix, measure
+from peers.vllm import use_all_cores
 
 
 def main(path: str) -> None:
     work = Prefix.load(path)
-    os.environ |= {
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{work.threads - 1}" if work.threads > 1 else "0",
-        "OMP_NUM_THREADS": str(work.threads),
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    use_all_cores(work.threads)
     import vllm
 
     llm = vllm.LLM(
