@@ -28,8 +28,12 @@ print(torch.equal(attend(100), before))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
-@pytest.mark.skipif(training_library.library() is None, reason="no compiler, or no wide vectors")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the address space is read from /proc and bounded by RLIMIT_AS, which Linux has"
+)
+@pytest.mark.skipif(
+    training_library.library() is None, reason="without a C++ compiler or AVX2 there are no compiled loops to test: torch's run"
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_lack_of_memory_is_told_and_survived(threads):
     program = PROGRAM.replace("THREADS", str(threads))

@@ -17,7 +17,9 @@ from armillary.kernels.gated import gated
 from armillary.kernels.norm import rms_norm
 from armillary.kernels.rope import apply_rope, rope_angles
 
-pytestmark = pytest.mark.skipif(training_library.library() is None, reason="no compiler, or no wide vectors")
+pytestmark = pytest.mark.skipif(
+    training_library.library() is None, reason="without a C++ compiler or AVX2 there are no compiled loops to test: torch's run"
+)
 
 
 @pytest.fixture(params=["native, 1 thread", "native, 2 threads", "avx2, 2 threads"], autouse=True)
