@@ -27,16 +27,8 @@ def failure(event: Event) -> APIError | None:
     return None
 
 
-class Answer(Protocol):
-    """What the endpoints need of a kind of answer."""
-
-    def chunks(self, choice: int, event: Event) -> Iterator[Json]:
-        """The stream's objects for one event."""
-        ...
-
-    def usage_chunk(self) -> Json | None:
-        """The stream's last object, when it was asked for."""
-        ...
+class WholeAnswer(Protocol):
+    """An answer that is told when it is complete."""
 
     def add(self, choice: int, event: Event) -> None:
         """Keep an event for `result`."""
@@ -44,6 +36,18 @@ class Answer(Protocol):
 
     def result(self) -> Json:
         """The whole answer."""
+        ...
+
+
+class Answer(WholeAnswer, Protocol):
+    """One that may be told in chunks too."""
+
+    def chunks(self, choice: int, event: Event) -> Iterator[Json]:
+        """The stream's objects for one event."""
+        ...
+
+    def usage_chunk(self) -> Json | None:
+        """The stream's last object, when it was asked for."""
         ...
 
 

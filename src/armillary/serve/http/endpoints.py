@@ -15,7 +15,7 @@ from armillary.serve.http.body import Body, read_body
 from armillary.serve.http.schemas.chat import ChatBody
 from armillary.serve.http.schemas.completions import CompletionBody
 from armillary.serve.http.schemas.tokens import DetokenizeBody, TokenizeBody
-from armillary.serve.http.sse import EventStream, whole
+from armillary.serve.http.sse import ChunkWire, EventStream, whole
 from armillary.serve.request import SamplingParams
 from armillary.serve.service import Service
 from armillary.serve.streams import AsyncStream
@@ -45,7 +45,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         service.check_model(model_id)
         return model_card()
 
-    @routes.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
+    @routes.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
     async def chat(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, ChatBody, max_body_bytes)
@@ -66,7 +66,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         stream = service.start(answer.id, [prompt], [sampling], n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
         return await _respond(request, body, stream, answer)
 
-    @routes.post("/v1/completions", openapi_extra=_documented(CompletionBody))
+    @routes.post("/v1/completions", openapi_extra=documented(CompletionBody))
     async def completions(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, CompletionBody, max_body_bytes)
@@ -88,7 +88,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
         return await _respond(request, body, stream, answer)
 
-    @routes.post("/tokenize", openapi_extra=_documented(TokenizeBody))
+    @routes.post("/tokenize", openapi_extra=documented(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_body(request, TokenizeBody, max_body_bytes)
         service.check_model(body.model)
@@ -102,7 +102,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         strings = [service.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": service.context, "tokens": ids, "token_strs": strings}
 
-    @routes.post("/detokenize", openapi_extra=_documented(DetokenizeBody))
+    @routes.post("/detokenize", openapi_extra=documented(DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, Any]:
         body = await read_body(request, DetokenizeBody, max_body_bytes)
         service.check_model(body.model)
@@ -116,8 +116,8 @@ async def _respond(
     request: Request, body: ChatBody | CompletionBody, stream: AsyncStream, answer: ChatAnswer | CompletionAnswer
 ) -> Response:
     answer.requests = stream.requests
-    headers = {"x-request-id": answer.id, **_ignored(body)}
-    return EventStream(stream, answer, headers) if body.stream else await whole(request, stream, answer, headers)
+    headers = {"x-request-id": answer.id, **ignored(body)}
+    return EventStream(stream, ChunkWire(answer), headers) if body.stream else await whole(request, stream, answer, headers)
 
 
 def _prompts(service: Service, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
@@ -134,11 +134,12 @@ def _prompts(service: Service, body: CompletionBody) -> tuple[list[tuple[int, ..
     return prompts, echoes
 
 
-def _ignored(body: Body) -> dict[str, str]:
+def ignored(body: Body) -> dict[str, str]:
+    """The response header that names the fields which changed nothing."""
     return {"x-armillary-ignored": ", ".join(body.ignored)} if body.ignored else {}
 
 
-def _documented(schema: type[Body]) -> dict[str, Any]:
+def documented(schema: type[Body]) -> dict[str, Any]:
     """The body's JSON schema for /openapi.json, which FastAPI cannot see because the body is bounded before it is parsed."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema.model_json_schema())}}}}
 

@@ -1,4 +1,4 @@
-"""Every failure as an OpenAI error body with the right status."""
+"""Every failure as an error body with the right status: OpenAI's, or Anthropic's below its own endpoint."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from armillary.serve.service import ContextError
 log = logging.getLogger("armillary.http")
 
 RETRY_AFTER_SECONDS = 1
+ANTHROPIC_PATH = "/v1/messages"
 
 
 class APIError(Exception):
@@ -37,8 +38,18 @@ class APIError(Exception):
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
         self.headers = dict(headers or {})
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer to a request of `path`: in OpenAI's shape, or in Anthropic's below its own endpoint."""
+        body = anthropic_body(self) if path.startswith(ANTHROPIC_PATH) else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
+
+
+def anthropic_body(error: APIError) -> dict[str, Any]:
+    """`{"type": "error", "error": {type, message}}`, with Anthropic's name for the status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+    kinds |= {408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error", 529: "overloaded_error"}
+    kind = kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.body["error"]["message"]}}
 
 
 def as_api_error(error: BaseException) -> APIError:
@@ -67,10 +78,10 @@ def as_api_error(error: BaseException) -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Make every exception that leaves an endpoint an OpenAI error body."""
+    """Make every exception that leaves an endpoint an error body of the endpoint's own API."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.url.path)
 
     for kind in (APIError, ArmillaryError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

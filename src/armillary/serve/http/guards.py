@@ -33,13 +33,13 @@ class HostGuard:
                     type="permission_error",
                     code="host_not_allowed",
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class KeyGuard:
-    """Asks for `Authorization: Bearer KEY` everywhere but on `open_paths` and below `open_prefixes`."""
+    """Asks for `Authorization: Bearer KEY`, or `x-api-key: KEY`, everywhere but on `open_paths` and below `open_prefixes`."""
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str] = (), open_prefixes: Collection[str] = ()) -> None:
         self._app = app
@@ -50,6 +50,8 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope["path"]):
             scheme, _, key = _header(scope, b"authorization").partition(b" ")
+            if not key:  # as Anthropic's clients send it
+                scheme, key = b"bearer", _header(scope, b"x-api-key")
             # Compared in constant time: how long it takes tells nothing of how much of the key was right.
             if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
                 problem = "no API key given" if not key else "the API key is wrong"
@@ -60,7 +62,7 @@ class KeyGuard:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from armillary.serve.http.answers import Answer, failure
+from armillary.serve.http.answers import Answer, WholeAnswer, failure
+from armillary.serve.http.errors import APIError
+from armillary.serve.request import Event
 from armillary.serve.streams import AsyncStream
 
 DONE = b"data: [DONE]\n\n"
@@ -22,6 +24,44 @@ WRITE_TIMEOUT_SECONDS = 60.0  # how long a client may leave an answer unread
 def frame(data: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(data) + b"\n\n"
+
+
+def named_frame(data: Mapping[str, Any]) -> bytes:
+    """One server-sent event under the name of its `type`."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + frame(data)
+
+
+class Wire(Protocol):
+    """How an answer looks as a stream of server-sent events."""
+
+    def event(self, choice: int, event: Event) -> bytes:
+        """What one event of one choice adds; b"" for nothing."""
+        ...
+
+    def end(self) -> bytes:
+        """What follows the last event."""
+        ...
+
+    def failed(self, error: APIError) -> bytes:
+        """The end of an answer that fails."""
+        ...
+
+
+class ChunkWire:
+    """The stream of both completions: unnamed chunks, then `[DONE]`."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def event(self, choice: int, event: Event) -> bytes:
+        return b"".join(frame(chunk) for chunk in self._answer.chunks(choice, event))
+
+    def end(self) -> bytes:
+        usage = self._answer.usage_chunk()
+        return (frame(usage) if usage is not None else b"") + DONE
+
+    def failed(self, error: APIError) -> bytes:
+        return frame(error.body) + DONE
 
 
 async def _cancel_when_gone(receive: Receive, stream: AsyncStream) -> None:
@@ -42,7 +82,7 @@ async def cancelled_with_client(receive: Receive, stream: AsyncStream) -> AsyncI
 
 
 class EventStream(Response):
-    """A `text/event-stream` of an answer's chunks, ended by `[DONE]`.
+    """An answer as `text/event-stream`; `wire` says what its events look like.
 
     Everything that piled up since the last write goes out as one write. `send` waits while the client reads slowly;
     the engine does not: what it adds meanwhile is bounded by the requests' `max_tokens`, and a client that reads
@@ -51,11 +91,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: AsyncStream, answer: Answer, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, stream: AsyncStream, wire: Wire, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._stream = stream
-        self._answer = answer
+        self._wire = wire
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with cancelled_with_client(receive, self._stream):
@@ -72,16 +112,15 @@ class EventStream(Response):
             for choice, event in batch:
                 error = failure(event)
                 if error is not None:
-                    yield b"".join([*frames, frame(error.body), DONE])
+                    yield b"".join([*frames, self._wire.failed(error)])
                     return
-                frames += [frame(chunk) for chunk in self._answer.chunks(choice, event)]
-            if frames:
+                frames.append(self._wire.event(choice, event))
+            if any(frames):
                 yield b"".join(frames)
-        usage = self._answer.usage_chunk()
-        yield (frame(usage) if usage is not None else b"") + DONE
+        yield self._wire.end()
 
 
-async def whole(request: Request, stream: AsyncStream, answer: Answer, headers: Mapping[str, str] | None = None) -> Response:
+async def whole(request: Request, stream: AsyncStream, answer: WholeAnswer, headers: Mapping[str, str] | None = None) -> Response:
     """The complete answer as one JSON object. Raises `APIError` when a choice failed."""
     async with cancelled_with_client(request.receive, stream):
         async for batch in stream.batches():

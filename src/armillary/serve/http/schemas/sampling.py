@@ -1,4 +1,4 @@
-"""The sampling fields that chat and text completions share: OpenAI's, and vLLM's extras at the top level."""
+"""The sampling fields that the generating endpoints share: OpenAI's, and vLLM's extras at the top level."""
 
 from __future__ import annotations
 
@@ -23,22 +23,12 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SamplingBody(Body):
-    """`temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch those filters off."""
+class DrawingBody(Body):
+    """How tokens are drawn. `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch those filters off."""
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (False,),
-        "service_tier": ("auto", "default"),
-        "best_of": (),
-        "suffix": (),
-    }
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
 
     model: str | None = Field(None, max_length=512)
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=MAX_TOKENS)
@@ -99,3 +89,19 @@ class SamplingBody(Body):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+class SamplingBody(DrawingBody):
+    """What both completions add: several choices, streams with usage, a bound on the answer."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "best_of": (),
+        "suffix": (),
+    }
+
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
