@@ -1,4 +1,4 @@
-"""Sizes, durations and counts are written so that they can be read back, and only sizes are read."""
+"""Sizes, durations and counts are written so that they can be read back; sizes and durations are."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def test_parse_bytes_knows_decimal_and_binary_units(text: str | int, size: int) 
 def test_parse_bytes_refuses_what_is_not_a_size(text: object) -> None:
     with pytest.raises(InputError):
         units.parse_bytes(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"),
+    [("50ms", 50_000_000), (" 1.5 S ", 1_500_000_000), ("2min", 120 * 10**9), ("1 h", 3600 * 10**9), ("7us", 7_000), ("0 ns", 0), (9, 9)],
+)
+def test_parse_duration_knows_its_units(text: str | int, ns: int) -> None:
+    assert units.parse_duration(text) == ns
+
+
+@pytest.mark.parametrize("text", ["", "5", "ms", "-1s", "1e3 s", "5 sec", "nan s", -1, 2**63, "9" * 20 + "h", True, 1.5, None, "1\u0663s"])
+def test_parse_duration_refuses_what_is_not_a_duration(text: object) -> None:
+    with pytest.raises(InputError):
+        units.parse_duration(text)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 59 * units.S))
+def test_a_formatted_duration_below_a_minute_reads_back_to_three_digits(ns: int) -> None:
+    assert units.parse_duration(units.format_duration(ns)) == pytest.approx(ns, rel=0.006)
 
 
 @given(st.integers(0, 2**63 - 1))

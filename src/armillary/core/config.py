@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
-from armillary.core.units import parse_bytes
+from armillary.core.units import parse_bytes, parse_duration
 
 MAX_FILE_BYTES: Final = 1_000_000
 RESERVED: Final = frozenset({"HOME", "NATIVE"})
@@ -26,6 +26,9 @@ RESERVED: Final = frozenset({"HOME", "NATIVE"})
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 """A size in a config: `"2GB"`, `"512 MiB"` or an int."""
+
+Duration = Annotated[int, BeforeValidator(parse_duration)]
+"""A duration in a config, in ns: `"50ms"`, `"1.5 s"` or an int of ns."""
 
 
 class Config(BaseModel):

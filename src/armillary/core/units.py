@@ -25,6 +25,7 @@ MINUTE: Final = 60 * S
 HOUR: Final = 60 * MINUTE
 
 MAX_BYTES: Final = 2**63 - 1
+MAX_DURATION: Final = 2**63 - 1  # ns
 
 _BYTE_UNITS: Final = {
     "": 1, "b": 1,
@@ -32,6 +33,8 @@ _BYTE_UNITS: Final = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "pib": 2**50,
 }  # fmt: skip
 _BYTES: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-z]{0,3})", re.IGNORECASE | re.ASCII)
+_TIME_UNITS: Final = {"ns": NS, "us": US, "ms": MS, "s": S, "min": MINUTE, "h": HOUR}
+_TIME: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-z]{1,3})", re.IGNORECASE | re.ASCII)
 _SI: Final = ((10**18, "E"), (10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, ""))
 _COUNT: Final = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
 _SYMBOLS: Final = frozenset({"B", "b", "bit", "FLOP", "OP"})
@@ -56,6 +59,25 @@ def parse_bytes(value: str | int) -> int:
     if not 0 <= size <= MAX_BYTES:
         raise InputError(f"a size of {size} bytes is out of bounds", f"give between 0 and {MAX_BYTES} bytes")
     return size
+
+
+def parse_duration(value: str | int) -> int:
+    """ns from `"50ms"`, `"1.5 s"`, `"2min"`, or an int of ns; a string must name its unit.
+
+    Raises InputError for anything else, for negative durations and for those over 2^63 - 1 ns.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        duration = value
+    else:
+        match = _TIME.fullmatch(value.strip()) if isinstance(value, str) else None
+        unit = _TIME_UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "..."
+            raise InputError(f"{shown} is not a duration", "write a number with a unit, such as 50ms, 1.5s or 2min")
+        duration = round(Decimal(match[1]) * unit)
+    if not 0 <= duration <= MAX_DURATION:
+        raise InputError(f"a duration of {duration} ns is out of bounds", f"give between 0 and {MAX_DURATION} ns")
+    return duration
 
 
 def format_bytes(size: float) -> str:
