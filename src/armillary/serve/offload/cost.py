@@ -1,0 +1,172 @@
+"""What a policy costs: FlexGen's model of a layer's time and of each tier's peak memory, as its authors shipped and fitted it.
+
+Every quantity is affine in the nine fractions of a policy, and is kept so: the same rows price a policy and are the constraints of the
+linear program. The shipped model differs from the paper's formula T = max(...): the same link is used by two of its terms one after another.
+
+    Tpre = max(ctog + dtoc, gtoc + ctod, compute)          a layer, all prompts
+    Tgen = ctog + max(gtoc, dtoc, ctod, compute)           a layer, one token of each sequence
+    T    = l (Tpre + (n - 1) Tgen)
+
+Source: Sheng et al., "FlexGen" (ICML 2023), section 4.3 and appendix A.1, and the project's experimental/cost_model.py (constants and maxima).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from armillary.core.errors import InputError
+from armillary.core.units import GIB
+from armillary.serve.offload.policy import Split
+
+FRACTIONS: Final = ("wg", "wc", "wd", "cg", "cc", "cd", "hg", "hc", "hd")
+Row = np.ndarray
+"""[10] float64: a constant, then the coefficients of FRACTIONS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Memory in bytes, bandwidths in B/s, rates in FLOP/s; `_p` in prefill, `_g` in generation. The defaults are FlexGen's fit of a T4."""
+
+    arena: float = 15 * GIB
+    ram: float = 204 * GIB
+    disk: float = 1500 * GIB
+    margin: float = 0.8  # share of each that a plan may fill
+    ram_to_arena: float = 12.89 * GIB
+    arena_to_ram_cache: float = 0.97 * GIB
+    arena_to_ram_hidden: float = 4.82 * GIB
+    disk_to_ram: float = 0.473 * GIB
+    ram_to_disk_cache_p: float = 0.746 * GIB
+    ram_to_disk_hidden_p: float = 2.015 * GIB
+    ram_to_disk_g: float = 2.015 * GIB
+    products_p: float = 21.24e12
+    products_g: float = 4.3e12
+    attention_p: float = 9.97e12
+    attention_g: float = 0.079e12
+    cpu: float = 0.0123e12
+
+
+T4: Final = Hardware()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A block of `block` sequences in batches of `batch`: prompts of `prompt` tokens, `answer` new ones each, by an OPT of this shape in fp16."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    prompt: int
+    answer: int
+    block: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.block % self.batch:
+            raise InputError(f"a block of {self.block} sequences in batches of {self.batch}", "make it a whole number of batches")
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of a layer: four attention and two MLP matrices."""
+        return 8 * self.hidden**2 + 4 * self.hidden * self.inner
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a policy costs: seconds of a layer and of the whole block, tokens a second, and bytes of each tier's peak."""
+
+    prefill: float
+    generation: float
+    total: float
+    throughput: float
+    peaks: Mapping[str, float]
+
+
+def row(constant: float = 0.0, **coefficients: float) -> Row:
+    found = np.zeros(1 + len(FRACTIONS))
+    found[0] = constant
+    for name, value in coefficients.items():
+        found[1 + FRACTIONS.index(name)] = value
+    return found
+
+
+def prefill_rows(work: Work, hardware: Hardware) -> list[Row]:
+    """Seconds of a layer over all prompts: the largest counts."""
+    s, h, bls, wi = work.prompt, work.hidden, work.block, work.layer_bytes
+    state, cache = 2 * s * h * bls, 4 * (s + 1) * h * bls
+    to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
+    to_ram = row(cc=cache, cd=cache) / hardware.arena_to_ram_cache + row(hc=state, hd=state) / hardware.arena_to_ram_hidden
+    from_disk = row(wd=wi, hd=state) / hardware.disk_to_ram
+    to_disk = row(cd=cache) / hardware.ram_to_disk_cache_p + row(hd=state) / hardware.ram_to_disk_hidden_p
+    compute = row(bls * (8 * s * h**2 + 4 * s * h * work.inner) / hardware.products_p + 4 * bls * s**2 * h / hardware.attention_p)
+    return [to_arena + from_disk, to_ram + to_disk, compute]
+
+
+def generation_rows(work: Work, hardware: Hardware) -> list[Row]:
+    """Seconds of a layer over one token of every sequence: the largest counts. Keys that are not in the arena are attended to by the CPU."""
+    h, bls, wi = work.hidden, work.block, work.layer_bytes
+    state, cached = 2 * h * bls, 4 * bls * (work.prompt + work.answer / 2) * h
+    to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
+    to_ram = row(hc=state, hd=state) / hardware.arena_to_ram_hidden
+    from_disk = row(cd=cached, hd=state) / hardware.disk_to_ram + row(wd=wi) / (0.95 * hardware.disk_to_ram)
+    to_disk = row(cd=4 * bls * h, hd=state) / hardware.ram_to_disk_g
+    products = row(bls * (8 * h**2 + 4 * h * work.inner) / hardware.products_g)
+    on_cpu = cached / (hardware.cpu * _cpu_share(work))
+    return [
+        to_arena + other for other in (to_ram, from_disk, to_disk, products + row(cg=cached / hardware.attention_g, cc=on_cpu, cd=on_cpu))
+    ]
+
+
+def peak_rows(work: Work, hardware: Hardware) -> dict[str, tuple[Row, float]]:
+    """Bytes at the peak of each tier and phase, and what they may be: what lives there, and buffers of what passes through."""
+    s, n, layers, h, h2, heads = work.prompt, work.answer, work.layers, work.hidden, work.inner, work.heads
+    bls, gbs, wi = work.block, work.batch, work.layer_bytes
+    whole = s + n
+    arena, ram, disk = (hardware.margin * size for size in (hardware.arena, hardware.ram, hardware.disk))
+    inside_p = gbs * (8 * s * h + 2 * s * h + 2 * heads * s**2 + 2 * s * h + 4 * s * h + 2 * s * h2 + 2 * s * h)
+    inside_g = row(gbs * (8 * h + 4 * h + 2 * h2 + 2 * h), cg=gbs * (4 * h + 4 * whole * h + 2 * heads * whole))
+    arena_p = row(
+        inside_p + 2 * wi + 2 * s * h * gbs, wg=wi * layers - 2 * wi, hg=2 * s * h * bls - 2 * s * h * gbs, cg=4 * whole * h * bls * layers
+    )
+    arena_g = inside_g + row(
+        2 * wi + 2 * h * gbs, wg=wi * layers - 2 * wi, hg=2 * h * bls - 2 * h * gbs, cg=4 * whole * h * bls * layers + 4 * gbs * whole * h
+    )
+    ram_p = row(wi + 2 * s * h * gbs, wg=-wi, hg=-2 * s * h * gbs, wc=wi * layers, hc=2 * s * h * bls, cc=4 * s * h * bls * layers)
+    ram_g = row(
+        2 * heads * whole * gbs + 2 * h * gbs,
+        wc=wi * layers,
+        hc=2 * h * bls,
+        cc=4 * whole * h * bls * layers,
+        wd=wi,
+        hd=4 * h * gbs,
+        cd=8 * whole * h * gbs,
+    )
+    on_disk = row(wd=wi * layers, hd=2 * s * h * bls, cd=4 * whole * h * bls * layers)
+    return {
+        "arena, prefill": (arena_p, arena),
+        "arena, generation": (arena_g, arena),
+        "RAM, prefill": (ram_p, ram),
+        "RAM, generation": (ram_g, ram),
+        "disk": (on_disk, disk),
+    }
+
+
+def price(work: Work, weights: Split, cache: Split, hidden: Split, hardware: Hardware = T4) -> Price:
+    """What the model says of a policy. Peaks may exceed the hardware: see `peak_rows`."""
+    at = np.array([1.0, *weights.shares, *cache.shares, *hidden.shares])
+    prefill = max(float(one @ at) for one in prefill_rows(work, hardware))
+    generation = max(float(one @ at) for one in generation_rows(work, hardware))
+    total = work.layers * (prefill + (work.answer - 1) * generation)
+    peaks = {name: float(used @ at) for name, (used, _) in peak_rows(work, hardware).items()}
+    return Price(prefill, generation, total, work.block * work.answer / total, peaks)
+
+
+def _cpu_share(work: Work) -> float:
+    """FlexGen's fit of how the CPU's attention slows down for small batches and narrow models."""
+    a, b = max(0.0, math.log2(64 / work.batch)), max(0.0, math.log2(4096 / work.hidden))
+    return max(0.1, 1 + 0.0168 * a * b - 0.0328 * a - 0.0621 * b)
