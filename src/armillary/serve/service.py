@@ -19,6 +19,7 @@ from armillary.serve.admission import known_tokens
 from armillary.serve.request import Event, Request, SamplingParams
 from armillary.serve.streams import AsyncStream, BlockingStream, LoopBridge, Observer
 from armillary.serve.text import TextStream
+from armillary.serve.tool_turns import for_template
 
 if TYPE_CHECKING:
     from armillary.models.load import LoadedModel
@@ -71,15 +72,16 @@ class Service:
 
     # Text to tokens
 
-    def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The prompt that the model's chat template makes of `messages`, ready for the assistant's turn."""
+    def chat_tokens(self, messages: Sequence[Message], *, prefill: str = "") -> tuple[int, ...]:
+        """The prompt that the model's chat template makes of `messages`, ready for the assistant's turn, which begins with `prefill`."""
         template = self.loaded.chat_template
         if template is None:
             raise InputError(
                 f"model {self.model_name!r} has no chat template", "use /v1/completions, or a model tuned for chat", field="messages"
             )
         # The template writes the model's special tokens itself, so the tokenizer must not add another BOS.
-        return tuple(self.tokenizer.encode(template.render([dict(message) for message in messages]), special=False))
+        shown = for_template([dict(message) for message in messages], template.source)
+        return tuple(self.tokenizer.encode(template.render(shown) + prefill, special=False))
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The tokens of plain text, with the model's BOS where it wants one."""

@@ -11,8 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
 from armillary.core.errors import InputError
-from armillary.serve.http import errors
-from armillary.serve.http.endpoints import router
+from armillary.serve.http import endpoints, errors, messages, responses
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.guards import LOOPBACK_HOSTS, HostGuard, KeyGuard
 from armillary.serve.http.metrics import Metrics
@@ -46,7 +45,8 @@ def create_app(
     errors.install(app)
     metrics = Metrics(service, vllm_names=vllm_metrics)
     service.observer = metrics
-    app.include_router(router(service, max_body_bytes))
+    for endpoints_of in (endpoints, responses, messages):
+        app.include_router(endpoints_of.router(service, max_body_bytes))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -34,6 +34,10 @@ def named_frame(data: Mapping[str, Any]) -> bytes:
 class Wire(Protocol):
     """How an answer looks as a stream of server-sent events."""
 
+    def begin(self) -> bytes:
+        """What is sent before the first token is known."""
+        ...
+
     def event(self, choice: int, event: Event) -> bytes:
         """What one event of one choice adds; b"" for nothing."""
         ...
@@ -52,6 +56,9 @@ class ChunkWire:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
+
+    def begin(self) -> bytes:
+        return b""
 
     def event(self, choice: int, event: Event) -> bytes:
         return b"".join(frame(chunk) for chunk in self._answer.chunks(choice, event))
@@ -107,6 +114,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _payloads(self) -> AsyncIterator[bytes]:
+        if begin := self._wire.begin():
+            yield begin
         async for batch in self._stream.batches():
             frames: list[bytes] = []
             for choice, event in batch:

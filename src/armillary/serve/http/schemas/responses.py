@@ -1,0 +1,91 @@
+"""`POST /v1/responses`: what may be said, with or without the conversation that a stored response remembers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from armillary.serve.http.schemas.items import item
+from armillary.serve.http.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, DrawingBody
+
+MAX_ITEMS = 4096
+LOGPROBS = "message.output_text.logprobs"
+MAX_METADATA = 16
+
+Key = Annotated[str, Field(max_length=64)]
+Note = Annotated[str, Field(max_length=512)]
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    type: Literal["text"]
+
+
+class TextConfig(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    format: TextFormat = TextFormat(type="text")
+
+
+class ResponsesBody(DrawingBody):
+    """`input` is a string (one user message) or items; the answer may run to the end of the context unless `max_output_tokens` bounds it."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "max_tool_calls": (),
+        "reasoning": ({},),
+        "truncation": ("disabled",),
+        "stream_options": ({"include_obfuscation": False},),
+        "service_tier": ("auto", "default"),
+        "conversation": (),
+        "prompt": (),
+        "moderation": (),
+        "context_management": ([],),
+        "image": (),
+        "access_programs": (),
+        "n": (1,),
+        "max_tokens": (),
+        "max_completion_tokens": (),
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
+    )
+
+    input: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_ITEMS)
+    instructions: str | None = None
+    previous_response_id: str | None = Field(None, max_length=128)
+    store: bool = True
+    background: bool = False
+    stream: bool = False
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list, max_length=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    text: TextConfig = TextConfig()
+    metadata: dict[Key, Note] = Field(default_factory=dict, max_length=MAX_METADATA)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _items(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"type": "message", "role": "user", "content": value}]
+        if not isinstance(value, list):
+            raise ValueError("send a string or a list of items")
+        if len(value) > MAX_ITEMS:
+            raise ValueError(f"{len(value)} items: send at most {MAX_ITEMS}")
+        return [item(index, given) for index, given in enumerate(value)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.top_logprobs and not self.include:
+            raise ValueError(f'top_logprobs needs include: ["{LOGPROBS}"]')
+        if self.background and self.stream:
+            raise ValueError("background and stream exclude each other here: ask for the response's state with GET instead")
+        if self.background and not self.store:
+            raise ValueError("background needs store: true, or nobody could ask for the response")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.include else None
