@@ -1,0 +1,30 @@
+"""Closed forms of The Tail at Scale and of DistServe, against the published numbers."""
+
+import pytest
+
+from armillary.core.errors import InputError
+from armillary.serve.fleet.queueing import any_slow, first_token, first_token_pipelined, first_token_sharded, hedged_share
+
+
+def test_rare_slowness_adds_up():
+    assert any_slow(100, 0.01) == pytest.approx(0.634, abs=5e-4)  # p99 of one of a hundred leaves
+    assert any_slow(2000, 0.0001) == pytest.approx(0.18, abs=2e-3)
+    assert any_slow(1, 0.3) == pytest.approx(0.3)
+
+
+def test_hedging_at_a_percentile_costs_what_lies_beyond_it():
+    waits = [float(wait) for wait in range(1, 1001)]
+    assert hedged_share(waits, 950.0) == 0.05
+    assert hedged_share(waits, 1000.0) == 0.0
+
+
+@pytest.mark.parametrize(("rate", "plain", "pipelined", "sharded"), [(2, 0.1125, 0.1028, 0.0627), (8, 0.3000, 0.1167, 0.0850)])
+def test_distserves_times_to_first_token(rate, plain, pipelined, sharded):
+    assert first_token(0.1, rate) == pytest.approx(plain, abs=5e-5)
+    assert first_token_pipelined(0.1, rate) == pytest.approx(pipelined, abs=5e-5)
+    assert first_token_sharded(0.1, rate, 1.7) == pytest.approx(sharded, abs=5e-5)
+
+
+def test_a_queue_without_an_end_is_refused():
+    with pytest.raises(InputError, match="stay under 10 a second"):
+        first_token(0.1, 10)
