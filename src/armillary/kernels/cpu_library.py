@@ -94,7 +94,7 @@ class CBatch(ctypes.Structure):
         ("tokens", ctypes.c_int32),
         ("sequences", ctypes.c_int32),
         ("sampled", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("adapters", ctypes.c_int32),
         ("token", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("sequence", ctypes.c_void_p),
@@ -102,7 +102,13 @@ class CBatch(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("peak", ctypes.c_void_p),
         ("best", ctypes.c_void_p),
+        ("adapter", ctypes.c_void_p),
+        ("adapter_of", ctypes.c_void_p),
     )
+
+
+class CLowRank(ctypes.Structure):
+    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int32), ("scale", ctypes.c_float))
 
 
 def flags() -> tuple[str, ...]:
@@ -127,9 +133,9 @@ def library() -> ctypes.CDLL | None:
     lib.arm_sample.argtypes = [
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_float, ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_double,
     ]  # fmt: skip
-    sizes = (ctypes.c_int32 * 6)()
+    sizes = (ctypes.c_int32 * 7)()
     lib.arm_struct_sizes(sizes)
-    ours = [ctypes.sizeof(c) for c in (CWeight, CLayer, CModel, CBatch, CSequence, CCache)]
+    ours = [ctypes.sizeof(c) for c in (CWeight, CLayer, CModel, CBatch, CSequence, CCache, CLowRank)]
     if list(sizes) != ours:
         raise RuntimeError(f"cpu/step.cpp and cpu_library.py disagree on the structs' sizes: {list(sizes)} against {ours}")
     return lib

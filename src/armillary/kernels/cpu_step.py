@@ -19,6 +19,7 @@ from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, CapacityError, FormatError, InputError
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
+from armillary.kernels.low_rank import Layer, PackedLowRank
 from armillary.kernels.packed_weight import Arena, PackedWeight, interleaved_rows
 
 
@@ -266,13 +267,29 @@ class DecoderStep:
         self._lib.arm_engine_phases(self._handle, found)
         return dict(zip(PHASES, found, strict=True))
 
+    def pack_adapter(self, layers: Sequence[Layer]) -> PackedLowRank:
+        """An adapter laid out for `forward`. Raises InputError for one of another model."""
+        model = self.model
+        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        hidden, inner = model.hidden, model.intermediate
+        shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)]
+        return PackedLowRank(layers, shapes, len(model.layers))
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Tensor], rows: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        tables: Sequence[Tensor],
+        rows: Tensor,
+        adapters: Sequence[PackedLowRank | None] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute a flat batch; logits of `rows` (fp32 [len(rows), vocabulary]), each row's peak (NaN if any is NaN) and its token.
 
         tokens, positions: int32 [tokens]; sequence i owns the next `counts[i]` rows, its first at position `starts[i]`, and
-        `tables[i]` (int32) holds its block table; rows: int32 indices into the batch.
+        `tables[i]` (int32) holds its block table; rows: int32 indices into the batch. `adapters[i]`, from `pack_adapter`, is
+        sequence i's; sequences without one compute as if nobody had any, to the bit.
         The logits are a view of a buffer that the next call overwrites. Raises InputError for an index out of its range,
         which the kernel would follow into memory that is not its own, and ArmillaryError while another thread is inside.
         """
@@ -290,24 +307,35 @@ class DecoderStep:
             row += count
         if row != tokens.shape[0] or row != positions.shape[0]:
             raise InputError(f"the sequences have {row} tokens, the batch {tokens.shape[0]} and {positions.shape[0]} positions")
+        if any(adapters) and len(adapters) != len(starts):
+            raise InputError(f"{len(adapters)} adapters for {len(starts)} sequences", "give one each, or None")
         if not self._busy.acquire(blocking=False):
             raise ArmillaryError("this DecoderStep is computing another thread's batch", "give each thread a DecoderStep of its own")
         try:
-            return self._forward(tokens, positions, sequences, rows)
+            return self._forward(tokens, positions, sequences, rows, adapters)
         finally:
             self._busy.release()
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, sequences: ctypes.Array[CSequence], rows: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        sequences: ctypes.Array[CSequence],
+        rows: Tensor,
+        adapters: Sequence[PackedLowRank | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[0] > self._logits.shape[0]:
             self._logits = torch.empty(rows.shape[0], self.model.vocabulary)
         logits, peak, best = self._logits[: rows.shape[0]], torch.empty(rows.shape[0]), torch.empty(rows.shape[0], dtype=torch.int32)
+        distinct = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+        index = {adapter: number for number, adapter in enumerate(distinct)}
+        addresses = (ctypes.c_void_p * len(distinct))(*(adapter.address for adapter in distinct))
+        adapter_of = (ctypes.c_int32 * len(adapters))(*(-1 if adapter is None else index[adapter] for adapter in adapters))
         batch = CBatch(
             tokens.shape[0],
             len(sequences),
             rows.shape[0],
-            0,
+            len(distinct),
             tokens.data_ptr(),
             positions.data_ptr(),
             ctypes.addressof(sequences),
@@ -315,6 +343,8 @@ class DecoderStep:
             logits.data_ptr(),
             peak.data_ptr(),
             best.data_ptr(),
+            ctypes.addressof(addresses),
+            ctypes.addressof(adapter_of),
         )
         if not self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch)):
             raise CapacityError(f"no memory for the buffers of a batch of {tokens.shape[0]:,} tokens", "lower max_batch_tokens")

@@ -16,6 +16,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "low_rank.h"
 #include "pool.h"
 #include "wide.h"
 
@@ -49,7 +50,7 @@ struct Model {
 };
 
 struct Batch {
-  int32_t tokens, sequences, sampled, reserved;
+  int32_t tokens, sequences, sampled, adapters;
   const int32_t* token;        // [tokens]
   const int32_t* position;     // [tokens]
   const Sequence* sequence;    // [sequences]
@@ -57,6 +58,8 @@ struct Batch {
   float* logits;               // [sampled][vocabulary]
   float* peak;                 // [sampled] the largest logit; NaN when any is NaN
   int32_t* best;               // [sampled] the first token that has it
+  const LowRank* const* adapter;  // [adapters], each [layers][PARTS]
+  const int32_t* adapter_of;      // [sequences] which of them is theirs, -1 for none; not read when there are no adapters
 };
 
 // A block of attention rows, or one segment of a block that threads share.
@@ -70,6 +73,12 @@ struct AttentionItem {
 struct SharedBlock {
   int segments, unfinished;
   size_t partial;  // where in Buffers::partials: [segment][row][merged_width]
+};
+
+// Which rows have which adapter: of the batch, or of the sampled rows.
+struct Adapted {
+  std::vector<int> adapter_of;      // of each row, -1 for none; empty where no row has any
+  std::vector<LowRankRows> blocks;  // rows of one adapter, a few at a time
 };
 
 // Memory that starts on a cache line, so that 16 floats are stored into one, and on huge pages where it is large: a tile of
@@ -108,6 +117,9 @@ struct Buffers {
   std::vector<AttentionItem> items;
   std::vector<SharedBlock> shared;
   std::vector<float> partials;
+  Adapted adapted, picked_adapted;
+  int low_rank = 0;        // the largest rank of the batch's adapters, padded
+  std::vector<float> low;  // [rows][3][low_rank] scale * A x of up to three parts of a product
 };
 
 // Where an iteration's time goes, measured on the calling thread: a clock's reading a phase, 7 a layer.
@@ -180,6 +192,13 @@ void find_peak(const float* x, int n, float& peak, int32_t& best) {
   while (best < n - 1 && x[best] != peak) best++;
 }
 
+// The low-rank terms of a product of layer `layer` whose parts begin with `first`; none when `rows` is null.
+struct Terms {
+  const Adapted* rows = nullptr;
+  int layer = 0, first = 0;
+  explicit operator bool() const { return rows; }
+};
+
 struct Run {
   Engine& engine;
   const Model& m;
@@ -229,13 +248,43 @@ struct Run {
     return {{weight ? u.normed.data() : source, to.quants, to.scales, to.sums}, {to.quants, to.scales, to.sums}, is_wide};
   }
 
+  // scale * A x of every row that has an adapter, x being the rows [rows][k] that the product reads. Ends with a barrier.
+  Terms low_rank(Phase phase, const Adapted& rows, int layer, int first, int parts, const float* x, int k) {
+    if (rows.blocks.empty()) return {};
+    const int panels = u.low_rank / 16, each = parts * panels;
+    int begin, end;
+    share((int)rows.blocks.size() * each, thread, threads, begin, end);
+    for (int i = begin; i < end; i++) {
+      const LowRankRows& block = rows.blocks[i / each];
+      const int part = i % each / panels, panel = i % panels;
+      const LowRank& low = b.adapter[block.adapter][(size_t)layer * PARTS + first + part];
+      if (panel * 16 >= low.rank) continue;
+      const float* from[kLowRankRows];
+      f32x16 y[kLowRankRows];
+      for (int r = 0; r < block.count; r++) from[r] = x + (size_t)block.row[r] * k;
+      shrink_rows(low.a + (size_t)panel * k * 16, k, from, block.count, y);
+      for (int r = 0; r < block.count; r++) store(u.low.data() + ((size_t)block.row[r] * 3 + part) * u.low_rank + panel * 16, y[r] * low.scale);
+    }
+    finish(phase);
+    return {&rows, layer, first};
+  }
+
+  // Adds to y, 16 columns from `column` on of part `part` of a product, the low-rank term of row `r`.
+  void add_term(const Terms& terms, int r, int part, int column, f32x16& y) const {
+    const int adapter = terms.rows->adapter_of[r];
+    if (adapter < 0) return;
+    const LowRank& low = b.adapter[adapter][(size_t)terms.layer * PARTS + terms.first + part];
+    if (low.rank) y += expand(low.b + (size_t)column * low.rank, u.low.data() + ((size_t)r * 3 + part) * u.low_rank, low.rank);
+  }
+
   template <class Sink>
   void product(const Weight& w, int tile, const Ready& x, int rows, const Sink& sink) {
     x.is_wide ? multiply_tile_wide(w, tile, x.wide, rows, sink) : multiply_tile(w, tile, x.rows, rows, sink);
   }
 
-  // out = rows W^T + bias, added to what is there when `add`. Ends with a barrier.
-  void multiply(Phase phase, const Weight& w, const Ready& x, int rows, float* out, int stride, bool add) {
+  // out = rows W^T + bias + terms, added to what is there when `add`. Ends with a barrier.
+  void multiply(Phase phase, const Weight& w, const Ready& x, int rows, float* out, int stride, bool add, const Terms& terms = {}) {
+    const int q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim;  // where a product has three parts
     int begin, end;
     share(tiles(w), thread, threads, begin, end);
     for (int t = begin; t < end; t++)
@@ -243,6 +292,10 @@ struct Run {
         if (column >= w.n) return;
         float* to = out + (size_t)r * stride;
         if (w.bias) y += get(w.bias, column, w.n);
+        if (terms) {
+          const int part = terms.first == PART_Q && column >= q ? 1 + (column >= q + kv) : 0;
+          add_term(terms, r, part, column - (part ? q + (part - 1) * kv : 0), y);
+        }
         if (add) y += get(to, column, w.n);
         put(to, column, w.n, y);
       });
@@ -250,7 +303,7 @@ struct Run {
   }
 
   // hidden = activation(gate) * up; the weight holds gate's and up's tiles in turn, 16 (or 48) columns each.
-  void gated(const Weight& w, const Ready& x, int rows) {
+  void gated(const Weight& w, const Ready& x, int rows, const Terms& terms) {
     const int width = tile_width(w), pairs = tiles(w) / 2, n = m.intermediate;
     int begin, end;
     share(pairs, thread, threads, begin, end);
@@ -259,12 +312,14 @@ struct Run {
         const int at = column - width * t;
         if (at >= n) return;
         if (w.bias) y += load(w.bias + column);
+        if (terms) add_term(terms, r, 0, at, y);
         put(u.hidden.data() + (size_t)r * n, at, n, activate(y, m.activation));
       });
       product(w, 2 * t + 1, x, rows, [&](int r, int column, f32x16 y) {
         const int at = column - width * (t + 1);
         if (at >= n) return;
         if (w.bias) y += load(w.bias + column);
+        if (terms) add_term(terms, r, 1, at, y);
         float* to = u.hidden.data() + (size_t)r * n;
         put(to, at, n, y * get(to, at, n));
       });
@@ -357,23 +412,27 @@ struct Run {
     finish(PREPARE);
   }
 
-  // What follows attention in a layer, for `rows` rows of its result and of the residual stream `x`.
-  void after_attention(const Layer& l, const float* attended, int rows, float* x) {
+  // What follows attention in layer `index`, for `rows` rows of its result and of the residual stream `x`.
+  void after_attention(int index, const float* attended, int rows, float* x, const Adapted& adapted) {
+    const Layer& l = m.layer[index];
     const int h = m.hidden;
     const Ready heads = ready(l.o, attended, m.heads * m.head_dim, rows, nullptr);
+    Terms terms = low_rank(O, adapted, index, PART_O, 1, heads.rows.values, l.o.k);
     if (l.post_attention_norm) {
-      multiply(O, l.o, heads, rows, u.qkv.data(), h, false);
+      multiply(O, l.o, heads, rows, u.qkv.data(), h, false, terms);
       add_normed(u.qkv.data(), l.post_attention_norm, rows, x);
     } else {
-      multiply(O, l.o, heads, rows, x, h, true);
+      multiply(O, l.o, heads, rows, x, h, true, terms);
     }
-    gated(l.gate_up, ready(l.gate_up, x, h, rows, l.mlp_norm), rows);
+    const Ready normed = ready(l.gate_up, x, h, rows, l.mlp_norm);
+    gated(l.gate_up, normed, rows, low_rank(GATE_UP, adapted, index, PART_GATE, 2, normed.rows.values, l.gate_up.k));
     const Ready hidden = ready(l.down, u.hidden.data(), m.intermediate, rows, nullptr);
+    terms = low_rank(DOWN, adapted, index, PART_DOWN, 1, hidden.rows.values, l.down.k);
     if (l.post_mlp_norm) {
-      multiply(DOWN, l.down, hidden, rows, u.qkv.data(), h, false);
+      multiply(DOWN, l.down, hidden, rows, u.qkv.data(), h, false, terms);
       add_normed(u.qkv.data(), l.post_mlp_norm, rows, x);
     } else {
-      multiply(DOWN, l.down, hidden, rows, x, h, true);
+      multiply(DOWN, l.down, hidden, rows, x, h, true, terms);
     }
   }
 
@@ -408,15 +467,16 @@ struct Run {
     finish(EMBED);
     for (int i = 0; i < m.layers; i++) {
       const Layer& l = m.layer[i];
-      multiply(QKV, l.qkv, ready(l.qkv, u.x.data(), h, rows, l.attention_norm), rows, u.qkv.data(), qkv_width, false);
+      const Ready normed = ready(l.qkv, u.x.data(), h, rows, l.attention_norm);
+      multiply(QKV, l.qkv, normed, rows, u.qkv.data(), qkv_width, false, low_rank(QKV, u.adapted, i, PART_Q, 3, normed.rows.values, h));
       rope_and_store(l);
       attention(l, next[i]);
       // Of the last layer nobody but the head reads: its other rows end here.
       if (i + 1 < m.layers || b.sampled >= rows) {
-        after_attention(l, u.attended.data(), rows, u.x.data());
+        after_attention(i, u.attended.data(), rows, u.x.data(), u.adapted);
       } else if (b.sampled) {
         pick_sampled();
-        after_attention(l, u.picked_attended.data(), b.sampled, u.picked_x.data());
+        after_attention(i, u.picked_attended.data(), b.sampled, u.picked_x.data(), u.picked_adapted);
       }
     }
     if (b.sampled) {
@@ -438,6 +498,39 @@ void plan_runs(const Model& m, const Batch& b, Buffers& u) {
   const int block_size = m.layer[0].cache.block_size;
   for (int s = 0; s < b.sequences; s++)
     for (int t = 0; t < b.sequence[s].count; u.runs[s]++) t += run_of(b.sequence[s], block_size, b.sequence[s].start + t, b.sequence[s].count - t);
+}
+
+// Sorts `rows` rows, whose adapters `of` gives, into blocks of one adapter each.
+template <class Of>
+void plan_adapters(int rows, int adapters, const Of& of, Adapted& to) {
+  to.adapter_of.clear(), to.blocks.clear();
+  if (!adapters) return;
+  std::vector<int> open(adapters, -1);  // the block of each adapter that still has room
+  for (int r = 0; r < rows; r++) {
+    const int adapter = of(r);
+    to.adapter_of.push_back(adapter);
+    if (adapter < 0) continue;
+    if (open[adapter] < 0 || to.blocks[open[adapter]].count == kLowRankRows) {
+      open[adapter] = (int)to.blocks.size();
+      to.blocks.push_back({adapter, 0, {}});
+    }
+    LowRankRows& block = to.blocks[open[adapter]];
+    block.row[block.count++] = r;
+  }
+}
+
+void plan_adapters(const Model& m, const Batch& b, Buffers& u) {
+  int sequence = 0;
+  plan_adapters(b.tokens, b.adapters, [&](int r) {
+    while (r >= b.sequence[sequence].row + b.sequence[sequence].count) sequence++;
+    return b.adapter_of[sequence];
+  }, u.adapted);
+  plan_adapters(b.sampled, b.adapters, [&](int r) { return u.adapted.adapter_of[b.sampled_row[r]]; }, u.picked_adapted);
+  u.low_rank = 0;
+  for (int a = 0; a < b.adapters; a++)
+    for (int i = 0; i < m.layers * PARTS; i++) u.low_rank = std::max(u.low_rank, padded_rank(b.adapter[a][i].rank));
+  const size_t size = (size_t)std::max(b.tokens, b.sampled) * 3 * u.low_rank;
+  if (size > u.low.size()) u.low.resize(size);
 }
 
 // Attention's work items, the costly first. Small batches get smaller blocks, so that every thread finds some; a block of
@@ -494,8 +587,9 @@ void arm_engine_phases(const void* engine, int64_t out[PHASES]) { memcpy(out, ((
 void arm_engine_destroy(void* engine) { delete (Engine*)engine; }
 
 // Sizes of the structs, so that the caller can check that both sides agree.
-void arm_struct_sizes(int32_t out[6]) {
+void arm_struct_sizes(int32_t out[7]) {
   out[0] = sizeof(Weight), out[1] = sizeof(Layer), out[2] = sizeof(Model), out[3] = sizeof(Batch), out[4] = sizeof(Sequence), out[5] = sizeof(Cache);
+  out[6] = sizeof(LowRank);
 }
 
 // Attention alone, on the calling thread: stores the new keys and values (rows [count][kv_heads][head_dim]) of one
@@ -540,6 +634,7 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
   }
   plan_runs(*model, *batch, u);
   plan_attention(*model, *batch, e.pool.size(), u);
+  plan_adapters(*model, *batch, u);
   std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[model->layers]);
   for (int i = 0; i < model->layers; i++) next[i].store(0, std::memory_order_relaxed);
   e.pool.run([&](int thread) { Run{e, *model, *batch, thread, e.pool.size(), u}(next.get()); });

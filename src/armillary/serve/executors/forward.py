@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from armillary.kernels.low_rank import Layer
 from armillary.kernels.paged_attention import Span
 
-__all__ = ["FlatBatch", "Forward", "Span"]
+__all__ = ["FlatBatch", "Forward", "PackedAdapter", "Span", "TakesAdapters"]
+
+
+class PackedAdapter(Protocol):
+    """An adapter as one `Forward` wants it."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """The tokens of all sequences one after another. `spans` say whose they are, in order; `rows` whose logits are wanted."""
+    """The tokens of all sequences one after another. `spans` say whose they are, in order; `rows` whose logits are wanted.
+
+    `adapters[i]` is what `TakesAdapters.pack_adapter` made of the adapter of span i, or None; all None when there are none.
+    """
 
     tokens: Sequence[int]
     positions: Sequence[int]
     spans: Sequence[Span]
     rows: Sequence[int]
+    adapters: Sequence[PackedAdapter | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +65,12 @@ class Forward(Protocol):
     def cache_bytes(self) -> int: ...
 
     def logits(self, batch: FlatBatch) -> Logits: ...
+
+
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """A `Forward` whose batches may have adapters: low-rank terms beside the products, rows of one adapter computed together."""
+
+    def pack_adapter(self, layers: Sequence[Layer]) -> PackedAdapter:
+        """Raises InputError for an adapter of another model."""
+        ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from armillary.core.errors import InputError
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, available
 from armillary.kernels.cpu_step import DecoderStep, StepCache
+from armillary.kernels.low_rank import Layer, PackedLowRank
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.stored import DecoderWeights, Weights
@@ -63,8 +64,12 @@ class NativeForward:
             [span.count for span in spans],
             [_int32(span.blocks) for span in spans],
             _int32(batch.rows),
+            batch.adapters,  # type: ignore[arg-type]  # made by pack_adapter
         )
         return Logits(*found)
+
+    def pack_adapter(self, layers: Sequence[Layer]) -> PackedLowRank:
+        return self.step.pack_adapter(layers)
 
 
 def _int32(values: Sequence[int]) -> Tensor:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armillary.kernels.low_rank import Layer
 from armillary.kernels.packed_linear import choose_library, pack
 from armillary.kernels.paged_attention import PagedAttend, PagedCache
 from armillary.models.decoder import Decoder
 from armillary.serve.executors.forward import FlatBatch, Logits
+from armillary.serve.executors.torch_adapters import Adapted, TorchAdapter
 
 
 class TorchForward:
@@ -33,6 +35,7 @@ class TorchForward:
         self.packed_bytes = pack(model, self.library)
         self.prepared = f"packed in {time.perf_counter() - begin:.2f} s"
         self.decoder = model.eval()
+        self._adapted: Adapted | None = None  # since the first adapter
         self.cache = PagedCache(
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
         )
@@ -47,12 +50,19 @@ class TorchForward:
         device = self.decoder.embed_tokens.weight.device
         tokens, positions = _index(batch.tokens).to(device), _index(batch.positions).to(device)
         attend = PagedAttend(self.cache, batch.spans)
+        if self._adapted is not None:
+            self._adapted.choose(batch)
         rows = batch.rows
         if not rows:  # chunks that end within their prompts: only the cache is wanted
             self.decoder.hidden(tokens, positions, attend)
             return Logits(torch.empty(0, self.decoder.config.vocab_size))
         every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
         return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
+
+    def pack_adapter(self, layers: Sequence[Layer]) -> TorchAdapter:
+        if self._adapted is None:
+            self._adapted = Adapted(self.decoder)
+        return TorchAdapter(layers, self.decoder.config, self.decoder.embed_tokens.weight.device)
 
 
 def _index(values: Sequence[int]) -> Tensor:
