@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from armillary.core.clock import RealClock
+from armillary.core.trace import Trace
 from armillary.models.chat_template import ChatTemplate
 from armillary.models.config import ModelConfig
 from armillary.models.load import LoadedModel
@@ -119,6 +120,7 @@ class World:
         app: Callable[..., Any] = create_app,
         config: dict[str, Any] | None = None,
         loaded: LoadedModel | None = None,
+        trace: Trace | None = None,
         **options: Any,
     ) -> None:
         settings = EngineConfig(**{"kv_blocks": 256, "block_size": 16, "max_batch_tokens": 256, **(config or {})})
@@ -128,10 +130,10 @@ class World:
             model = ModelConfig("llama", self.tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, max_context=512)
             template = ChatTemplate(TEMPLATE, self.tokenizer)
             loaded = SimpleNamespace(name="typist", config=model, tokenizer=self.tokenizer, chat_template=template, description="a typist")  # type: ignore[assignment]
-            self.engine = Engine(self.typist, settings, eos_ids=self.tokenizer.stop_ids)
+            self.engine = Engine(self.typist, settings, eos_ids=self.tokenizer.stop_ids, trace=trace)
         else:
             self.tokenizer = loaded.tokenizer
-            self.engine = build_engine(loaded, settings, keep_weights=True)
+            self.engine = build_engine(loaded, settings, keep_weights=True, trace=trace)
         self.service = Service(self.engine, loaded)
         self.engine.start()
         self.server = Server(app(self.service, **options), port=0, grace_seconds=1)

@@ -77,10 +77,10 @@ def test_live_refuses_what_is_no_iteration(world, since):
 
 def test_a_request_can_be_explained(world):
     answer = world.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}).json()
-    events = world.http.get(f"/live/explain/{answer['id']}").json()["events"]
-    assert "21 tokens" in events[0]
-    assert "length" in events[-1]
-    assert world.http.get("/live/explain/nobody").status_code == 404
+    (told,) = world.http.get(f"/requests/{answer['id']}").json()["requests"]
+    assert "21 tokens" in told["events"][0]
+    assert any("ended: length" in event for event in told["events"])
+    assert world.http.get("/requests/nobody").status_code == 404
 
 
 def test_with_a_key_the_page_loads_and_the_engine_stays_hidden(tmp_path):
@@ -88,6 +88,6 @@ def test_with_a_key_the_page_loads_and_the_engine_stays_hidden(tmp_path):
     assert world.http.get("/").status_code == 200
     assert world.http.get("/static/main.js").status_code == 200
     assert world.http.get("/live").status_code == 401
-    assert world.http.get("/live/explain/x").status_code == 401
+    assert world.http.get("/requests/x").status_code == 401
     assert world.http.get("/live", headers={"authorization": "Bearer k"}).status_code == 200
     world.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, field_validator
 
 from armillary.core.config import Config
+from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
 
 
@@ -15,10 +18,44 @@ class ServerConfig(Config):
     """Address to listen on."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    api_key: str | None = Field(None, min_length=1, max_length=512)
-    """Key that clients must send as a bearer token."""
+    api_key: str | tuple[str, ...] | None = None
+    """Key that clients must send as a bearer token; several when there are several clients."""
+    keys: Path | None = None
+    """A TOML file of keys by name, each with its limits: `[alice]`, `key`, `requests_per_minute`, `tokens_per_minute`."""
     allow_public: bool = False
     """Listen on other addresses than this machine's own without a key."""
+    drain_seconds: float = Field(30.0, ge=0, le=86_400)
+    """How long SIGTERM lets the answers in flight go on, while new requests are refused."""
+    max_wait: float | None = Field(None, gt=0, le=86_400)
+    """Seconds that a request may be expected to wait; more is refused (429). None takes any."""
+    max_queued_kv: float = Field(64.0, gt=0, le=1e9)
+    """What the waiting requests may need of the KV cache, in pools; more is refused (429)."""
+    access_log: str | None = Field(None, min_length=1, max_length=4096)
+    """A file that gets one JSON line an HTTP request, or - for stdout."""
+    allow_debug: bool = False
+    """Answer /debug/trace."""
+    otel: str | None = Field(None, min_length=1, max_length=2048)
+    """Where to send OpenTelemetry spans (OTLP over HTTP), such as http://localhost:4318/v1/traces."""
+    explain: bool = False
+    """Tell on stderr of every request that ends why it took as long as it did."""
+
+    @property
+    def key_list(self) -> tuple[str, ...]:
+        """The keys of `api_key`."""
+        return (self.api_key,) if isinstance(self.api_key, str) else self.api_key or ()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether clients need a key."""
+        return bool(self.key_list) or self.keys is not None
+
+    @field_validator("api_key")
+    @classmethod
+    def _bounded(cls, keys: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for key in (keys,) if isinstance(keys, str) else keys or ():
+            if not 1 <= len(key) <= 512:
+                raise InputError(f"an API key has {len(key)} characters", "give 1 to 512", field="server.api_key")
+        return keys
 
 
 class RunConfig(Config):

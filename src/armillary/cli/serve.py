@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 from armillary.cli.settings import ConfigFile, EngineFlags, ServerFlags, settle
 
 if TYPE_CHECKING:
+    from armillary.serve.http.operations import Operations
     from armillary.serve.http.server import Server
     from armillary.serve.service import Service
 
@@ -23,6 +25,7 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from armillary.cli.launch import launch
+    from armillary.cli.operations import key_ring, operations
     from armillary.cli.terminal import note
     from armillary.core.trace import Trace
     from armillary.serve.http.server import check_address
@@ -30,8 +33,11 @@ def serve(
     settled = settle(model, engine, server, config)
     refuse_open_door(settled.value.server)
     check_address(settled.value.server.host, settled.value.server.port)
-    running = launch(settled, Trace("serve", capacity=200_000))
-    with_http = http_server(running.service, settled.value.server)
+    key_ring(settled.value.server)
+    trace = Trace("serve", capacity=200_000)
+    operating = operations(settled.value.server, trace)
+    running = launch(settled, trace)
+    with_http = http_server(running.service, settled.value.server, operating)
     running.engine.start()
     try:
         print(f"serving {running.service.model_name} at {with_http.url} (API at {with_http.url}/v1); Ctrl-C stops", flush=True)
@@ -46,7 +52,7 @@ def refuse_open_door(server: Any) -> None:
     from armillary.cli.terminal import note
     from armillary.core.errors import InputError
 
-    if is_loopback(server.host) or server.api_key is not None:
+    if is_loopback(server.host) or server.guarded:
         return
     if not server.allow_public:
         raise InputError(
@@ -67,12 +73,27 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def http_server(service: Service, server: Any) -> Server:
-    """The server on its port, not running yet. Raises InputError when the port is taken."""
+def http_server(service: Service, server: Any, operations: Operations | None = None) -> Server:
+    """The server on its port, not running yet. `operations` are those of `server` when they are made already.
+
+    Raises InputError when the port is taken.
+    """
+    from armillary.cli import operations as operating
+    from armillary.cli.terminal import note
     from armillary.serve.http.guards import LOOPBACK_HOSTS
     from armillary.serve.http.server import Server
     from armillary.web.app import create_app
 
     hosts = LOOPBACK_HOSTS if is_loopback(server.host) else ("*",)
-    app = create_app(service, api_key=server.api_key, allowed_hosts=hosts)
-    return Server(app, server.host, server.port, end_answers=service.engine.stop)
+    operations = operations if operations is not None else operating.operations(server, None)
+    operations = replace(operations, observers=operating.observers(server, service))
+    app = create_app(service, api_key=operating.key_ring(server), allowed_hosts=hosts, operations=operations)
+    return Server(
+        app,
+        server.host,
+        server.port,
+        end_answers=service.engine.stop,
+        drain=operations.drain,
+        drain_seconds=server.drain_seconds,
+        on_drain=lambda answers: note(f"draining: {answers} answers in flight, at most {server.drain_seconds:g} s"),
+    )

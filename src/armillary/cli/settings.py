@@ -68,9 +68,36 @@ class ServerFlags:
 
     host: Annotated[str | None, _flag("Address to listen on (default 127.0.0.1: this machine only).", _SERVER)] = None
     port: Annotated[int | None, _flag("Port to listen on; 0 takes a free one (default 8000).", _SERVER)] = None
-    api_key: Annotated[str | None, _flag("Key that clients must send as a bearer token (safer in the environment).", _SERVER)] = None
+    api_key: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            negative=(),
+            group=_SERVER,
+            show_default=False,
+            help="Key that clients must send as a bearer token (safer in the environment); may be given more than once.",
+        ),
+    ] = None
+    keys: Annotated[Path | None, _flag("TOML file of keys by name, each with its limits a minute (docs/http.md).", _SERVER)] = None
     allow_public: Annotated[
         bool | None, Parameter(negative=(), group=_SERVER, show_default=False, help="Listen on other addresses without a key.")
+    ] = None
+    drain_seconds: Annotated[float | None, _flag("How long SIGTERM lets answers in flight go on (default 30).", _SERVER)] = None
+    max_wait: Annotated[
+        float | None, _flag("Seconds that a request may be expected to wait; more is refused with 429 (default: any).", _SERVER)
+    ] = None
+    max_queued_kv: Annotated[
+        float | None, _flag("KV pools' worth of requests that may wait; more are refused with 429 (default 64).", _SERVER)
+    ] = None
+    access_log: Annotated[str | None, _flag("File that gets one JSON line an HTTP request, or - for stdout.", _SERVER)] = None
+    allow_debug: Annotated[
+        bool | None, Parameter(negative=(), group=_SERVER, show_default=False, help="Answer /debug/trace?seconds=5 with a Perfetto trace.")
+    ] = None
+    otel: Annotated[
+        str | None, _flag("Send OpenTelemetry spans there, such as http://localhost:4318/v1/traces (extra: otel).", _SERVER)
+    ] = None
+    explain: Annotated[
+        bool | None,
+        Parameter(negative=(), group=_SERVER, show_default=False, help="Tell of every request that ends why it took as long as it did."),
     ] = None
 
 

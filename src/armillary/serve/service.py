@@ -35,7 +35,8 @@ class ContextError(InputError):
 class Service:
     """One model behind one engine.
 
-    `model_name` is what clients call the model (default: the loaded model's own name).
+    `model_name` is what clients call the model (default: the loaded model's own name). `gate`, when there is one, raises
+    when a group of requests is not to be taken now.
     """
 
     def __init__(self, engine: Engine, loaded: LoadedModel, model_name: str | None = None, *, observer: Observer | None = None) -> None:
@@ -44,6 +45,7 @@ class Service:
         self.model_name = model_name or loaded.name
         self.tokenizer = loaded.tokenizer
         self.observer = observer
+        self.gate: Callable[[Sequence[Request]], None] | None = None
         self.started_at = time.time()
         self._count = itertools.count()
         self._bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge] = weakref.WeakKeyDictionary()
@@ -145,7 +147,7 @@ class Service:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
         Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`).
-        All are admitted or none: `CapacityError` when the queue is full or the engine does not run. Call it on the loop that will read the stream.
+        All are admitted or none: `CapacityError` when the queue is full, the gate shut or the engine not running. Call it on the loop that will read the stream.
         """
         self._check_alive()
         bridge = self._bridge(asyncio.get_running_loop())
@@ -166,6 +168,8 @@ class Service:
             )
             for index in range(n * len(prompts))
         ]
+        if self.gate is not None:
+            self.gate(requests)
         stream.begin(requests)
         admitted: list[Request] = []
         try:

@@ -20,6 +20,21 @@ class Observer(Protocol):
     def event(self, request: Request, event: Event) -> None: ...
 
 
+class Observers:
+    """Several observers as one, told in order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def submitted(self, request: Request) -> None:
+        for observer in self._observers:
+            observer.submitted(request)
+
+    def event(self, request: Request, event: Event) -> None:
+        for observer in self._observers:
+            observer.event(request, event)
+
+
 class LoopBridge:
     """Carries events from the engine's thread to one asyncio loop, with one wakeup for all that piled up.
 

@@ -6,7 +6,7 @@ import mimetypes
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Query
+from fastapi import FastAPI, Query
 from fastapi.responses import Response
 from pydantic_core import to_json
 
@@ -59,13 +59,5 @@ def create_app(service: Service, **options: Any) -> FastAPI:
         state = service.engine.snapshot(since)
         state["model"] = {"name": service.model_name, "description": service.loaded.description, "context": service.context}
         return Response(to_json(state), media_type="application/json", headers={"cache-control": "no-store"})
-
-    @app.get("/live/explain/{request_id:path}", include_in_schema=False)
-    def explain(request_id: Annotated[str, Path(max_length=200)]) -> dict[str, Any]:
-        """What happened to a request and why, one line an event."""
-        words = service.engine.explain(request_id)
-        if words is None:
-            raise NotFoundError(f"request {request_id!r} is unknown, or ended too long ago", "ask while it runs or soon after", field="id")
-        return {"id": request_id, "events": words}
 
     return app

@@ -10,46 +10,72 @@ from fastapi.responses import Response
 from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
-from armillary.core.errors import InputError
-from armillary.serve.http import endpoints, errors, messages, responses
+from armillary.serve.http import debug, endpoints, errors, messages, requests, responses
+from armillary.serve.http.drain import DrainGuard
 from armillary.serve.http.errors import APIError
+from armillary.serve.http.exchange import Exchanges, Linked
 from armillary.serve.http.guards import LOOPBACK_HOSTS, HostGuard, KeyGuard
 from armillary.serve.http.metrics import Metrics
+from armillary.serve.http.operations import Operations
+from armillary.serve.http.rate_limits import RateGuard, RateLimits
+from armillary.serve.operations.keys import KeyRing
+from armillary.serve.operations.occupancy import Occupancy
+from armillary.serve.operations.recent import RecentRequests
+from armillary.serve.operations.shedding import Bounds
+from armillary.serve.request import Request
 from armillary.serve.service import Service
+from armillary.serve.streams import Observers
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 OPEN_PATHS = ("/health",)
+RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
 
 
 def create_app(
     service: Service,
     *,
-    api_key: str | None = None,
+    api_key: str | KeyRing | None = None,
     allowed_hosts: Collection[str] = LOOPBACK_HOSTS,
     cors_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     vllm_metrics: bool = True,
     open_paths: Collection[str] = (),
     open_prefixes: Collection[str] = (),
+    operations: Operations = Operations(),  # noqa: B008 (frozen)
 ) -> FastAPI:
     """An ASGI application for one service, whose engine must be running (`engine.start()`).
 
     `api_key`: required as `Authorization: Bearer KEY` everywhere but on `/health`, `open_paths` and below
-    `open_prefixes`. `allowed_hosts`: Host headers that are answered ("*" for all; name your host when you bind
+    `open_prefixes`; a ring has several, each with its limits. `allowed_hosts`: Host headers that are answered ("*" for all; name your host when you bind
     beyond loopback). `cors_origins`: web origins that browsers let in; none by default. `vllm_metrics`: also export
     metrics under vLLM's names.
     """
-    if api_key is not None and not api_key.strip():
-        raise InputError("the API key is empty", "give one with at least one character, or none at all", field="api_key")
+    keys = KeyRing.of([api_key]) if isinstance(api_key, str) else api_key
+    limits = RateLimits(keys) if keys is not None else None
+    engine, drain = service.engine, operations.drain
+    bounds = Bounds(engine.config.max_queue, engine.limits.total_blocks, operations.max_queued_kv, operations.max_wait)
+    occupancy = Occupancy(engine.clock, engine.limits.block_size, bounds)
+    recent = RecentRequests(engine.clock)
     app = FastAPI(title="Armillary", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
     metrics = Metrics(service, vllm_names=vllm_metrics)
-    service.observer = metrics
+    service.observer = Observers([Linked(), metrics, occupancy, *([limits] if limits else []), recent, *operations.observers])
+
+    def gate(group: Sequence[Request]) -> None:
+        occupancy.admit(group)
+        if limits is not None:
+            limits.admit(group)  # last: what is not taken is not charged
+
+    service.gate = gate
     for endpoints_of in (endpoints, responses, messages):
         app.include_router(endpoints_of.router(service, max_body_bytes))
+    app.include_router(requests.router(service, recent))
+    app.include_router(debug.router(service, operations.debug_trace))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if drain.draining:
+            raise drain.refusal()
         if not service.alive:
             raise APIError(503, "the engine does not run", type="server_error", code="engine_stopped")
         return {"status": "ok"}
@@ -63,15 +89,19 @@ def create_app(
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # The last added is the outermost: the host is looked at first, then CORS (preflights carry no key), then the key.
-    if api_key is not None:
-        app.add_middleware(KeyGuard, key=api_key, open_paths=(*OPEN_PATHS, *open_paths), open_prefixes=open_prefixes)
+    if limits is not None:
+        app.add_middleware(RateGuard, limits=limits)
+    if keys is not None:
+        app.add_middleware(KeyGuard, keys=keys, open_paths=(*OPEN_PATHS, *open_paths), open_prefixes=open_prefixes)
+    app.add_middleware(DrainGuard, drain=drain)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", "x-armillary-ignored"],
+            expose_headers=["x-request-id", "x-armillary-ignored", "retry-after", *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(HostGuard, allowed=allowed_hosts)
+    app.add_middleware(Exchanges, listeners=[operations.access_log] if operations.access_log is not None else [])
     return app

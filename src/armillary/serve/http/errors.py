@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
+from armillary.serve.operations.refusal import Refused
 from armillary.serve.service import ContextError
 
 log = logging.getLogger("armillary.http")
@@ -56,6 +57,9 @@ def as_api_error(error: BaseException) -> APIError:
     """Any exception as the answer it deserves. What is unexpected is logged and told to the client only in general words."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, Refused):
+        kind = "overloaded_error" if error.code == "overloaded" else "rate_limit_error"
+        return APIError(429, str(error), type=kind, code=error.code, headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, CapacityError):
         return APIError(503, str(error), type="overloaded_error", code="over_capacity", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
     if isinstance(error, ContextError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from armillary.serve.http.errors import APIError
+from armillary.serve.http.exchange import current
+from armillary.serve.operations.keys import KeyRing
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -39,11 +40,11 @@ class HostGuard:
 
 
 class KeyGuard:
-    """Asks for `Authorization: Bearer KEY`, or `x-api-key: KEY`, everywhere but on `open_paths` and below `open_prefixes`."""
+    """Asks for `Authorization: Bearer KEY`, or `x-api-key: KEY`, everywhere but on `open_paths` and below `open_prefixes`; notes whose it was."""
 
-    def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str] = (), open_prefixes: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str] = (), open_prefixes: Collection[str] = ()) -> None:
         self._app = app
-        self._key = key.encode()
+        self._keys = keys
         self._open_paths = frozenset(open_paths)
         self._open_prefixes = tuple(open_prefixes)
 
@@ -52,8 +53,8 @@ class KeyGuard:
             scheme, _, key = _header(scope, b"authorization").partition(b" ")
             if not key:  # as Anthropic's clients send it
                 scheme, key = b"bearer", _header(scope, b"x-api-key")
-            # Compared in constant time: how long it takes tells nothing of how much of the key was right.
-            if not hmac.compare_digest(key.strip(), self._key) or scheme.lower() != b"bearer":
+            owner = self._keys.owner(key.strip())
+            if owner is None or scheme.lower() != b"bearer":
                 problem = "no API key given" if not key else "the API key is wrong"
                 error = APIError(
                     401,
@@ -64,6 +65,9 @@ class KeyGuard:
                 )
                 await error.response(scope["path"])(scope, receive, send)
                 return
+            exchange = current()
+            if exchange is not None:
+                exchange.key = owner.name
         await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:

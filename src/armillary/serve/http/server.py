@@ -16,13 +16,18 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from armillary.core.errors import ArmillaryError, InputError
+from armillary.serve.http.connections import timed_protocol
+from armillary.serve.http.drain import Drain
 
 BACKLOG = 2048
 LAST_WORDS_SECONDS = 5  # for answers that were ended to say so, after the grace
 
 
 class Server:
-    """`run()` serves until Ctrl-C; `start()` and `stop()` (or `with`) serve from a background thread.
+    """`run()` serves until Ctrl-C or SIGTERM; `start()` and `stop()` (or `with`) serve from a background thread.
+
+    SIGTERM drains: `drain.draining` is set, which the application refuses new work by, and the server goes on until the answers
+    in flight are finished, at most `drain_seconds`; a second signal ends that. Then, and on Ctrl-C at once, it stops.
 
     `port` 0 takes a free one; `url` says which. The port is bound here, so a taken one is an `InputError` before
     anything else happens. On stopping, answers in flight get `grace_seconds` to finish; then `end_answers` is called,
@@ -37,6 +42,9 @@ class Server:
         *,
         grace_seconds: int = 5,
         end_answers: Callable[[], object] | None = None,
+        drain: Drain | None = None,
+        drain_seconds: float = 0.0,
+        on_drain: Callable[[int], object] | None = None,
         log_level: str = "warning",
     ) -> None:
         self._socket = _bind(host, port)
@@ -45,6 +53,7 @@ class Server:
         _raise_file_limit()
         config = uvicorn.Config(
             app,
+            http=timed_protocol(),
             log_level=log_level,
             access_log=False,
             server_header=False,
@@ -55,7 +64,7 @@ class Server:
             timeout_graceful_shutdown=grace_seconds + (LAST_WORDS_SECONDS if end_answers else 0),
             backlog=BACKLOG,
         )
-        self._server = _Graceful(config, grace_seconds, end_answers)
+        self._server = _Graceful(config, grace_seconds, end_answers, drain or Drain(), drain_seconds, on_drain)
         self._thread: threading.Thread | None = None
 
     @property
@@ -100,17 +109,45 @@ class Server:
 
 
 class _Graceful(uvicorn.Server):
-    """uvicorn cuts what outlives the grace in mid-sentence, a traceback each; this one first has it ended."""
+    """uvicorn stops listening at once and cuts what outlives the grace in mid-sentence, a traceback each; this one drains, and ends it."""
 
-    def __init__(self, config: uvicorn.Config, grace_seconds: float, end_answers: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        grace_seconds: float,
+        end_answers: Callable[[], object] | None,
+        drain: Drain,
+        drain_seconds: float,
+        on_drain: Callable[[int], object] | None,
+    ) -> None:
         super().__init__(config)
         self._grace_seconds = grace_seconds
         self._end_answers = end_answers
+        self._drain = drain
+        self._drain_seconds = drain_seconds
+        self._on_drain = on_drain
+        self._drained_by: float | None = None
         self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.interrupted = self.interrupted or sig == signal.SIGINT
-        super().handle_exit(sig, frame)
+        if sig == signal.SIGTERM and self._drain_seconds > 0 and not self._drain.draining:
+            self._drain.draining = True
+            self._captured_signals.append(sig)  # raised once more when the server has stopped
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drain.draining and not self.should_exit:
+            if self._drained_by is None:
+                self._drained_by = time.monotonic() + self._drain_seconds
+                if self._on_drain is not None:
+                    self._on_drain(self._drain.in_flight)
+            if not self._drain.in_flight:
+                self.should_exit = True
+            elif time.monotonic() >= self._drained_by:
+                self.should_exit, self._grace_seconds = True, 0.0  # they have had their time
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.create_task(self._end_after_grace())

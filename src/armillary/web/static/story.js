@@ -8,7 +8,8 @@ const list = document.getElementById("story-events");
 export async function tell(id) {
   let lines;
   try {
-    lines = (await getJson(`/live/explain/${encodeURIComponent(id)}`)).events;
+    const { requests } = await getJson(`/requests/${encodeURIComponent(id)}`);
+    lines = requests.flatMap((request) => (requests.length > 1 ? [request.id, ...request.events] : request.events));
   } catch (error) {
     lines = [error.message];
   }

@@ -1,0 +1,64 @@
+"""From the server's options to how it is run: keys, limits, logs, spans, and stories on the console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from armillary.core.trace import Trace
+    from armillary.serve.http.operations import Operations
+    from armillary.serve.operations.keys import KeyRing
+    from armillary.serve.request import Event, Request
+    from armillary.serve.service import Service
+    from armillary.serve.streams import Observer
+
+
+def key_ring(server: Any) -> KeyRing | None:
+    """The keys that clients need; None when they need none. Raises InputError, NotFoundError or FormatError."""
+    from armillary.serve.operations.keys import KeyRing
+
+    return KeyRing.of(server.key_list, server.keys) if server.guarded else None
+
+
+def operations(server: Any, trace: Trace | None) -> Operations:
+    """All that needs no model, so that what is wrong with it is told before one is loaded. Raises InputError or MissingDependencyError."""
+    from armillary.serve.http.access_log import AccessLog
+    from armillary.serve.http.operations import Operations
+
+    if server.otel is not None:
+        from armillary.serve.operations.otel import check_installed
+
+        check_installed()
+    return Operations(
+        max_queued_kv=server.max_queued_kv,
+        max_wait=server.max_wait,
+        access_log=AccessLog.open(server.access_log) if server.access_log is not None else None,
+        debug_trace=trace if server.allow_debug else None,
+    )
+
+
+def observers(server: Any, service: Service) -> tuple[Observer, ...]:
+    """Who is told of every request beside the API itself."""
+    found: list[Observer] = []
+    if server.otel is not None:
+        from armillary.serve.operations.otel import RequestSpans, exporting_to
+
+        found.append(RequestSpans(exporting_to(server.otel), service.model_name, service.engine.clock))
+    if server.explain:
+        found.append(Stories(service))
+    return tuple(found)
+
+
+class Stories:
+    """Tells on stderr of every request that ends why it took as long as it did."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def submitted(self, request: Request) -> None: ...
+
+    def event(self, request: Request, event: Event) -> None:
+        from armillary.cli.terminal import note
+
+        if event.finish_reason is not None:
+            note(f"{request.id}: {(self._service.engine.explain(request.id) or ['its story is lost'])[-1]}")
