@@ -25,6 +25,15 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
+def logged(world: World, count: int) -> list[dict]:
+    """The log's lines when there are `count`: an exchange is over a moment after its client has the last byte."""
+    deadline = time.monotonic() + 20
+    while world.log.getvalue().count("\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return [json.loads(line) for line in world.log.getvalue().splitlines()]
+
+
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
@@ -78,7 +87,7 @@ def test_the_log_has_numbers_and_names_and_neither_keys_nor_texts(limited):
     limited.http.post(TEXT, json={"prompt": secret}, headers=bearer("wrong-key"))
     limited.http.get("/health", headers={"host": "evil.example"})
     limited.http.get("/nowhere?token=free-key", headers=bearer("free-key"))
-    lines = [json.loads(line) for line in limited.log.getvalue().splitlines()]
+    lines = logged(limited, 4)
     assert [(line["method"], line["path"], line["status"], line["key"]) for line in lines] == [
         ("POST", TEXT, 200, "free"),
         ("POST", TEXT, 401, None),
@@ -104,11 +113,7 @@ def test_a_client_that_leaves_is_logged_as_such(limited):
         next(response.iter_lines())
     limited.wait_idle()
     limited.typist.reply, limited.typist.delay = lambda request: GREETING, 0.0
-    deadline = time.monotonic() + 20
-    while not limited.log.getvalue().endswith("\n"):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    line = json.loads(limited.log.getvalue())
+    (line,) = logged(limited, 1)
     assert line["client_left"]
     assert line["finish_reasons"] == ["cancelled"]
 
