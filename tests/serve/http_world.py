@@ -87,10 +87,10 @@ class Typist:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        sampled: list[TokenLogprob | None] = []
+        sampled: list[tuple[TokenLogprob, ...]] = []
         scores: list[tuple[TokenLogprob, ...]] = []
         for entry, request in zip(plan.schedule.entries, plan.requests, strict=True):
-            sampled.append(self._next(request) if entry.sample else None)
+            sampled.append((self._next(request),) if entry.sample else ())
             tops = request.sampling.prompt_logprobs
             positions = range(entry.start + 1, min(entry.start + entry.count + 1, len(request.prompt)))
             scores.append(() if tops is None else tuple(scored(request.prompt[position], tops) for position in positions))

@@ -1,12 +1,13 @@
 """The plainest loop, an executor whose cache is a table of integers, and a policy wrapper that asserts the laws of scheduling."""
 
 import copy
+import random
 import zlib
 
 from armillary.core.clock import VirtualClock
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Request, SamplingParams, TokenLogprob
-from armillary.serve.schedule import Outcome
+from armillary.serve.schedule import Outcome, Reason
 from armillary.serve.verify import verify
 
 VOCABULARY = 50
@@ -48,18 +49,56 @@ class TableExecutor:
         start = self.clock.now()
         self.clock.advance(1)
         rows = list(zip(plan.schedule.entries, plan.requests, plan.block_tables, strict=True))
+        for source, target in plan.copies:
+            for slot in range(self.block_size):
+                self.slots[target * self.block_size + slot] = self.slots.get(source * self.block_size + slot)
         for entry, request, table in rows:
             assert len(table) == entry.blocks
             for position in range(entry.start, entry.start + entry.count):
-                self.slots[self._slot(table, position)] = (position, request.token(position))
-        sampled = []
-        for entry, _, table in rows:
-            cached = [self.slots[self._slot(table, position)] for position in range(entry.start + entry.count)]
-            sampled.append(TokenLogprob(next_token(cached)) if entry.sample else None)
+                token = request.token(position) if position < request.known else request.drafts[position - request.known]
+                self.slots[self._slot(table, position)] = (position, token)
+        sampled = [self._drawn(entry, request, table) for entry, request, table in rows]
         return Outcome(tuple(sampled), ((),) * len(rows), start, self.clock.now())
+
+    def _drawn(self, entry, request, table):
+        end = entry.start + entry.count
+        cached = [self.slots[self._slot(table, position)] for position in range(end)]
+        drawn = []
+        for known in range(end - entry.drafts, end + 1) if entry.sample else ():
+            drawn.append(TokenLogprob(next_token(cached[:known])))
+            if known < end and cached[known][1] != drawn[-1].token:
+                break
+        return tuple(drawn)
 
     def _slot(self, table, position):
         return table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+class Guesser:
+    """A drafter that knows what comes, and is now and then wrong."""
+
+    name = "guesser"
+
+    def __init__(self, seed, length, errors):
+        self.random, self.length, self.errors = random.Random(seed), length, errors
+        self.told = []
+
+    def propose(self, requests, most):
+        return [self._guess(request, min(self.length, bound)) for request, bound in zip(requests, most, strict=True)]
+
+    def _guess(self, request, count):
+        known = [*request.prompt, *request.output]
+        for _ in range(count):
+            wrong = self.random.random() < self.errors
+            known.append(self.random.randrange(VOCABULARY) if wrong else next_token(list(enumerate(known))))
+        return tuple(known[request.known :])
+
+    def verified(self, request, drafted, accepted):
+        assert 0 <= accepted <= drafted
+        self.told.append(accepted)
+
+    def forget(self, request):
+        assert request.finish_reason is not None
 
 
 def frozen(state):
@@ -70,7 +109,8 @@ def frozen(state):
 
 def _values(request):
     return tuple(
-        copy.copy(getattr(request, name)) for name in ("id", "prompt", "sampling", "arrival", "output", "computed", "blocks", "preemptions")
+        copy.copy(getattr(request, name))
+        for name in ("id", "prompt", "sampling", "arrival", "output", "computed", "blocks", "preemptions", "drafts")
     )
 
 
@@ -84,6 +124,7 @@ def _twin(request):
     twin = Request(request.id, request.prompt, request.sampling, request.arrival, cache_salt=request.cache_salt)
     twin.output, twin.blocks = list(request.output), list(request.blocks)
     twin.computed, twin.preemptions = request.computed, request.preemptions
+    twin.drafts, twin.parent = request.drafts, request.parent
     return twin
 
 
@@ -93,12 +134,11 @@ class Lawful:
     def __init__(self, policy):
         self.policy, self.name, self.returns_together = policy, policy.name, policy.returns_together
         self.schedules = []
-        self.arrived = {}  # request id -> its place in the order of arrival
 
     def step(self, state):
         before = frozen(state)
-        places = [self.arrived.setdefault(request.id, len(self.arrived)) for request in (*state.running, *state.waiting)]
-        assert places == sorted(places), "who came first is served first, preempted or not"
+        places = [request.number for request in (*state.running, *state.waiting) if request.parent is None]
+        assert places == sorted(places), "who came first is served first, preempted or not; forks wait for their parent's prompt"
         schedule = self.policy.step(state)
         assert frozen(state) == before, "the policy wrote its state"
         assert self.policy.step(without_identity(state)) == schedule, "equal states must give equal schedules"
@@ -128,16 +168,21 @@ class Lawful:
             assert not preempted
             for entry in schedule.entries:
                 request = running.get(entry.request_id) or state.waiting[admitted.index(entry.request_id)]
-                assert entry.start + entry.count == request.known, "prompts are not chunked"
+                assert entry.start + entry.count == request.known + entry.drafts, "prompts are not chunked"
                 assert entry.blocks == state.limits.blocks_for(request.max_length)
         if self.name == "request-level" and running:
             assert not admitted
+        if any(entry.drafts for entry in schedule.entries):  # a draft costs nobody his turn
+            assert not preempted or all(entry.reason is Reason.DECODE for entry in schedule.entries if entry.drafts)
+            assert all(hold.reason is not Reason.NO_BUDGET or hold.request_id not in running for hold in schedule.held)
         for entry in schedule.entries:
             request = running.get(entry.request_id) or state.waiting[admitted.index(entry.request_id)]
             if self.name == "vllm":
-                assert entry.blocks == state.limits.blocks_for(entry.start + entry.count), "waste is less than a block"
+                wanted = state.limits.blocks_for(entry.start + entry.count)
+                assert entry.blocks == max(wanted, len(request.blocks)), "waste is less than a block, but for drafts that were wrong"
             if self.name == "sarathi":
-                assert entry.blocks == state.limits.blocks_for(request.known), "waste is less than a block of what is known"
+                wanted = state.limits.blocks_for(request.known + entry.drafts)
+                assert entry.blocks == max(wanted, len(request.blocks)), "waste is less than a block of what is known"
 
 
 def request(name, prompt, max_tokens, **sampling):

@@ -252,7 +252,15 @@ def test_an_executor_that_fails_ends_its_iteration_and_no_more():
     assert engine.stats.failed_iterations == 1
 
 
-@pytest.mark.parametrize("outcome", [Outcome((), (), 0, 1), Outcome((None,), ((),), 0, 1), Outcome((TokenLogprob(1),), ((),), 1, 0)])
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outcome((), (), 0, 1),
+        Outcome(((),), ((),), 0, 1),
+        Outcome(((TokenLogprob(1),),), ((),), 1, 0),
+        Outcome(((TokenLogprob(1),) * 2,), ((),), 0, 1),
+    ],
+)
 def test_an_outcome_that_does_not_answer_the_plan_is_a_failure(outcome):
     class Wrong:
         def run(self, plan):

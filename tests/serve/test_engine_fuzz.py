@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
-from laws import EOS, Lawful, TableExecutor, plain_loop, request
+from laws import EOS, Guesser, Lawful, TableExecutor, plain_loop, request
 
 from armillary.core.errors import InputError
 from armillary.serve import policies
@@ -24,8 +24,9 @@ class EngineMachine(RuleBasedStateMachine):
         capacity=st.integers(24, 70),
         budget=st.integers(3, 40),
         max_running=st.integers(2, 8),
+        drafts=st.sampled_from([0, 0, 1, 5]),
     )
-    def start(self, block_size, capacity, budget, max_running):
+    def start(self, block_size, capacity, budget, max_running, drafts):
         config = EngineConfig(
             block_size=block_size,
             kv_blocks=-(-capacity // block_size) + (block_size == 64),
@@ -35,7 +36,9 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.executor = TableExecutor(block_size)
         self.watched = Lawful(policies.get(self.policy))
-        self.engine = Engine(self.executor, config, clock=self.executor.clock, eos_ids=[EOS], policy=self.watched)
+        self.engine = Engine(
+            self.executor, config, clock=self.executor.clock, eos_ids=[EOS], policy=self.watched, drafter=Guesser(budget, drafts, 0.3)
+        )
         self.events = {}
         self.all = []
         self.failed = set()
@@ -45,8 +48,14 @@ class EngineMachine(RuleBasedStateMachine):
         made = [self._submit(*shape) for shape in shapes]
         return multiple(*[one for one in made if one is not None])
 
-    def _submit(self, prompt, max_tokens, ignore_eos):
+    @rule(target=requests, shape=SHAPE, n=st.integers(2, 4))
+    def submit_choices(self, shape, n):
+        parent = self._submit(*shape)
+        return multiple(*[self._submit(*shape, parent=parent) for _ in range(n - 1)], parent) if parent is not None else multiple()
+
+    def _submit(self, prompt, max_tokens, ignore_eos, parent=None):
         made = request(f"r{len(self.all)}", prompt, max_tokens, ignore_eos=ignore_eos)
+        made.parent = parent
         made.on_event = self.events.setdefault(made.id, []).append
         if self.engine.limits.blocks_for(made.max_length) > self.engine.limits.total_blocks:
             with pytest.raises(InputError, match=f"the pool has {self.engine.limits.total_blocks}"):
@@ -150,16 +159,19 @@ TestRequestLevel = machine("request-level")
     budget=st.integers(1, 24),
     max_running=st.integers(1, 8),
     shapes=st.lists(st.tuples(st.integers(0, 60), SHAPE), min_size=1, max_size=12),
+    drafts=st.sampled_from([0, 2, 7]),
 )
 @settings(max_examples=400, deadline=None)
-def test_memory_pressure_and_late_arrivals_change_no_token(name, block_size, spare, budget, max_running, shapes):
+def test_memory_pressure_and_late_arrivals_change_no_token(name, block_size, spare, budget, max_running, shapes, drafts):
     requests = [request(f"r{i}", prompt, most, ignore_eos=ignore) for i, (_, (prompt, most, ignore)) in enumerate(shapes)]
     for made, (arrival, _) in zip(requests, shapes, strict=True):
         made.arrival = arrival
     blocks = -(-(max(made.max_length for made in requests) + spare) // block_size)  # often just enough for the longest
     config = EngineConfig(block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running)
     executor = TableExecutor(block_size)
-    engine = Engine(executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policies.get(name)))
+    engine = Engine(
+        executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policies.get(name)), drafter=Guesser(budget, drafts, 0.2)
+    )
     replay(engine, executor.clock, requests)
     for made in requests:
         assert made.output == plain_loop(made.prompt, made.sampling.max_tokens, eos=() if made.sampling.ignore_eos else (EOS,))

@@ -67,8 +67,30 @@ def logits_in_chunks(forward, tokens, chunk, table):
     return torch.cat(parts)
 
 
-def run(executor, config, requests, policy=None, eos=()):
-    engine = Engine(executor, config, eos_ids=eos, policy=policy)
+class Prompter:
+    """A drafter that has read the answers, with a slip here and there."""
+
+    name = "prompter"
+
+    def __init__(self, answers, seed, length):
+        self.answers, self.random, self.length = answers, random.Random(seed), length
+
+    def propose(self, requests, most):
+        return [self._lines(request)[:bound] for request, bound in zip(requests, most, strict=True)]
+
+    def _lines(self, request):
+        coming = self.answers[request.id][len(request.output) :][: self.length]
+        return tuple(token if self.random.random() < 0.8 else self.random.randrange(VOCABULARY) for token in coming)
+
+    def verified(self, request, drafted, accepted):
+        assert 0 <= accepted <= drafted
+
+    def forget(self, request):
+        pass
+
+
+def run(executor, config, requests, policy=None, eos=(), drafter=None):
+    engine = Engine(executor, config, eos_ids=eos, policy=policy, drafter=drafter)
     for request in requests:
         engine.submit(request)
     engine.run_until_idle()
@@ -88,8 +110,12 @@ def run(executor, config, requests, policy=None, eos=()):
     erratic=st.sampled_from((0.0, 0.0, 0.3)),
     backend=st.sampled_from(BACKENDS),
     shared=st.sampled_from((0, 3, 8, 30)),
+    choices=st.sampled_from((1, 1, 3)),
+    drafts=st.sampled_from((0, 1, 4)),
 )
-def test_greedy_tokens_equal_the_plainest_loop(backend, seed, family, block_size, chunk, lengths, policy, spare, erratic, shared):
+def test_greedy_tokens_equal_the_plainest_loop(
+    backend, seed, family, block_size, chunk, lengths, policy, spare, erratic, shared, choices, drafts
+):
     rng, decoder = random.Random(seed), DECODERS[family]
     stem = [rng.randrange(VOCABULARY) for _ in range(shared)]  # whose blocks later prompts find computed
     prompts = [[*stem, *(rng.randrange(VOCABULARY) for _ in range(length))][:length] for length, _ in lengths]
@@ -99,12 +125,16 @@ def test_greedy_tokens_equal_the_plainest_loop(backend, seed, family, block_size
     blocks = max(-(-(length + count) // block_size) for length, count in lengths) + spare
     config = EngineConfig(policy=policy, block_size=block_size, kv_blocks=blocks, max_batch_tokens=chunk)
     executor = executor_of(backend, decoder, blocks, block_size)
-    requests = [
-        Request(str(i), tuple(prompt), SamplingParams(max_tokens=count, temperature=0.0))
-        for i, (prompt, (_, count)) in enumerate(zip(prompts, lengths, strict=True))
-    ]
+    requests = []
+    for i, (prompt, (_, count)) in enumerate(zip(prompts, lengths, strict=True)):
+        group = [Request(f"{i}.{j}", tuple(prompt), SamplingParams(max_tokens=count, temperature=0.0)) for j in range(choices)]
+        for fork in group[1:]:
+            fork.parent = group[0]
+        requests += group
+    answers = [tokens for tokens, _ in wanted for _ in range(choices)]
+    drafter = Prompter(dict(zip((request.id for request in requests), answers, strict=True)), seed, drafts)
     chosen = Erratic(policies.get(policy), seed, erratic) if erratic else None
-    assert run(executor, config, requests, chosen) == [tokens for tokens, _ in wanted]
+    assert run(executor, config, requests, chosen, drafter=drafter) == answers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +149,9 @@ def test_seeded_draws_do_not_depend_on_the_schedule(policy, backend):
     alone = [run(executor_of(backend, decoder, 64, 16), roomy, [Request("x", *one)])[0] for one in asked]
     tight = EngineConfig(policy=policy, kv_blocks=13, block_size=4, max_batch_tokens=64 if policy in ("orca", "request-level") else 7)
     together = [Request(str(i), *one) for i, one in enumerate(asked)]
-    assert run(executor_of(backend, decoder, 13, 4), tight, together) == alone
+    drafter = Prompter({str(i): answer for i, answer in enumerate(alone)}, 5, 3)
+    assert run(executor_of(backend, decoder, 13, 4), tight, together, drafter=drafter) == alone
+    assert sum(request.accepted for request in together) > 10
     if policy == "sarathi":
         assert sum(request.preemptions for request in together) > 0
 

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers.generation import logits_process as hf
 
+from armillary.serve import sampling
 from armillary.serve.request import Request, SamplingParams, TokenLogprob
-from armillary.serve.sampling import SamplingError, penalise, sample, score, uniform
+from armillary.serve.sampling import Row, SamplingError, reshape, score
 
 VOCAB = 50
 
@@ -23,6 +25,14 @@ def request(name: str = "r", prompt: tuple[int, ...] = (1, 2, 3), output: tuple[
     made = Request(name, prompt, SamplingParams(**options))  # type: ignore[arg-type]
     made.output = list(output)
     return made
+
+
+def sample(logits: torch.Tensor, requests: list[Request]) -> list[TokenLogprob | SamplingError]:
+    return sampling.sample(logits, [Row(one) for one in requests])
+
+
+def uniform(one: Request, seed: int | None = None) -> float:
+    return sampling.uniform(one, one.known, seed)
 
 
 def tokens(results: list[TokenLogprob | SamplingError]) -> list[int]:
@@ -139,7 +149,7 @@ def test_filters_and_penalties_equal_hugging_face(seed: int) -> None:
     penalty = rng.choice((0.7, 1.1, 2.0))
     ids = torch.tensor([[*prompt, *output]])
     theirs = hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, row[None].clone())
-    ours = penalise(row, request(prompt=prompt, output=output, repetition_penalty=penalty))
+    ours = reshape(row, Row(request(prompt=prompt, output=output, repetition_penalty=penalty)))
     torch.testing.assert_close(ours, theirs[0], atol=0, rtol=1e-6)
 
     temperature, top_k, top_p, min_p = rng.choice((0.5, 1.3)), rng.choice((1, 5, 30)), rng.choice((0.3, 0.8)), rng.choice((0.01, 0.3))
@@ -158,7 +168,7 @@ def test_presence_and_frequency_are_the_formula_of_the_openai_api() -> None:
     row = torch.arange(6.0)
     asked = request(prompt=(5,), output=(1, 1, 1, 4), presence_penalty=0.5, frequency_penalty=0.25)
     wanted = row - torch.tensor([0.0, 0.5 + 0.75, 0.0, 0.0, 0.5 + 0.25, 0.0])
-    assert torch.equal(penalise(row, asked), wanted)
+    assert torch.equal(reshape(row, Row(asked)), wanted)
     assert torch.equal(row, torch.arange(6.0))
 
 
@@ -249,3 +259,32 @@ def test_scores_of_given_tokens() -> None:
 
 def test_no_rows() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_row_after_drafts_is_the_row_of_a_request_that_knows_them(data: st.DataObject) -> None:
+    row = torch.randn(VOCAB, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999))))
+    output = tuple(data.draw(st.lists(st.integers(0, VOCAB - 1), max_size=6)))
+    cut = data.draw(st.integers(0, len(output)))
+    options = {"seed": 3, "temperature": data.draw(st.sampled_from([0.0, 1.0])), "frequency_penalty": 0.7, "repetition_penalty": 1.3}
+    known = Row(request(output=output, **options))
+    drafted = Row(request(output=output[:cut], **options), output[cut:])
+    assert sampling.sample(row[None], [known]) == sampling.sample(row[None], [drafted])
+
+
+@given(allowed=st.sets(st.integers(0, VOCAB - 1), min_size=1), temperature=st.sampled_from([0.0, 0.7]), seed=st.integers(0, 99))
+def test_a_grammar_leaves_the_distribution_of_what_it_allows(allowed: set[int], temperature: float, seed: int) -> None:
+    row = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+    words = np.zeros(-(-VOCAB // 32), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    mask = torch.from_numpy(words.view(np.int32))
+    left = row.clone()
+    left[[token for token in range(VOCAB) if token not in allowed]] = -math.inf
+    asked = request(seed=seed, temperature=temperature, logprobs=1)
+    [got], [wanted] = sampling.sample(row[None], [Row(asked, (), mask)]), sampling.sample(left[None], [Row(asked)])
+    assert isinstance(got, TokenLogprob)
+    assert isinstance(wanted, TokenLogprob)
+    assert got.token == wanted.token
+    assert got.logprob == score(row[None], [got.token], [0])[0].logprob, "the model's own, before the grammar"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, CapacityError, FormatError, InputError
+from armillary.kernels.cache_blocks import CacheBlocks, Part
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
 from armillary.kernels.low_rank import Layer, PackedLowRank
 from armillary.kernels.packed_weight import Arena, PackedWeight, interleaved_rows
@@ -129,6 +130,25 @@ class StepCache:
     @property
     def nbytes(self) -> int:
         return 2 * self.keys.numel() // self.head_dim * cache_row_bytes(self.head_dim, self.dtype)
+
+    @property
+    def contents(self) -> CacheBlocks:
+        """The blocks as bytes."""
+        heads, dim = self.kv_heads, self.head_dim
+        scales = [tensor for tensor in (self.key_scales, self.value_scales) if tensor is not None]
+        if self.block_size % 16 == 0:  # whole tiles, one after another
+            rows = [Part(layer.view(self.blocks, -1)) for tensor in (self.keys, self.values, *scales) for layer in tensor]
+            return CacheBlocks(rows, self.blocks, 1)
+        parts: list[Part] = []
+        for keys, values in zip(self.keys, self.values, strict=True):
+            if self.dtype == torch.int8:
+                parts.append(Part(keys.view(-1, heads, dim // 4, 16, 4).permute(0, 3, 1, 2, 4), (16,)))
+                parts.append(Part(values.view(-1, heads, 4, dim, 4).permute(0, 2, 4, 1, 3), (4, 4)))
+            else:
+                parts.append(Part(keys.view(-1, heads, dim, 16).permute(0, 3, 1, 2), (16,)))
+                parts.append(Part(values.view(-1, heads, 16, dim).permute(0, 2, 1, 3), (16,)))
+        parts += [Part(layer.view(-1, heads, 16).permute(0, 2, 1), (16,)) for tensor in scales for layer in tensor]
+        return CacheBlocks(parts, self.blocks, self.block_size)
 
     def struct(self, layer: int) -> CCache:
         return CCache(

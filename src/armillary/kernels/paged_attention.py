@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from armillary.core.errors import InputError
 from armillary.kernels.attention import AttentionSpec
+from armillary.kernels.cache_blocks import CacheBlocks, Part
 
 PADDING = 1.25  # sequences share a decode batch when the longest is at most this times the shortest ...
 PADDING_TOKENS = 16  # ... plus this
@@ -68,6 +69,12 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def contents(self) -> CacheBlocks:
+        """The blocks as bytes."""
+        rows = [Part(tensor.view(self.num_blocks, -1)) for tensor in (*self.keys, *self.values)]
+        return CacheBlocks(rows, self.num_blocks, 1)
 
 
 class PagedAttend:

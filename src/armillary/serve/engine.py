@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.clock import Clock, RealClock
@@ -16,11 +16,14 @@ from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.serve import policies
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
+from armillary.serve.continuation import extend, keep_prompt_scores
 from armillary.serve.history import EngineStats, History
+from armillary.serve.outbox import Outbox
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
-from armillary.serve.schedule import Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
 from armillary.serve.sequence_memory import SequenceMemory
+from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify, verify_outcome
 
 if TYPE_CHECKING:
@@ -38,7 +41,10 @@ class Engine:
     nothing to do. `submit`, `cancel`, `snapshot` and `explain` may be called from any thread. Events are delivered on the
     thread that runs the engine, outside its lock, so a listener may submit and cancel; it may not step.
 
-    `eos_ids` end a sequence unless its request ignores them. `policy` overrides the one that `config` names.
+    `eos_ids` end a sequence unless its request ignores them. `policy` overrides the one that `config` names. `drafter` proposes
+    tokens to be verified together. `features` are named parts that show their state in `snapshot`.
+
+    A request with a `parent` that is still waiting for its prompt begins when the parent has computed it, and shares it.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Engine:
         trace: Trace | None = None,
         eos_ids: Collection[int] = (),
         policy: SchedulerPolicy | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if config.kv_blocks is None:
             raise InputError("the size of the KV pool is not settled", "set kv_blocks, or use EngineConfig.with_pool", field="kv_blocks")
@@ -57,20 +64,23 @@ class Engine:
         self.config = config
         self.clock = clock if clock is not None else RealClock()
         self.policy = policy if policy is not None else policies.get(config.policy)
+        self.drafter = drafter
+        self.features: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
         self._memory = SequenceMemory(config.kv_blocks, config.block_size, sharing=config.prefix_cache == "on")
         self._history = History(trace)
         self._index = 0
+        self._numbers = count()
         self._requests: dict[str, Request] = {}  # every one that has not ended
         self._waiting: deque[Request] = deque()  # queue order
+        self._forks: dict[str, list[Request]] = {}  # by the parent whose prompt they wait for
+        self._forks_waiting = 0
         self._running: list[Request] = []  # admission order
         self._parked: list[tuple[Request, FinishReason, Event]] = []  # ended, returned when the batch ends
-        self._outbox: deque[tuple[Request, Event]] = deque()
-        self._delivering = False
-        self._broken_listeners: set[str] = set()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._outbox = Outbox(self._changed)
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -90,15 +100,20 @@ class Engine:
                 raise CapacityError("the engine is stopping", "send the request to another server, or start() it again")
             if request.id in self._requests:
                 raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
-            if len(self._waiting) >= self.config.max_queue:
+            if self._queued >= self.config.max_queue:
                 raise CapacityError(
                     f"the queue holds its bound of {self.config.max_queue:,} requests", "retry later or serve with a larger --max-queue"
                 )
             if request.arrival is None:
                 request.arrival = self.clock.now()
+            request.number = next(self._numbers)
             self._requests[request.id] = request
-            self._history.arrived(request, request.arrival, len(self._waiting))
-            self._waiting.append(request)
+            self._history.arrived(request, request.arrival, self._queued)
+            if self._awaits_prompt(request):
+                self._forks.setdefault(request.parent.id, []).append(request)  # type: ignore[union-attr]
+                self._forks_waiting += 1
+            else:
+                self._waiting.append(request)
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
@@ -117,7 +132,7 @@ class Engine:
             self._changed.notify_all()
             threaded = self._thread is not None
         if not threaded:
-            self._deliver()
+            self._outbox.deliver()
         return True
 
     def step(self) -> bool:
@@ -129,14 +144,14 @@ class Engine:
         if self._thread is not None:
             raise ArmillaryError("the engine runs on its own thread", "call stop() before step()")
         busy = self._step()
-        self._deliver()
+        self._outbox.deliver()
         return busy
 
     def run_until_idle(self) -> None:
         """Step until every request has ended; with a thread running, wait for that."""
         while self._thread is not None and threading.current_thread() is not self._thread:
             with self._changed:
-                if not self._requests and not self._outbox and not self._delivering:
+                if not self._requests and self._outbox.empty:
                     return
                 self._changed.wait(timeout=1.0)
         while self.step():
@@ -163,7 +178,7 @@ class Engine:
         with self._changed:
             self._thread = None
             self._end_all("cancelled", None)
-        self._deliver()
+        self._outbox.deliver()
 
     @property
     def alive(self) -> bool:
@@ -184,19 +199,21 @@ class Engine:
             ]
             rows += [self._row(request, "returning") for request, _, _ in self._parked]
             rows += [
-                self._row(request, "preempted" if request.preemptions else "queued") for request in islice(self._waiting, WAITING_ROWS)
+                self._row(request, "preempted" if request.preemptions else "queued")
+                for request in islice(chain(self._waiting, *self._forks.values()), WAITING_ROWS)
             ]
             return {
                 "policy": self.policy.name,
                 "now": self.clock.now(),
                 "iteration": self._index,
                 "running": len(self._running),
-                "waiting": len(self._waiting),
+                "waiting": self._queued,
                 "limits": asdict(self.limits),
                 "blocks": {"used": pool.used_count, "kept": pool.idle_count, "total": pool.total, "block_size": pool.block_size},
                 "requests": rows,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
+                "features": {name: dict(state()) for name, state in self.features.items()},
             }
 
     def explain(self, request_id: str) -> list[str] | None:
@@ -220,6 +237,8 @@ class Engine:
             self._stepping.release()
 
     def _iterate(self) -> bool:
+        if self.drafter is not None:
+            self._propose(self.drafter)
         with self._lock:
             if not self._running and not self._waiting:
                 return False
@@ -244,6 +263,18 @@ class Engine:
                 self._changed.notify_all()
         return True
 
+    def _propose(self, drafter: Drafter) -> None:
+        """Have tokens proposed for every sequence that decodes and has more than one to come."""
+        with self._lock:
+            wanting = [request for request in self._running if is_decode(request) and request.max_length - request.known > 1]
+            most = [request.max_length - request.known - 1 for request in wanting]
+        if not wanting:
+            return
+        proposed = drafter.propose(wanting, most)
+        with self._lock:
+            for request, tokens, bound in zip(wanting, proposed, most, strict=True):
+                request.drafts = tuple(tokens[:bound])
+
     def _apply(self, schedule: Schedule, scheduled: dict[str, Request]) -> Plan:
         """Carry out what the schedule says about memory and seats; give the batch."""
         now = self.clock.now()
@@ -257,29 +288,38 @@ class Engine:
             self._running.remove(request)
             self._memory.release(request)
             request.computed = request.kept = 0
+            request.drafts = ()
             request.preemptions += 1
             self._waiting.appendleft(request)
         self._running.extend(admitted)
+        hits: dict[str, Hit] = {}
         for entry in schedule.entries:  # before anybody is given what others have left
             if entry.request_id not in running:
-                self._begin(scheduled[entry.request_id], entry.start)
+                hits[entry.request_id] = self._begin(scheduled[entry.request_id], entry.start)
+        copies: list[tuple[int, int]] = []
         for entry in schedule.entries:
             request = scheduled[entry.request_id]
             self._memory.grow(request, entry.blocks)
             if request.first_scheduled is None:
                 request.first_scheduled = now
-        self._history.scheduled(schedule, admitted, now)
+            if entry.request_id in hits and (source := hits[entry.request_id].copied) is not None:
+                copies.append((source, request.blocks[entry.start // self.limits.block_size]))
+        self._history.scheduled(schedule, admitted, hits, now)
         requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
-        return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests))
+        return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests), tuple(copies))
 
-    def _begin(self, request: Request, start: int) -> None:
+    def _begin(self, request: Request, start: int) -> Hit:
         """An admitted sequence has its first `start` tokens from others."""
-        self._memory.begin(request, start)
-        if self._memory.looks_for(request):
-            self.stats.sought_tokens += request.known
-        self.stats.reused_tokens += start
+        hit = self._memory.begin(request, start)
+        if hit.forked:
+            self.stats.forked_tokens += start
+        else:
+            if self._memory.looks_for(request):
+                self.stats.sought_tokens += request.known
+            self.stats.reused_tokens += start
         if request.first_scheduled is None:
             request.reused = start
+        return hit
 
     def _leave_queue(self, ids: set[str]) -> None:
         while ids and self._waiting[0].id in ids:
@@ -296,17 +336,18 @@ class Engine:
         ):
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
-            request.computed = entry.start + entry.count
+            request.computed = entry.start + entry.count - entry.drafts
+            request.drafts = ()
             if index not in failed:
                 self._memory.keep(request)
             if entry.start < len(request.prompt) <= request.computed and not request.output:
                 self.stats.prompt_tokens += len(request.prompt)
-            _keep_prompt_scores(request, entry.start, scores)
+            keep_prompt_scores(request, entry.start, scores)
             try:
                 if index in failed:
                     raise failed[index]
-                if sampled is not None:
-                    self._accept(request, sampled, outcome.end)
+                if sampled:
+                    self._accept(request, entry.drafts, sampled, outcome.end)
                 elif request.sampling.max_tokens == 0 and request.computed == request.known:
                     self._end(request, "length", Event(request.id, None, "", None, "length", outcome.end))
             except Exception as error:  # its logits or its text stream: only this request ends
@@ -314,34 +355,24 @@ class Engine:
                 self._drop(request)
                 self._finish(request, "error", outcome.end, error)
 
-    def _accept(self, request: Request, sampled: TokenLogprob, at: int) -> None:
-        """Append a drawn token, find out whether it is the last, and tell the listener."""
-        token, sampling = sampled.token, request.sampling
-        request.output.append(token)
-        self.stats.generated_tokens += 1
-        if request.first_token is None:
-            request.first_token = at
-        request.last_token = at
-        logprob = sampled if sampling.logprobs is not None else None
-        if logprob is not None:
-            request.logprobs.append(logprob)
-        reason: FinishReason | None = None
-        text = ""
-        if token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos):
-            reason = "stop"  # the token itself is no text
-        elif request.text is not None:
-            text = request.text.push(token)
-            if request.text.stopped:
-                reason = "stop"
-        if reason is None and len(request.output) >= sampling.max_tokens:
-            reason = "length"
-        if reason is not None and request.text is not None and not request.text.stopped:
-            text += request.text.finish()
-        event = Event(request.id, token, text, logprob, reason, at)
-        if reason is None:
-            self._announce(request, event)
-        else:
-            self._end(request, reason, event)
+    def _accept(self, request: Request, drafts: int, sampled: Sequence[TokenLogprob], at: int) -> None:
+        """A sequence goes on with the drawn tokens: what its drafts had right is computed already."""
+        if drafts:
+            accepted = len(sampled) - 1
+            request.drafted, request.accepted = request.drafted + drafts, request.accepted + accepted
+            self.stats.drafted_tokens += drafts
+            self.stats.accepted_tokens += accepted
+            if self.drafter is not None:
+                self.drafter.verified(request, drafts, accepted)
+        for place, token in enumerate(sampled):
+            request.computed += place > 0
+            event = extend(request, token, self.eos_ids, at)
+            self.stats.generated_tokens += 1
+            if event.finish_reason is not None:
+                self._end(request, event.finish_reason, event)
+                return
+            self._outbox.put(request, event)
+        self._release_forks(request)
 
     def _fail(self, plan: Plan, error: Exception, start: int) -> None:
         """The executor raised: the requests of the iteration end, everything else goes on."""
@@ -375,8 +406,36 @@ class Engine:
             self._running.remove(request)
         elif any(request is parked for parked, _, _ in self._parked):
             self._parked = [parked for parked in self._parked if parked[0] is not request]
-        else:
+        elif request in self._waiting:
             self._waiting.remove(request)
+        else:
+            assert request.parent is not None
+            self._forks[request.parent.id].remove(request)
+            self._forks_waiting -= 1
+
+    def _awaits_prompt(self, request: Request) -> bool:
+        """Whether to wait for the parent's prompt. Policies that serve whole batches would hold a late-comer until the next."""
+        parent = request.parent
+        return (
+            parent is not None
+            and not self.policy.returns_together
+            and parent.id in self._requests
+            and not parent.output
+            and request.sampling.prompt_logprobs is None
+        )
+
+    def _release_forks(self, parent: Request) -> None:
+        """Those that waited for the parent's prompt take the place in the queue that they had before those who came later."""
+        forks = self._forks.pop(parent.id, [])
+        if forks:
+            self._forks_waiting -= len(forks)
+            place = next((i for i, request in enumerate(self._waiting) if request.number > forks[0].number), len(self._waiting))
+            for fork in reversed(forks):
+                self._waiting.insert(place, fork)
+
+    @property
+    def _queued(self) -> int:
+        return len(self._waiting) + self._forks_waiting
 
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
@@ -385,52 +444,30 @@ class Engine:
         request.finish_reason = reason
         request.finished = at
         del self._requests[request.id]
+        self._release_forks(request)
+        if self.drafter is not None:
+            self.drafter.forget(request)
         self._history.finished(request, at, error)
-        self._announce(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
+        self._outbox.put(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         self._running.clear()
         self._waiting.clear()
         self._parked.clear()
+        self._forks.clear()
+        self._forks_waiting = 0
         for request in list(self._requests.values()):
             self._finish(request, reason, self.clock.now(), error)
         self._changed.notify_all()
 
     # -- events and the thread ---------------------------------------------------------------------------------------
 
-    def _announce(self, request: Request, event: Event) -> None:
-        if request.on_event is not None:
-            self._outbox.append((request, event))
-
-    def _deliver(self) -> None:
-        """Hand out the events, in order, without the lock; whoever is already doing so takes the new ones too."""
-        with self._changed:
-            if self._delivering:
-                return
-            self._delivering = True
-        while True:
-            with self._changed:
-                if not self._outbox:
-                    self._delivering = False
-                    self._changed.notify_all()
-                    return
-                request, event = self._outbox.popleft()
-            try:
-                assert request.on_event is not None
-                request.on_event(event)
-            except Exception:
-                if request.id not in self._broken_listeners:
-                    log.exception("the listener of request '%s' raised; the request goes on", request.id)
-                    self._broken_listeners.add(request.id)
-            if event.finish_reason is not None:
-                self._broken_listeners.discard(request.id)
-
     def _loop(self) -> None:
         while True:
             with self._changed:
                 if not self._requests:
                     self._check_idle()
-                while not (self._stopping or self._running or self._waiting or self._outbox):
+                while not (self._stopping or self._running or self._waiting or self._outbox.waiting):
                     self._changed.wait()
                 if self._stopping:
                     return
@@ -440,7 +477,7 @@ class Engine:
                 log.exception("the scheduler failed; all %d requests end with an error", len(self._requests))
                 with self._changed:
                     self._end_all("error", error)
-            self._deliver()
+            self._outbox.deliver()
 
     # -- small print -------------------------------------------------------------------------------------------------
 
@@ -469,13 +506,3 @@ class Engine:
             self._memory.check(self._requests.values())
         except ArmillaryError:  # a defect of the engine; serving on is better than dying, hiding it is not
             log.critical("the KV pool's books are wrong while nothing runs", exc_info=True)
-
-
-def _keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:
-    """Store the scores of positions start+1, start+2, ...; what a recomputation scores again is kept once."""
-    if not scores:
-        return
-    kept = request.prompt_logprobs
-    if not kept:
-        kept.append(None)  # nothing predicts the first token
-    kept.extend(scores[len(kept) - (start + 1) :])

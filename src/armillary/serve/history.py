@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.units import format_duration
 from armillary.serve.request import FinishReason, Request
-from armillary.serve.schedule import Plan, Preemption, Reason, Schedule
+from armillary.serve.schedule import Hit, Plan, Preemption, Reason, Schedule
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
@@ -29,6 +30,9 @@ class EngineStats:
     recomputed_tokens: int = 0  # cached tokens that preemption took away
     sought_tokens: int = 0  # tokens of sequences that were admitted and looked for in the prefix cache
     reused_tokens: int = 0  # those of them that it had
+    forked_tokens: int = 0  # of prompts that another choice of the same answer had computed
+    drafted_tokens: int = 0  # proposed and verified ...
+    accepted_tokens: int = 0  # ... and right
     failed_iterations: int = 0
     scheduled_tokens: int = 0  # over all iterations
     iteration_sizes: list[int] = field(default_factory=lambda: [0] * 32)  # iterations with over 2^(i-1) and up to 2^i tokens
@@ -86,12 +90,13 @@ class History:
         story.held = preemption.reason
         story.tell(at, f"{preemption.reason}; gave back {preemption.blocks} KV blocks, up to {request.computed} tokens to compute again")
 
-    def scheduled(self, schedule: Schedule, admitted: list[Request], at: int) -> None:
-        """Who was let in and who was not; called before the iteration runs."""
+    def scheduled(self, schedule: Schedule, admitted: list[Request], hits: Mapping[str, Hit], at: int) -> None:
+        """Who was let in, with what, and who was not; called before the iteration runs."""
         counts = {entry.request_id: entry for entry in schedule.entries}
         for request in admitted:
             story, entry = self._stories[request.id], counts[request.id]
-            reused = f", {entry.start} of them from the prefix cache" if entry.start else ""
+            origin = f"'{request.parent.id}'" if hits[request.id].forked and request.parent is not None else "the prefix cache"
+            reused = f", {entry.start} of them from {origin}" if entry.start else ""
             story.tell(
                 at, f"admitted: {entry.start + entry.count} of {request.known} tokens{reused} ({entry.reason}), {entry.blocks} KV blocks"
             )
@@ -134,7 +139,8 @@ class History:
         self.stats.finished[reason] += 1
         story = self._stories.pop(request.id)
         cause = f" ({error})" if error is not None else ""
-        story.tell(at, f"ended: {reason}{cause}, {len(request.output)} tokens generated, {request.preemptions} preemptions")
+        drafts = f", {request.accepted} of {request.drafted} drafts right" if request.drafted else ""
+        story.tell(at, f"ended: {reason}{cause}, {len(request.output)} tokens generated, {request.preemptions} preemptions{drafts}")
         self._ended[request.id] = story
         while len(self._ended) > ENDED_REQUESTS:
             self._ended.popitem(last=False)

@@ -58,13 +58,16 @@ class PrefixCache:
         """The name of a request's full block; the request remembers it."""
         names, size = request.block_names, self._pool.block_size
         while len(names) <= index:
-            before = names[-1] if names else _salted(request.cache_salt)
+            before = names[-1] if names else _salted(request.cache_salt, request.adapter)
             start = len(names) * size
             tokens = array("q", (request.token(position) for position in range(start, start + size)))
             names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
         return names[index]
 
 
-def _salted(salt: str) -> bytes:
-    """What stands before a tenant's first block; not a block's name, whatever the salt."""
-    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=NAME_BYTES, person=b"salt").digest()
+def _salted(salt: str, adapter: str) -> bytes:
+    """What stands before a tenant's first block with some adapter; not a block's name, whatever the two are."""
+    name = blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=NAME_BYTES, person=b"salt").digest()
+    if not adapter:
+        return name
+    return blake2b(name + adapter.encode("utf-8", "surrogatepass"), digest_size=NAME_BYTES, person=b"adapter").digest()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from armillary.serve.constraint import Constraint
     from armillary.serve.text import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -76,10 +77,15 @@ class Request:
     arrival: int | None = None
     priority: int = 0
     cache_salt: str = ""  # computed keys and values are shared among requests of the same salt only
+    adapter: str = ""  # the low-rank weights that it runs with, "" for none
+    constraint: Constraint | None = None  # what may come next
+    parent: Request | None = None  # a sequence with the same prompt, whose cache this one begins with
     text: TextStream | None = None
     on_event: Callable[[Event], None] | None = None
     # State, written by the engine alone.
+    number: int = 0  # in the order of submission
     output: list[int] = field(default_factory=list)
+    drafts: tuple[int, ...] = ()  # proposed for what follows the known tokens, to be verified in the next iteration
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # block table
     reused: int = 0  # tokens that the prefix cache had when the sequence was first admitted
@@ -89,6 +95,8 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     preemptions: int = 0
+    drafted: int = 0  # proposed tokens that were verified ...
+    accepted: int = 0  # ... and those of them that were right
     first_scheduled: int | None = None  # ns
     first_token: int | None = None  # ns
     last_token: int | None = None  # ns

@@ -1,7 +1,7 @@
 """Which token comes next: logits in, one drawn token a row out.
 
 The order of operations follows Hugging Face's processors: repetition penalty (over prompt and output), presence and
-frequency penalties (over output), logit bias, temperature, top-k, top-p over what is left, min-p. Log-probabilities are
+frequency penalties (over output), logit bias, grammar, temperature, top-k, top-p over what is left, min-p. Log-probabilities are
 those of the model itself, before any of this, as the OpenAI API and vLLM report them.
 
 A draw (`kernels.sample`) is the inverse of the cumulative distribution at one uniform number, a hash of (seed, position). So a
@@ -14,13 +14,14 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError
 from armillary.kernels.sample import draw, reference
-from armillary.serve.request import Request, SamplingParams, TokenLogprob
+from armillary.serve.request import Request, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # as in vLLM: below this temperature the division would only add rounding errors
 _SALT = os.urandom(8)
@@ -30,45 +31,71 @@ class SamplingError(ArmillaryError):
     """One row of logits from which no token can be drawn; other rows are not affected."""
 
 
-def sample(
-    logits: Tensor, requests: Sequence[Request], seed: int | None = None, peaks: tuple[Tensor, Tensor] | None = None
-) -> list[TokenLogprob | SamplingError]:
-    """Draw the next token of each request from its row of `logits` [rows, vocab], on the logits' device.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Whose next token a row of logits decides: that of `request`, were `drafts` to follow what it knows.
 
-    The draw is for position `request.known`. Requests without a seed of their own draw from `seed` and their id (None:
-    from this process's own salt). `peaks` are the rows' largest logits (NaN where any is NaN) and the first tokens that have
-    them, when whoever computed the logits found them on the way. A row with NaN or +inf, or without any finite value, gives a SamplingError in its place.
+    `allowed`: what its grammar lets through there, a bit a token (`Constraint.mask`).
     """
-    if logits.shape[0] != len(requests):
-        raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
-    if not requests:
+
+    request: Request
+    drafts: tuple[int, ...] = ()
+    allowed: Tensor | None = None
+
+    @property
+    def position(self) -> int:
+        """Of the token that is drawn."""
+        return self.request.known + len(self.drafts)
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether the logits are changed before a token is drawn from them."""
+        params = self.request.sampling
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        return penalised or bool(params.logit_bias) or self.allowed is not None
+
+    @property
+    def plain_greedy(self) -> bool:
+        return self.request.sampling.temperature < GREEDY_BELOW and not self.reshaped
+
+
+def sample(
+    logits: Tensor, rows: Sequence[Row], seed: int | None = None, peaks: tuple[Tensor, Tensor] | None = None
+) -> list[TokenLogprob | SamplingError]:
+    """Draw a token from each row of `logits` [rows, vocab], on the logits' device.
+
+    Requests without a seed of their own draw from `seed` and their id (None: from this process's own salt). `peaks` are the
+    rows' largest logits (NaN where any is NaN) and the first tokens that have them, when whoever computed the logits found
+    them on the way. A row with NaN or +inf, or without any finite value, gives a SamplingError in its place.
+    """
+    if logits.shape[0] != len(rows):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} draws")
+    if not rows:
         return []
     logits = logits.float()
     # The plain maximum is vectorised and lets NaN through; max with indices is ten times slower.
     peak = logits.amax(-1) if peaks is None else peaks[0]
     healthy = torch.isfinite(peak)
-    chosen: list[int | SamplingError] = [0] * len(requests)
-    plain = [i for i, request in enumerate(requests) if _is_plain_greedy(request.sampling)]
+    chosen: list[int | SamplingError] = [0] * len(rows)
+    plain = [i for i, row in enumerate(rows) if row.plain_greedy]
     if plain:
         if peaks is None:
-            best = (logits if len(plain) == len(requests) else logits[plain]).argmax(-1)
+            best = (logits if len(plain) == len(rows) else logits[plain]).argmax(-1)
         else:
-            best = peaks[1] if len(plain) == len(requests) else peaks[1][plain]
+            best = peaks[1] if len(plain) == len(rows) else peaks[1][plain]
         for i, token in zip(plain, best.tolist(), strict=True):
             chosen[i] = token
-    shaped = [i for i, request in enumerate(requests) if not _is_plain_greedy(request.sampling)]
-    for i, result in zip(
-        shaped, _draw(logits, peak.tolist(), shaped, requests, seed, draw if peaks is not None else reference), strict=True
-    ):
+    shaped = [i for i, row in enumerate(rows) if not row.plain_greedy]
+    for i, result in zip(shaped, _draw(logits, peak.tolist(), shaped, rows, seed, draw if peaks is not None else reference), strict=True):
         chosen[i] = result
     if not bool(healthy.all()):
         for i, ok in enumerate(healthy.tolist()):
             if not ok:
-                chosen[i] = _unusable(requests[i], float(peak[i]))
-    scored = [i for i, request in enumerate(requests) if request.sampling.logprobs is not None and not isinstance(chosen[i], SamplingError)]
+                chosen[i] = _unusable(rows[i], float(peak[i]))
+    scored = [i for i, row in enumerate(rows) if row.request.sampling.logprobs is not None and not isinstance(chosen[i], SamplingError)]
     scores: dict[int, TokenLogprob] = {}
     if scored:
-        tops = [requests[i].sampling.logprobs or 0 for i in scored]
+        tops = [rows[i].request.sampling.logprobs or 0 for i in scored]
         scores = dict(zip(scored, score(logits[scored], [_token(chosen[i]) for i in scored], tops), strict=True))
     return [result if isinstance(result, SamplingError) else scores.get(i) or TokenLogprob(result) for i, result in enumerate(chosen)]
 
@@ -90,60 +117,55 @@ def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[To
     ]
 
 
-def uniform(request: Request, seed: int | None = None) -> float:
-    """The number in [0, 1) that decides `request`'s next draw: a hash of (seed, position), 53 bits."""
+def uniform(request: Request, position: int, seed: int | None = None) -> float:
+    """The number in [0, 1) that decides `request`'s draw of the token at `position`: a hash of (seed, position), 53 bits."""
     own = request.sampling.seed
     shared = _SALT.hex() if seed is None else f"engine {seed}"
     key = f"{shared} {request.id}" if own is None else f"seed {own}"
-    digest = hashlib.blake2b(f"{key} {request.known}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{key} {position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def penalise(row: Tensor, request: Request) -> Tensor:
-    """One row of logits [vocab] with the request's penalties and bias applied; `row` itself is left alone.
+def reshape(logits: Tensor, row: Row) -> Tensor:
+    """One row of logits [vocab] with the request's penalties, bias and grammar applied; `logits` itself is left alone.
 
     Repetition: Keskar et al. 2019 (positive logits divided, negative multiplied, once for each token seen in prompt or
     output). Presence and frequency: the OpenAI API (subtracted once, and once for each occurrence, in the output).
     """
-    params = request.sampling
-    row = row.clone()
+    params, prompt, output = row.request.sampling, row.request.prompt, [*row.request.output, *row.drafts]
+    logits = logits.clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*request.prompt, *request.output], device=row.device)
-        old = row[seen]
-        row[seen] = torch.where(old < 0, old * params.repetition_penalty, old / params.repetition_penalty)
-    if request.output and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = torch.unique(torch.tensor(request.output, device=row.device), return_counts=True)
-        row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        seen = torch.tensor([*prompt, *output], device=logits.device)
+        old = logits[seen]
+        logits[seen] = torch.where(old < 0, old * params.repetition_penalty, old / params.repetition_penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
-        tokens = torch.tensor([token for token, _ in params.logit_bias], device=row.device)
-        row.index_add_(0, tokens, torch.tensor([bias for _, bias in params.logit_bias], device=row.device))
-    return row
-
-
-def _is_plain_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW and not _reshapes(params)
-
-
-def _reshapes(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or bool(params.logit_bias)
+        tokens = torch.tensor([token for token, _ in params.logit_bias], device=logits.device)
+        logits.index_add_(0, tokens, torch.tensor([bias for _, bias in params.logit_bias], device=logits.device))
+    if row.allowed is not None:
+        bits = (row.allowed.to(logits.device)[:, None] >> torch.arange(32, device=logits.device)) & 1
+        logits.masked_fill_(bits.view(-1)[: logits.shape[0]] == 0, -math.inf)
+    return logits
 
 
 def _draw(
     logits: Tensor,
     peaks: Sequence[float],
-    rows: Sequence[int],
-    requests: Sequence[Request],
+    chosen: Sequence[int],
+    rows: Sequence[Row],
     seed: int | None,
     one: Callable[[Tensor, float, float, int, float, float, float], int],
 ) -> list[int | SamplingError]:
-    """The rows that need more than an argmax of the raw logits. `peaks` are those of all rows; `one` draws from a row."""
+    """The `chosen` rows, which need more than an argmax of the raw logits. `peaks` are those of all rows; `one` draws from one."""
     results: list[int | SamplingError] = []
-    for i in rows:
-        request = requests[i]
+    for i in chosen:
+        request = rows[i].request
         params = request.sampling
         try:
-            row = penalise(logits[i], request) if _reshapes(params) else logits[i]
-            peak = row.max().item() if _reshapes(params) else peaks[i]
+            values = reshape(logits[i], rows[i]) if rows[i].reshaped else logits[i]
+            peak = values.max().item() if rows[i].reshaped else peaks[i]
         except IndexError:
             results.append(
                 SamplingError(
@@ -153,20 +175,20 @@ def _draw(
             )
             continue
         if not math.isfinite(peak):
-            results.append(_unusable(request, peak))
+            results.append(_unusable(rows[i], peak))
         elif params.temperature < GREEDY_BELOW:
-            results.append(int(row.argmax()))
+            results.append(int(values.argmax()))
         else:
-            u = uniform(request, seed)
-            results.append(one(row, peak, params.temperature, params.top_k, params.top_p, params.min_p, u))
+            u = uniform(request, rows[i].position, seed)
+            results.append(one(values, peak, params.temperature, params.top_k, params.top_p, params.min_p, u))
     return results
 
 
-def _unusable(request: Request, peak: float) -> SamplingError:
+def _unusable(row: Row, peak: float) -> SamplingError:
     what = "NaN" if math.isnan(peak) else ("+inf" if peak > 0 else "nothing but -inf")
     return SamplingError(
-        f"the logits of request '{request.id}' contain {what} at position {request.known}",
-        "check the model's weights, or the request's logit_bias",
+        f"the logits of request '{row.request.id}' contain {what} at position {row.position}",
+        "check the model's weights, or the request's logit_bias and grammar",
     )
 
 

@@ -29,8 +29,10 @@ class Reason(StrEnum):
 class Entry:
     """One sequence's share of an iteration: compute `count` tokens from position `start`.
 
-    `sample`: the last of them is the last known token, so the next one is drawn.
+    `sample`: the last known token is among them, so the next one is drawn.
     `blocks`: how many KV blocks the sequence must own before the iteration runs.
+    `drafts`: of `count`, how many follow the known tokens: the first of `Request.drafts`. Each that is drawn is accepted, and
+    the token after it is drawn too (speculative decoding).
     """
 
     request_id: str
@@ -39,6 +41,7 @@ class Entry:
     sample: bool
     blocks: int
     reason: Reason
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +97,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The beginning of a sequence that has been computed already: whole blocks, in order, and the tokens in them."""
+    """The beginning of a sequence that has been computed already: whole blocks, in order, and the tokens in them.
+
+    `copied`: a further block that holds the tokens beyond the whole blocks; another sequence goes on writing to it, so it is copied.
+    """
 
     blocks: tuple[int, ...] = ()
     tokens: int = 0
+    copied: int | None = None
+    forked: bool = False  # from the request's parent, not from the prefix cache
 
 
 class Memory(Protocol):
@@ -178,24 +186,25 @@ class Plan:
     """A schedule with the block tables that carry it out: what an executor gets.
 
     `requests[i]` and `block_tables[i]` belong to `schedule.entries[i]`; position p of a sequence lives in
-    slot `block_table[p // block_size] * block_size + p % block_size`.
+    slot `block_table[p // block_size] * block_size + p % block_size`. `copies` are KV blocks (from, to) to be copied first.
     """
 
     schedule: Schedule
     requests: tuple[Request, ...]
     block_tables: tuple[Sequence[int], ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What an iteration produced, by entry index.
 
-    `sampled[i]` is the next token of entry i (None when it did not sample), with its logprobs when asked for;
-    `prompt_logprobs[i]` scores the prompt tokens at positions start+1 .. start+count when asked for.
+    `sampled[i]` are the next tokens of entry i, with their logprobs when asked for: none when it did not sample, otherwise the
+    drafts that were accepted and one more; `prompt_logprobs[i]` scores the prompt tokens at positions start+1 .. start+count when asked for.
     `start` and `end` are ns of the executor's clock. `failed` names entries that alone went wrong (NaN logits), and why.
     """
 
-    sampled: tuple[TokenLogprob | None, ...]
+    sampled: tuple[tuple[TokenLogprob, ...], ...]
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...]
     start: int
     end: int

@@ -24,18 +24,33 @@ class SequenceMemory:
         return self._prefixes is not None and request.sampling.prompt_logprobs is None
 
     def hit(self, request: Request) -> Hit:
-        return self._prefixes.hit(request) if self._prefixes is not None and self.looks_for(request) else Hit()
+        fork = self._fork(request)
+        if fork is not None and not request.output:
+            return fork  # nothing is longer
+        found = self._prefixes.hit(request) if self._prefixes is not None and self.looks_for(request) else Hit()
+        return fork if fork is not None and fork.tokens > found.tokens else found
+
+    def _fork(self, request: Request) -> Hit | None:
+        """All of the prompt but its last token, where the parent has computed it: whole blocks are shared, the rest is copied."""
+        parent, tokens = request.parent, len(request.prompt) - 1
+        if parent is None or not tokens or not parent.blocks or parent.computed < tokens or request.sampling.prompt_logprobs is not None:
+            return None
+        whole, rest = divmod(tokens, self.pool.block_size)
+        return Hit(tuple(parent.blocks[:whole]), tokens, parent.blocks[whole] if rest else None, forked=True)
 
     def references(self, block: int) -> int:
         return self.pool.references(block)
 
-    def begin(self, request: Request, start: int) -> None:
+    def begin(self, request: Request, start: int) -> Hit:
         """An admitted sequence shares the blocks of its first `start` tokens, which `hit` has found in this iteration."""
-        if start:
-            blocks = self.hit(request).blocks
-            self.pool.share(blocks)
-            request.blocks.extend(blocks)
-            request.computed, request.kept = start, len(blocks)
+        if not start:
+            return Hit()
+        hit = self.hit(request)
+        self.pool.share(hit.blocks)
+        request.blocks.extend(hit.blocks)
+        request.computed = start
+        request.kept = 0 if hit.forked else len(hit.blocks)
+        return hit
 
     def grow(self, request: Request, blocks: int) -> None:
         """The sequence owns `blocks` blocks from now on."""

@@ -168,6 +168,9 @@ class Service:
             )
             for index in range(n * len(prompts))
         ]
+        for index, request in enumerate(requests):
+            if index % n:
+                request.parent = requests[index - index % n]
         if self.gate is not None:
             self.gate(requests)
         stream.begin(requests)

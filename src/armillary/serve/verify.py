@@ -41,6 +41,8 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
         request = scheduled[entry.request_id]
         hit = Hit() if entry.request_id in running or not entry.start else state.memory.hit(request)
         _verify_entry(entry, request, state, max(request.computed, hit.tokens))
+        if hit.forked and request.parent is not None and request.parent.id in preempted:
+            raise ScheduleError(f"request '{request.id}' begins with the blocks of '{request.parent.id}', which is preempted")
         room.free -= room.needed(entry.blocks, hit) - len(request.blocks)
     if room.free < 0:
         raise ScheduleError(f"the schedule needs {-room.free} KV blocks more than are free")
@@ -76,10 +78,13 @@ def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -
     if entry.start != computed:
         raise ScheduleError(f"{name} starts at {entry.start}, its cache ends at {computed}")
     end = entry.start + entry.count
-    if entry.count < 1 or end > request.known:
+    known = end - entry.drafts
+    if entry.count < 1 or known > request.known:
         raise ScheduleError(f"{name} computes {entry.count} tokens, {request.known - computed} are wanted")
-    if entry.sample != (end == request.known and request.sampling.max_tokens > 0):
+    if entry.sample != (known == request.known and request.sampling.max_tokens > 0):
         raise ScheduleError(f"{name} must sample exactly when it reaches the last known token")
+    if not 0 <= entry.drafts <= (len(request.drafts) if entry.sample else 0):
+        raise ScheduleError(f"{name} verifies {entry.drafts} drafts, {len(request.drafts)} were proposed")
     if entry.blocks < max(len(request.blocks), state.limits.blocks_for(end)):
         raise ScheduleError(f"{name} owns {entry.blocks} KV blocks, {state.limits.blocks_for(end)} are needed")
 
@@ -93,5 +98,7 @@ def verify_outcome(outcome: Outcome, plan: Plan) -> None:
         raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
     failed = {index for index, _ in outcome.failed}
     for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
-        if entry.sample != (sampled is not None) and index not in failed:
-            raise ArmillaryError(f"the executor drew {'no token' if entry.sample else 'a token unasked'} for request '{entry.request_id}'")
+        if index not in failed and not entry.sample <= len(sampled) <= entry.sample + entry.drafts:
+            raise ArmillaryError(
+                f"the executor drew {len(sampled)} tokens for request '{entry.request_id}', which samples {int(entry.sample)} after {entry.drafts} drafts"
+            )

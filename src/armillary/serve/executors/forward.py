@@ -66,6 +66,18 @@ class Forward(Protocol):
 
     def logits(self, batch: FlatBatch) -> Logits: ...
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Keys and values of KV blocks, each (from, to); no block is both."""
+        ...
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """Keys and values of KV blocks as bytes, uint8 [blocks, bytes a block]: what `write_blocks` of a like pool takes."""
+        ...
+
+    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        """Raises InputError when `data` is not of this pool's size."""
+        ...
+
 
 @runtime_checkable
 class TakesAdapters(Protocol):

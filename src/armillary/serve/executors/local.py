@@ -10,7 +10,7 @@ import torch
 from armillary.core.clock import Clock, RealClock
 from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.request import Request, TokenLogprob
-from armillary.serve.sampling import SamplingError, sample, score
+from armillary.serve.sampling import Row, SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
 
 
@@ -35,13 +35,14 @@ class LocalExecutor:
             sampled, scores, failed = self._run(plan) if plan.requests else ([], [], [])
         return Outcome(tuple(sampled), tuple(scores), start, self._clock.now(), tuple(failed))
 
-    def _run(self, plan: Plan) -> tuple[list[TokenLogprob | None], list[tuple[TokenLogprob, ...]], list[tuple[int, Exception]]]:
+    def _run(self, plan: Plan) -> tuple[list[tuple[TokenLogprob, ...]], list[tuple[TokenLogprob, ...]], list[tuple[int, Exception]]]:
         entries, requests = plan.schedule.entries, plan.requests
+        self.forward.copy_blocks(plan.copies)
         # Single tokens first and by length: neighbours of similar length share one attention call.
         order = sorted(range(len(entries)), key=lambda i: (entries[i].count > 1, entries[i].start))
         tokens: list[int] = []
         positions: list[int] = []
-        drawn: list[int] = []  # entries, with the batch row of each in rows[: len(drawn)]
+        drawn: list[int] = []  # entries: each has 1 + drafts batch rows, which stand first in `rows`
         rows: list[int] = []
         scored: list[tuple[int, int, list[int]]] = []  # entry, its first batch row, the prompt tokens to score
         for i in order:
@@ -51,9 +52,10 @@ class LocalExecutor:
             positions += range(entry.start, end)
             if entry.sample:
                 drawn.append(i)
-                rows.append(len(tokens) - 1)
+                rows += range(len(tokens) - 1 - entry.drafts, len(tokens))
             if request.sampling.prompt_logprobs is not None and entry.start + 1 < len(request.prompt):
                 scored.append((i, first, list(request.prompt[entry.start + 1 : end + 1])))
+        count = len(rows)
         for _, first, targets in scored:
             rows += range(first, first + len(targets))
 
@@ -61,18 +63,18 @@ class LocalExecutor:
         computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
         logits = computed.values
 
-        sampled: list[TokenLogprob | None] = [None] * len(entries)
+        sampled: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
         scores: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
         failed: list[tuple[int, Exception]] = []
-        known = (
-            (computed.peak[: len(drawn)], computed.best[: len(drawn)]) if computed.peak is not None and computed.best is not None else None
-        )
-        for i, result in zip(drawn, sample(logits[: len(drawn)], [requests[i] for i in drawn], self._seed, known), strict=True):
-            if isinstance(result, SamplingError):
-                failed.append((i, result))
+        peaks = (computed.peak[:count], computed.best[:count]) if computed.peak is not None and computed.best is not None else None
+        results = iter(sample(logits[:count], [row for i in drawn for row in _rows(requests[i], entries[i])], self._seed, peaks))
+        for i in drawn:
+            found = _accepted(entries[i], requests[i], [next(results) for _ in range(1 + entries[i].drafts)])
+            if isinstance(found, SamplingError):
+                failed.append((i, found))
             else:
-                sampled[i] = result
-        row = len(drawn)
+                sampled[i] = found
+        row = count
         for i, _, targets in scored:
             tops = [requests[i].sampling.prompt_logprobs or 0] * len(targets)
             scores[i] = tuple(score(logits[row : row + len(targets)], targets, tops))
@@ -89,8 +91,28 @@ class LocalExecutor:
 
 
 def _tokens(request: Request, entry: Entry) -> Sequence[int]:
-    """The known tokens at the entry's positions."""
+    """The known tokens at the entry's positions, and its drafts."""
     if entry.count == 1:
         return (request.token(entry.start),)
-    start, end, prompt = entry.start, entry.start + entry.count, len(request.prompt)
-    return (*request.prompt[start:end], *request.output[max(0, start - prompt) : max(0, end - prompt)])
+    start, end, prompt = entry.start, entry.start + entry.count - entry.drafts, len(request.prompt)
+    known = request.prompt[start:end] if start < prompt else ()
+    return (*known, *request.output[max(0, start - prompt) : max(0, end - prompt)], *request.drafts[: entry.drafts])
+
+
+def _rows(request: Request, entry: Entry) -> list[Row]:
+    """What is drawn for an entry that samples: the token after the known ones, and after each draft."""
+    drafts = request.drafts[: entry.drafts]
+    masks = request.constraint.mask(drafts) if request.constraint is not None else [None] * (1 + len(drafts))
+    return [Row(request, drafts[:ahead], mask) for ahead, mask in enumerate(masks)]
+
+
+def _accepted(entry: Entry, request: Request, drawn: Sequence[TokenLogprob | SamplingError]) -> tuple[TokenLogprob, ...] | SamplingError:
+    """Of the tokens drawn after 0, 1, ... drafts those whose drafts were right. What cannot be drawn now is tried without drafts."""
+    tokens: list[TokenLogprob] = []
+    for ahead, result in enumerate(drawn):
+        if isinstance(result, SamplingError):
+            return tuple(tokens) if tokens else result
+        tokens.append(result)
+        if ahead < entry.drafts and result.token != request.drafts[ahead]:
+            break
+    return tuple(tokens)

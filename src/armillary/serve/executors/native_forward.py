@@ -71,6 +71,15 @@ class NativeForward:
     def pack_adapter(self, layers: Sequence[Layer]) -> PackedLowRank:
         return self.step.pack_adapter(layers)
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self.cache.contents.copy(copies)
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        return self.cache.contents.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        self.cache.contents.write(blocks, data)
+
 
 def _int32(values: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(values, np.int32))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from armillary.core.clock import VirtualClock
 from armillary.serve.engine import Engine
 from armillary.serve.request import Request, TokenLogprob
-from armillary.serve.schedule import Outcome, Plan
+from armillary.serve.schedule import Entry, Outcome, Plan
 
 TokenAt = Callable[[Request, int], int]
 Cost = Callable[[Plan], int]
@@ -45,11 +45,17 @@ class ScriptedExecutor:
     def run(self, plan: Plan) -> Outcome:
         start = self.clock.now()
         end = self.clock.advance(self._cost(plan))
-        sampled = tuple(
-            TokenLogprob(self._token(request, entry.start + entry.count)) if entry.sample else None
-            for entry, request in zip(plan.schedule.entries, plan.requests, strict=True)
-        )
+        sampled = tuple(self._drawn(request, entry) for entry, request in zip(plan.schedule.entries, plan.requests, strict=True))
         return Outcome(sampled, ((),) * len(sampled), start, end)
+
+    def _drawn(self, request: Request, entry: Entry) -> tuple[TokenLogprob, ...]:
+        """The tokens after the known ones, as far as the drafts are right, and one more."""
+        tokens: list[TokenLogprob] = []
+        for ahead in range(entry.drafts + 1 if entry.sample else 0):
+            tokens.append(TokenLogprob(self._token(request, request.known + ahead)))
+            if ahead < entry.drafts and tokens[-1].token != request.drafts[ahead]:
+                break
+        return tuple(tokens)
 
 
 def replay(engine: Engine, clock: VirtualClock, requests: Sequence[Request]) -> None:

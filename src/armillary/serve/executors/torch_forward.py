@@ -64,6 +64,15 @@ class TorchForward:
             self._adapted = Adapted(self.decoder)
         return TorchAdapter(layers, self.decoder.config, self.decoder.embed_tokens.weight.device)
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self.cache.contents.copy(copies)
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        return self.cache.contents.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        self.cache.contents.write(blocks, data)
+
 
 def _index(values: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(values, np.int64))

@@ -14,7 +14,10 @@ def is_decode(request: Request) -> bool:
 
 
 def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:  # noqa: B008
-    """Compute `count` tokens more of `request`, which then owns `blocks` KV blocks. `hit`: what it begins with where it is admitted."""
+    """Compute `count` tokens more of `request`, which then owns `blocks` KV blocks. `hit`: what it begins with where it is admitted.
+
+    What `count` has beyond the known tokens are drafts.
+    """
     start = max(request.computed, hit.tokens)
     left = request.known - start
     if is_decode(request):
@@ -22,9 +25,18 @@ def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:
     elif request.preemptions > 0:
         reason = Reason.RECOMPUTE
     else:
-        reason = Reason.PROMPT if count == left else Reason.CHUNK
-    samples = count == left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
-    return Entry(request.id, start, count, samples, blocks, reason)
+        reason = Reason.PROMPT if count >= left else Reason.CHUNK
+    samples = count >= left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
+    return Entry(request.id, start, count, samples, blocks, reason, max(0, count - left))
+
+
+def drafts_that_fit(request: Request, tokens: int, blocks: int, block_size: int) -> int:
+    """How many of a decode's drafts can be verified with `tokens` of the budget to spare and `blocks` KV blocks free.
+
+    A draft preempts nobody: it is dropped where there is no room for it.
+    """
+    slots = (len(request.blocks) + max(0, blocks)) * block_size - request.known
+    return max(0, min(len(request.drafts), tokens, slots))
 
 
 def turned_away(preempted: Sequence[Preemption], seats: int, budget: int) -> Reason | None:

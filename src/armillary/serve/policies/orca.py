@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import entry
+from armillary.serve.policies.entries import drafts_that_fit, entry
 from armillary.serve.schedule import Entry, Hold, Reason, Room, Schedule, State
 
 
@@ -22,10 +22,13 @@ class Orca:
         limits, room = state.limits, Room(state)
         entries: list[Entry] = []
         tokens = 0
+        spare = limits.max_batch_tokens - len(state.running)  # for drafts: they leave a token to everyone
         for request in state.running:  # always fits: seats never exceed the budget, and a running sequence only decodes
-            count = request.known - request.computed
+            drafts = drafts_that_fit(request, spare, 0, limits.block_size)
+            count = request.known - request.computed + drafts
             entries.append(entry(request, count, len(request.blocks)))
             tokens += count
+            spare -= drafts
         seats = min(limits.max_running, limits.max_batch_tokens)
         for request in state.waiting:
             if len(entries) >= seats:

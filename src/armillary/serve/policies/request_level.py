@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import entry
+from armillary.serve.policies.entries import drafts_that_fit, entry
 from armillary.serve.policies.orca import Orca
-from armillary.serve.schedule import Hold, Reason, Schedule, State
+from armillary.serve.schedule import Entry, Hold, Reason, Schedule, State
 
 
 class RequestLevel:
@@ -24,6 +24,11 @@ class RequestLevel:
     def step(self, state: State) -> Schedule:
         if not state.running:
             return self._admission.step(state)
-        entries = tuple(entry(request, request.known - request.computed, len(request.blocks)) for request in state.running)
+        entries: list[Entry] = []
+        spare = state.limits.max_batch_tokens - len(state.running)
+        for request in state.running:
+            drafts = drafts_that_fit(request, spare, 0, state.limits.block_size)
+            entries.append(entry(request, request.known - request.computed + drafts, len(request.blocks)))
+            spare -= drafts
         held = (Hold(state.waiting[0].id, Reason.BATCH_CLOSED),) if state.waiting else ()
-        return Schedule(state.index, entries, (), held)
+        return Schedule(state.index, tuple(entries), (), held)

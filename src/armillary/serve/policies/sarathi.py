@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import entry, is_decode, preemption, turned_away
+from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, preemption, turned_away
 from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
 
 
 class Sarathi:
     """Stall-free batches: each iteration is all running decodes, then prompt chunks with what the token budget leaves.
 
-    1. Every running decode gets its one token. When the blocks run out the last admitted is preempted (recompute).
+    1. Every running decode gets its one token, and its drafts as far as they fit. When the blocks run out the last admitted is
+       preempted (recompute).
     2. Prompts that have begun continue, cut to the budget.
     3. If nobody was preempted, new sequences are admitted in queue order. Admission takes the blocks of the whole prompt
        at once, so that a prompt that has begun never waits for memory and prompts cannot preempt each other.
@@ -28,19 +29,23 @@ class Sarathi:
         preempted: list[Preemption] = []
         held: list[Hold] = []
 
+        spare = budget - len(running)  # for drafts: they leave a token to everyone
         position = 0
         while position < len(running):
             request = running[position]
             if is_decode(request):
-                blocks = limits.blocks_for(request.known)
+                blocks = max(len(request.blocks), limits.blocks_for(request.known))
                 while blocks - len(request.blocks) > room.free and position < len(running):
                     victim = running.pop()  # those after `position` have no entry yet
                     preempted.append(preemption(victim, room))
                 if position == len(running):
                     break
-                entries.append(entry(request, 1, blocks))
+                drafts = drafts_that_fit(request, spare, room.free, limits.block_size)
+                blocks = max(blocks, limits.blocks_for(request.known + drafts))
+                entries.append(entry(request, 1 + drafts, blocks))
                 room.free -= blocks - len(request.blocks)
-                budget -= 1
+                budget -= 1 + drafts
+                spare -= drafts
             position += 1
 
         for request in running:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import entry, preemption, turned_away
+from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, preemption, turned_away
 from armillary.serve.request import Request
 from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
 
@@ -28,6 +28,7 @@ class VLLM:
         preempted: list[Preemption] = []
         held: list[Hold] = []
 
+        spare = budget - len(running)  # for drafts: they leave a token to everyone
         position = 0
         while position < len(running):
             request = running[position]
@@ -42,6 +43,10 @@ class VLLM:
                 preempted.append(preemption(victim, room))
             if position == len(running):  # it was the last itself
                 break
+            if is_decode(request):
+                drafts = drafts_that_fit(request, min(spare, budget - count), room.free, limits.block_size)
+                count, spare = count + drafts, spare - drafts
+                blocks = max(blocks, limits.blocks_for(request.computed + count))
             entries.append(entry(request, count, blocks))
             room.free -= blocks - len(request.blocks)
             budget -= count
