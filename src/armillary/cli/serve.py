@@ -95,5 +95,5 @@ def http_server(service: Service, server: Any, operations: Operations | None = N
         end_answers=service.engine.stop,
         drain=operations.drain,
         drain_seconds=server.drain_seconds,
-        on_drain=lambda answers: note(f"draining: {answers} answers in flight, at most {server.drain_seconds:g} s"),
+        on_drain=lambda requests: note(f"draining: {requests} requests in flight, at most {server.drain_seconds:g} s"),
     )

@@ -44,8 +44,9 @@ def limited(tmp_path_factory):
         [ApiKey.of("few", "f", requests_per_minute=2), ApiKey.of("short", "s", tokens_per_minute=30), ApiKey.of("free", "free-key")]
     )
     log = io.StringIO()
-    world = World(tmp_path_factory.mktemp("limited"), api_key=ring, operations=Operations(access_log=AccessLog(log)))
-    world.log = log
+    drain = Drain()
+    world = World(tmp_path_factory.mktemp("limited"), api_key=ring, operations=Operations(access_log=AccessLog(log), drain=drain))
+    world.log, world.drain = log, drain
     yield world
     world.close()
 
@@ -162,6 +163,17 @@ def test_draining_finishes_what_runs_and_refuses_what_comes(tmp_path):
         assert answer.headers["connection"] == "close"
     assert drain.in_flight == 0
     world.close()
+
+
+def test_a_response_in_the_background_is_waited_for_too(limited):
+    drain = limited.drain
+    with limited.typist.hold():
+        body = {"input": "Hi", "background": True, "store": True}
+        answer = limited.http.post("/v1/responses", json=body, headers=bearer("free-key")).json()
+        assert answer["status"] in ("queued", "in_progress")
+        limited.wait_for(lambda state: state["running"] == 1 and not drain.exchanges)
+        assert drain.in_flight == 1
+    limited.wait_for(lambda state: not drain.in_flight)
 
 
 @pytest.mark.parametrize("patience", ["until it is done", "until the bound"])

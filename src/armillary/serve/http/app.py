@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
@@ -16,6 +16,7 @@ from armillary.serve.http.errors import APIError
 from armillary.serve.http.exchange import Exchanges, Linked
 from armillary.serve.http.guards import LOOPBACK_HOSTS, HostGuard, KeyGuard
 from armillary.serve.http.metrics import Metrics
+from armillary.serve.http.openapi import describe
 from armillary.serve.http.operations import Operations
 from armillary.serve.http.rate_limits import RateGuard, RateLimits
 from armillary.serve.operations.keys import KeyRing
@@ -58,8 +59,9 @@ def create_app(
     recent = RecentRequests(engine.clock)
     app = FastAPI(title="Armillary", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
+    describe(app, keys=keys is not None)
     metrics = Metrics(service, vllm_names=vllm_metrics)
-    service.observer = Observers([Linked(), metrics, occupancy, *([limits] if limits else []), recent, *operations.observers])
+    service.observer = Observers([Linked(), metrics, occupancy, *([limits] if limits else []), recent, drain, *operations.observers])
 
     def gate(group: Sequence[Request]) -> None:
         occupancy.admit(group)
@@ -84,7 +86,7 @@ def create_app(
     async def version() -> dict[str, Any]:
         return {"version": __version__, "model": service.model_name}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def scrape() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

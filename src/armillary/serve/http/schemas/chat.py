@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from armillary.serve.http.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, SamplingBody
+from armillary.serve.http.schemas.written import TEXT_PARTS
 
 MAX_MESSAGES = 4096
 
@@ -19,7 +20,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Annotated[str, TEXT_PARTS]
     name: str | None = Field(None, max_length=256)
 
     @model_validator(mode="before")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from armillary.serve.http.schemas.sampling import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, SamplingBody
+from armillary.serve.http.schemas.written import TEXT, TOKENS, either, some
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this endpoint
 Prompt = str | list[int]
@@ -19,7 +20,7 @@ class CompletionBody(SamplingBody):
     with `echo`: score a text and generate nothing.
     """
 
-    prompt: list[Any]  # of Prompt
+    prompt: Annotated[list[Any], either(TEXT, TOKENS, some(TEXT, MAX_CHOICES), some(TOKENS, MAX_CHOICES))]  # of Prompt
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_TOKENS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from armillary.core.errors import InputError
 from armillary.serve.http.body import Body
 from armillary.serve.http.schemas.sampling import MAX_STOP_LENGTH, MAX_TOKENS
+from armillary.serve.http.schemas.written import TEXT, either, some, typed
 from armillary.serve.request import SamplingParams
 
 Json = dict[str, Any]
@@ -24,7 +25,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     role: Literal["user", "assistant"]
-    content: list[Json]
+    content: Annotated[list[Json], either(TEXT, some(typed("text", "tool_use", "tool_result"), MAX_MESSAGES, 0))]
 
     @field_validator("content", mode="before")
     @classmethod
@@ -75,7 +76,7 @@ class CountBody(Body):
 
     model: str = Field(max_length=512)
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: list[Json] = Field(default_factory=list)
+    system: Annotated[list[Json], either(TEXT, some(typed("text"), MAX_MESSAGES, 0))] = Field(default_factory=list)
 
     @field_validator("system", mode="before")
     @classmethod

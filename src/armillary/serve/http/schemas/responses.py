@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from armillary.serve.http.schemas.items import item
 from armillary.serve.http.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, DrawingBody
+from armillary.serve.http.schemas.written import TEXT, either, some, typed
 
 MAX_ITEMS = 4096
 LOGPROBS = "message.output_text.logprobs"
@@ -53,7 +54,9 @@ class ResponsesBody(DrawingBody):
         {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
     )
 
-    input: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_ITEMS)
+    input: Annotated[
+        list[dict[str, Any]], either(TEXT, some(typed("message", "function_call", "function_call_output", required=False), MAX_ITEMS))
+    ] = Field(min_length=1, max_length=MAX_ITEMS)
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=128)
     store: bool = True

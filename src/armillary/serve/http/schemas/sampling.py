@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from armillary.serve.http.body import Body
+from armillary.serve.http.schemas.written import BIASES, either, some
 from armillary.serve.request import SamplingParams
 
 MAX_CHOICES = 128
@@ -16,6 +17,7 @@ MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
 class StreamOptions(BaseModel):
@@ -38,10 +40,10 @@ class DrawingBody(Body):
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     seed: int | None = Field(None, ge=0, lt=2**63)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)  # vLLM's: only requests with the same share computed prompts
-    stop: list[str] = Field(default_factory=list)
+    stop: Annotated[list[str], either(STOP, some(STOP, MAX_STOP_STRINGS, 0))] = Field(default_factory=list)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
-    logit_bias: dict[str, float] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, float], BIASES] = Field(default_factory=dict)
 
     @field_validator("stop", mode="before")
     @classmethod
