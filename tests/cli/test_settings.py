@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from armillary.cli.run_config import RunConfig, ServerConfig
-from armillary.cli.settings import EngineFlags, ServerFlags, save_config, settle
+from armillary.cli.settings import EngineFlags, FleetFlags, ServerFlags, save_config, settle
 from armillary.core.config import resolve
 from armillary.core.errors import FormatError, InputError
 from armillary.serve.config import EngineConfig
+from armillary.serve.fleet.config import FleetConfig
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_option_of_the_configuration_has_its_flag() -> None:
     assert {field.name for field in fields(EngineFlags)} == set(EngineConfig.model_fields)
     assert {field.name for field in fields(ServerFlags)} == set(ServerConfig.model_fields)
+    assert {field.name for field in fields(FleetFlags)} == set(FleetConfig.model_fields)
 
 
 def test_default_then_file_then_environment_then_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

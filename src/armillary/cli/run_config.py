@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from armillary.core.config import Config
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
+from armillary.serve.fleet.config import FleetConfig
 
 
 class ServerConfig(Config):
@@ -65,3 +66,5 @@ class RunConfig(Config):
     """A name, a .gguf file or a model folder."""
     server: ServerConfig = ServerConfig.model_validate({})
     engine: EngineConfig = EngineConfig.model_validate({})
+    fleet: FleetConfig = FleetConfig.model_validate({})
+    """Replicas, which only `serve` has."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags, ServerFlags, settle
+from armillary.cli.settings import ConfigFile, EngineFlags, FleetFlags, ServerFlags, settle
 
 if TYPE_CHECKING:
     from armillary.serve.http.operations import Operations
@@ -22,23 +22,24 @@ def serve(
     config: ConfigFile = None,
     server: ServerFlags = ServerFlags(),  # noqa: B008 (frozen)
     engine: EngineFlags = EngineFlags(),  # noqa: B008
+    fleet: FleetFlags = FleetFlags(),  # noqa: B008
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
-    from armillary.cli.launch import launch
+    from armillary.cli.launch import launch, start
     from armillary.cli.operations import key_ring, operations
     from armillary.cli.terminal import note
     from armillary.core.trace import Trace
     from armillary.serve.http.server import check_address
 
-    settled = settle(model, engine, server, config)
+    settled = settle(model, engine, server, config, fleet=fleet)
     refuse_open_door(settled.value.server)
     check_address(settled.value.server.host, settled.value.server.port)
     key_ring(settled.value.server)
     trace = Trace("serve", capacity=200_000)
     operating = operations(settled.value.server, trace)
-    running = launch(settled, trace)
+    running = launch(settled, trace, replicas=True)
     with_http = http_server(running.service, settled.value.server, operating)
-    running.engine.start()
+    start(running)
     try:
         print(f"serving {running.service.model_name} at {with_http.url} (API at {with_http.url}/v1); Ctrl-C stops", flush=True)
         with_http.run()

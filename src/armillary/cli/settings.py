@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from armillary.core.config import Resolved
 
 _ENGINE = Group("Engine (also [engine] in --config, ARMILLARY_ENGINE__NAME)", sort_key=2)
+_FLEET = Group("Replicas (also [fleet] in --config, ARMILLARY_FLEET__NAME)", sort_key=3)
 _SERVER = Group("Server (also [server] in --config, ARMILLARY_SERVER__NAME)", sort_key=1)
 
 
@@ -101,12 +102,45 @@ class ServerFlags:
     ] = None
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class FleetFlags:
+    """`serve.fleet.config.FleetConfig` as flags; None was not given."""
+
+    replicas: Annotated[
+        int | None, _flag("Engines behind the API, each a process; they divide --threads and --kv-memory (default 1).", _FLEET)
+    ] = None
+    prefill_workers: Annotated[int | None, _flag("Processes that compute prompts only; needs --decode-workers.", _FLEET)] = None
+    decode_workers: Annotated[int | None, _flag("Processes that generate only; needs --prefill-workers.", _FLEET)] = None
+    router: Annotated[
+        str | None,
+        _flag("Who gets a request: cache-aware (default), power-of-two, shortest-queue, round-robin, consistent-hash.", _FLEET),
+    ] = None
+    tail: Annotated[
+        str | None, _flag("A second copy of a request: none (default), hedged (when it is late) or tied (in two queues, one runs).", _FLEET)
+    ] = None
+    hedge_budget: Annotated[float | None, _flag("Share of prompt tokens that hedging may compute twice (default 0.05).", _FLEET)] = None
+    silence: Annotated[
+        float | None, _flag("Seconds without a sign of life after which a replica's requests go elsewhere (default 3).", _FLEET)
+    ] = None
+    transfer_memory: Annotated[
+        str | None, _flag("Memory of a prefill worker for prompts that wait for a decode worker (default 1 GB).", _FLEET)
+    ] = None
+    ray: Annotated[
+        bool | None,
+        Parameter(
+            negative=(), group=_FLEET, show_default=False, help="Replicas are Ray actors; each gets all of --threads and --kv-memory."
+        ),
+    ] = None
+
+
 def settle(
     model: str | None = None,
     engine: EngineFlags | None = None,
     server: ServerFlags | None = None,
     file: Path | None = None,
     defaults: dict[str, Any] | None = None,
+    fleet: FleetFlags | None = None,
 ) -> Resolved[Any]:
     """Default < file < environment < flag, as a `RunConfig` with the provenance of every key.
 
@@ -118,6 +152,7 @@ def settle(
     flags: dict[str, Any] = {"model": model}
     flags |= {f"engine.{name}": value for name, value in asdict(engine or EngineFlags()).items()}
     flags |= {f"server.{name}": value for name, value in asdict(server or ServerFlags()).items()}
+    flags |= {f"fleet.{name}": value for name, value in asdict(fleet or FleetFlags()).items()}
     settled = resolve(RunConfig, file=file, flags=flags)
     own = {key: value for key, value in (defaults or {}).items() if settled.provenance[key] == "default"}
     if not own:

@@ -21,7 +21,7 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
     if most < 0:
         raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
     _in_range(request.sampling)
-    if request.output or request.computed or request.blocks or request.finish_reason is not None:
+    if request.computed or request.blocks or request.finish_reason is not None or len(request.output) > max(0, most - 1):
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
     context = config.context
     if context is not None and request.max_length > context:

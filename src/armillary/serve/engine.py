@@ -313,6 +313,9 @@ class Engine:
         hit = self._memory.begin(request, start)
         if hit.forked:
             self.stats.forked_tokens += start
+        elif hit.delivered:
+            self.stats.delivered_tokens += start
+            return hit
         else:
             if self._memory.looks_for(request):
                 self.stats.sought_tokens += request.known

@@ -31,6 +31,7 @@ class EngineStats:
     sought_tokens: int = 0  # tokens of sequences that were admitted and looked for in the prefix cache
     reused_tokens: int = 0  # those of them that it had
     forked_tokens: int = 0  # of prompts that another choice of the same answer had computed
+    delivered_tokens: int = 0  # that a prefill worker had computed
     drafted_tokens: int = 0  # proposed and verified ...
     accepted_tokens: int = 0  # ... and right
     failed_iterations: int = 0
@@ -95,7 +96,11 @@ class History:
         counts = {entry.request_id: entry for entry in schedule.entries}
         for request in admitted:
             story, entry = self._stories[request.id], counts[request.id]
-            origin = f"'{request.parent.id}'" if hits[request.id].forked and request.parent is not None else "the prefix cache"
+            origin = "the prefix cache"
+            if hits[request.id].forked and request.parent is not None:
+                origin = f"'{request.parent.id}'"
+            elif hits[request.id].delivered:
+                origin = "the worker that computed them"
             reused = f", {entry.start} of them from {origin}" if entry.start else ""
             story.tell(
                 at, f"admitted: {entry.start + entry.count} of {request.known} tokens{reused} ({entry.reason}), {entry.blocks} KV blocks"

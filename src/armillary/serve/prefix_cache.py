@@ -30,7 +30,7 @@ class PrefixCache:
         """The computed blocks that `request`, which has none, could begin with; at least one token stays to be computed."""
         found: list[int] = []
         for index in range((request.known - 1) // self._pool.block_size):
-            block = self._block.get(self._name_of(request, index))
+            block = self._block.get(name_of(request, index, self._pool.block_size))
             if block is None:
                 break
             found.append(block)
@@ -39,7 +39,7 @@ class PrefixCache:
     def keep(self, request: Request) -> None:
         """Makes the full blocks that `request` has computed known to others."""
         for index in range(request.kept, request.computed // self._pool.block_size):
-            name, block = self._name_of(request, index), request.blocks[index]
+            name, block = name_of(request, index, self._pool.block_size), request.blocks[index]
             known = self._block.get(name)
             if known is None:
                 self._pool.keep(block)
@@ -54,15 +54,21 @@ class PrefixCache:
         """The pool gives a kept block to somebody else."""
         del self._block[self._name.pop(block)]
 
-    def _name_of(self, request: Request, index: int) -> bytes:
-        """The name of a request's full block; the request remembers it."""
-        names, size = request.block_names, self._pool.block_size
-        while len(names) <= index:
-            before = names[-1] if names else _salted(request.cache_salt, request.adapter)
-            start = len(names) * size
-            tokens = array("q", (request.token(position) for position in range(start, start + size)))
-            names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
-        return names[index]
+
+def name_of(request: Request, index: int, block_size: int) -> bytes:
+    """The name of a request's full block; the request remembers it."""
+    names = request.block_names
+    while len(names) <= index:
+        before = names[-1] if names else _salted(request.cache_salt, request.adapter)
+        start = len(names) * block_size
+        tokens = array("q", (request.token(position) for position in range(start, start + block_size)))
+        names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
+    return names[index]
+
+
+def prompt_names(request: Request, block_size: int) -> tuple[bytes, ...]:
+    """The names of all full blocks of a request's prompt."""
+    return tuple(name_of(request, index, block_size) for index in range(len(request.prompt) // block_size))
 
 
 def _salted(salt: str, adapter: str) -> bytes:

@@ -78,6 +78,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""  # computed keys and values are shared among requests of the same salt only
     adapter: str = ""  # the low-rank weights that it runs with, "" for none
+    delivered: int = 0  # tokens whose keys and values come with the request, from the worker that computed them
     constraint: Constraint | None = None  # what may come next
     parent: Request | None = None  # a sequence with the same prompt, whose cache this one begins with
     text: TextStream | None = None

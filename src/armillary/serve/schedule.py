@@ -106,6 +106,7 @@ class Hit:
     tokens: int = 0
     copied: int | None = None
     forked: bool = False  # from the request's parent, not from the prefix cache
+    delivered: bool = False  # by another worker, into blocks of the request's own
 
 
 class Memory(Protocol):

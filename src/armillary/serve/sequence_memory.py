@@ -28,6 +28,8 @@ class SequenceMemory:
         if fork is not None and not request.output:
             return fork  # nothing is longer
         found = self._prefixes.hit(request) if self._prefixes is not None and self.looks_for(request) else Hit()
+        if request.delivered > found.tokens and (fork is None or request.delivered > fork.tokens):
+            return Hit(tokens=request.delivered, delivered=True)
         return fork if fork is not None and fork.tokens > found.tokens else found
 
     def _fork(self, request: Request) -> Hit | None:
@@ -50,6 +52,7 @@ class SequenceMemory:
         request.blocks.extend(hit.blocks)
         request.computed = start
         request.kept = 0 if hit.forked else len(hit.blocks)
+        request.delivered = 0  # once: what is lost by preemption is computed again
         return hit
 
     def grow(self, request: Request, blocks: int) -> None:

@@ -23,7 +23,7 @@ from armillary.serve.tool_turns import for_template
 
 if TYPE_CHECKING:
     from armillary.models.load import LoadedModel
-    from armillary.serve.engine import Engine
+    from armillary.serve.surface import Serving
 
 Message = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ class Service:
     when a group of requests is not to be taken now.
     """
 
-    def __init__(self, engine: Engine, loaded: LoadedModel, model_name: str | None = None, *, observer: Observer | None = None) -> None:
+    def __init__(self, engine: Serving, loaded: LoadedModel, model_name: str | None = None, *, observer: Observer | None = None) -> None:
         self.engine = engine
         self.loaded = loaded
         self.model_name = model_name or loaded.name

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from armillary.serve.http.fleet_metrics import fleet_metrics
 from armillary.serve.request import Event, Request
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ class _EngineState(Collector):
             ("requests_waiting", "Requests in the queue", live["waiting"]),
             ("kv_blocks_used", "KV blocks in use", used),
             ("kv_blocks_kept", "KV blocks without a user, kept for sequences that begin alike", live["blocks"]["kept"]),
-            ("kv_blocks", "KV blocks in the pool", engine.limits.total_blocks),
-            ("kv_cache_usage_ratio", "Share of the KV pool in use, 0 to 1", used / engine.limits.total_blocks),
+            ("kv_blocks", "KV blocks in the pool", live["blocks"]["total"]),
+            ("kv_cache_usage_ratio", "Share of the KV pool in use, 0 to 1", used / live["blocks"]["total"]),
         ):
             gauge = GaugeMetricFamily(f"armillary_{name}", help_text, labels=["model_name"])
             gauge.add_metric([model], value)
@@ -156,6 +157,8 @@ class _EngineState(Collector):
         for reason, count in stats["finished"].items():
             finished.add_metric([model, reason], count)
         yield finished
+        if "fleet" in live["features"]:
+            yield from fleet_metrics(live["features"]["fleet"], model)
 
 
 class _Both(Collector):

@@ -1,0 +1,63 @@
+"""From a model and what a fleet may be told to a fleet: threads and KV memory divided before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from armillary.core.errors import InputError
+from armillary.models.config import ModelConfig
+from armillary.serve.config import EngineConfig
+from armillary.serve.fleet.config import FleetConfig
+from armillary.serve.fleet.fleet import Blueprint, Fleet
+from armillary.serve.fleet.worker import FROM_MODEL
+from armillary.serve.kv_pool import available_memory, kv_bytes_per_token, settle
+
+if TYPE_CHECKING:
+    from armillary.core.trace import Trace
+    from armillary.models.load import LoadedModel
+
+
+def share(config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: int | None, cores: int) -> EngineConfig:
+    """What each replica gets of `config`'s threads and KV pool, which are the whole fleet's; with Ray, each gets all of them.
+
+    Raises as `kv_pool.settle`, and InputError when a replica is left without a KV block.
+    """
+    count = 1 if fleet.ray else len(fleet.roles)
+    whole = settle(config.model_copy(update={"max_running": min(1 << 16, count * config.max_running)}), model, memory)
+    assert whole.kv_blocks is not None
+    if whole.kv_blocks < count:
+        raise InputError(
+            f"{whole.kv_blocks} KV blocks are not one for each of {count} replicas",
+            "give more memory, or fewer replicas",
+            field="kv_blocks",
+        )
+    threads = config.threads if config.threads is not None else cores
+    return whole.model_copy(
+        update={"max_running": config.max_running, "kv_blocks": whole.kv_blocks // count, "threads": max(1, threads // count)}
+    )
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_fleet(loaded: LoadedModel, config: EngineConfig, fleet: FleetConfig, *, trace: Trace | None = None) -> Fleet:
+    """A fleet that serves `loaded`, each replica reading the model from its files; not started yet."""
+    each = share(config, loaded.config, fleet, available_memory(), cores())
+    launcher = None
+    if fleet.ray:
+        from armillary.serve.fleet.ray import RayLauncher
+
+        assert each.threads is not None
+        launcher = RayLauncher(fleet.replicas, each.threads)
+    return Fleet(
+        Blueprint(FROM_MODEL, {"model": str(loaded.source_path), "engine": each.model_dump(mode="json")}),
+        each,
+        fleet,
+        eos_ids=loaded.tokenizer.stop_ids,
+        token_bytes=kv_bytes_per_token(loaded.config, each.kv_dtype),
+        launcher=launcher,
+        trace=trace,
+    )

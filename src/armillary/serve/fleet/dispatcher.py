@@ -1,0 +1,498 @@
+"""Where each request runs, and what becomes of it when its replica is late, slow, silent or dead."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from armillary.core.clock import Clock
+from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.core.units import format_duration
+from armillary.serve.admission import admissible
+from armillary.serve.config import EngineConfig
+from armillary.serve.continuation import extend
+from armillary.serve.fleet.config import FleetConfig, Role
+from armillary.serve.fleet.handover import Handover
+from armillary.serve.fleet.latencies import Latencies
+from armillary.serve.fleet.member import Attempt, Link, Member, Stage, Ticket
+from armillary.serve.fleet.messages import Message, pack_request, unpack_error, unpack_token
+from armillary.serve.fleet.stories import Stories
+from armillary.serve.policies import routing
+from armillary.serve.policies.routing.hedging import HedgeState, Hedging
+from armillary.serve.policies.routing.probation import Probation, Pulse
+from armillary.serve.policies.routing.state import RouteState, shortest
+from armillary.serve.prefix_cache import prompt_names
+from armillary.serve.request import Event, FinishReason, Request
+from armillary.serve.schedule import Limits
+
+MOST_DEATHS: Final = 3  # replicas that may die under a request before it is the request's fault
+OLDEST: Final = 256  # requests without a token that are looked at for hedging
+GOOD: Final = 64  # requests in a row, none too slow, after which a replica's convictions are forgotten
+
+Announce = Callable[[Request, Event], None]
+
+
+@dataclass(slots=True)
+class FleetStats:
+    """Cumulative counters since the fleet was made."""
+
+    routed: int = 0
+    hedges: int = 0
+    hedges_won: int = 0  # by the second replica
+    tied: int = 0
+    moved: int = 0  # requests that a dead or silent replica had
+    deaths: int = 0
+    silences: int = 0
+    convictions: int = 0  # of slow replicas
+    prompt_tokens: int = 0  # sent for the first time
+    hedged_tokens: int = 0
+
+
+class Dispatcher:
+    """Requests in, messages to replicas out, tokens back to `announce`. One caller at a time; never waits; in real or virtual time.
+
+    A request's tokens come from one attempt only: the first that gives one. Whatever else was sent of it is cancelled then,
+    and what a cancelled attempt still says is not heard. An attempt that is lost is made again elsewhere from the tokens so far,
+    and because draws go by position the answer is the same.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        engine: EngineConfig,
+        limits: Limits,
+        clock: Clock,
+        announce: Announce,
+        *,
+        eos_ids: Collection[int] = (),
+        probation: Probation | None = None,
+        hedging: Hedging | None = None,
+        token_bytes: int = 0,
+        exchange: Path | None = None,
+    ) -> None:
+        self.config, self.engine, self.limits = config, engine, limits
+        self.clock = clock
+        self.members = [Member(i, role, limits.max_running, limits.total_blocks) for i, role in enumerate(config.roles)]
+        self.router = routing.get(config.router)
+        self.stats = FleetStats()
+        self.finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+        self.generated = 0
+        self.stories = Stories()
+        self.tickets: dict[str, Ticket] = {}
+        self._announce = announce
+        self._eos = frozenset(eos_ids)
+        self._probation = probation or Probation(silence=round(config.silence * 1e9))
+        self._hedging = hedging or Hedging(config.hedge_budget)
+        self._latencies = Latencies()
+        self._attempts: dict[int, Attempt] = {}
+        self._numbers = itertools.count()
+        self._unanswered: dict[str, Ticket] = {}
+        self._homeless: deque[Ticket] = deque()  # there is no replica for them now
+        self._token_bytes = token_bytes
+        self.handover = Handover(exchange)
+        self._ticked = clock.now()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which no attempt has started."""
+        return sum(member.waiting for member in self.members) + len(self._homeless)
+
+    def submit(self, request: Request) -> None:
+        """Raises as `Engine.submit`."""
+        admissible(request, self.engine, self.limits)
+        if request.constraint is not None:
+            raise InputError("a grammar does not go to replicas", "leave it out, or serve with one replica", field="response_format")
+        if request.id in self.tickets:
+            raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
+        if self.waiting >= self.engine.max_queue:
+            raise CapacityError(
+                f"the queue holds its bound of {self.engine.max_queue:,} requests", "retry later or serve with a larger --max-queue"
+            )
+        now = self.clock.now()
+        if request.arrival is None:
+            request.arrival = now
+        ticket = Ticket(request, prompt_names(request, self.limits.block_size))
+        self.tickets[request.id] = self._unanswered[request.id] = ticket
+        self.stories.begin(request.id, request.arrival)
+        self.stats.prompt_tokens += len(request.prompt)
+        if self._homeless:
+            self._homeless.append(ticket)
+            self._tell(ticket, f"{len(self._homeless) - 1} requests wait already that no replica can take now")
+        else:
+            self._place(ticket)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request wherever it is; False when it is unknown or has ended."""
+        ticket = self.tickets.get(request_id)
+        if ticket is None:
+            return False
+        self._end(ticket, "cancelled")
+        return True
+
+    def end_all(self) -> None:
+        for ticket in list(self.tickets.values()):
+            self._end(ticket, "cancelled")
+
+    # -- where a request goes ----------------------------------------------------------------------------------------
+
+    def _place(self, ticket: Ticket) -> bool:
+        """Send it to a replica, or keep it until there is one; False when it is kept."""
+        stage, candidates = self._candidates(ticket)
+        if not candidates:
+            if ticket not in self._homeless:
+                self._homeless.append(ticket)
+                self._tell(ticket, "no replica can take it now: it waits")
+            return False
+        if stage == "decode":  # the cache is there already: the least loaded, whatever the router
+            view = shortest(self._state(ticket, candidates).replicas)
+            chosen, why = self.members[view.index], f"it has the least to do: {view.waiting} waiting, {view.running} running"
+        else:
+            route = self.router.step(self._state(ticket, candidates))
+            chosen, why = self.members[route.replica], route.reason
+        self.stats.routed += 1
+        others = [member for member in candidates if member is not chosen]
+        tied = self.config.tail == "tied" and bool(others) and not ticket.request.output
+        self._send(ticket, chosen, stage, tied)
+        self._tell(ticket, f"sent to replica {chosen.index} ({_WORK[stage]}): {why}")
+        if tied:
+            second = shortest(self._state(ticket, others).replicas).index
+            ticket.second = True
+            self.stats.tied += 1
+            self._send(ticket, self.members[second], stage, True)
+            self._tell(ticket, f"also in the queue of replica {second}: the first of the two that could start it takes it")
+        return True
+
+    def _candidates(self, ticket: Ticket, exclude: Collection[Member] = ()) -> tuple[Stage, list[Member]]:
+        """What is to be done next, and the replicas that may: open ones, slow ones only where no other is."""
+
+        def able(role: Role) -> list[Member]:
+            members = [member for member in self.members if member.role == role and member not in exclude]
+            return [m for m in members if m.health == "open"] or [m for m in members if m.health == "slow"]
+
+        if not self.config.prefill_workers:
+            return "whole", able("both")
+        if ticket.held is not None:
+            return "decode", able("decode")
+        prefill = able("prefill")
+        if not prefill and not exclude:
+            return "whole", able("decode")  # slower, but an answer
+        cost, room = ticket.request.known * self._token_bytes, self.config.transfer_memory
+        return "prefill", [member for member in prefill if not member.held_bytes or member.held_bytes + cost <= room]
+
+    def _state(self, ticket: Ticket, candidates: Sequence[Member]) -> RouteState:
+        views = tuple(member.view(ticket.names, self.limits.block_size) for member in candidates)
+        session = ticket.names[0].hex() if ticket.names else ticket.request.id
+        return RouteState(ticket.request.id, session, ticket.request.known, views, self.stats.routed, self.engine.seed)
+
+    def _send(self, ticket: Ticket, member: Member, stage: Stage, tied: bool = False) -> None:
+        request, now = ticket.request, self.clock.now()
+        matched = member.prefixes.matched(ticket.names) * self.limits.block_size
+        kind = Latencies.class_of(request.known - matched)
+        attempt = Attempt(next(self._numbers), ticket, member, stage, now, kind, request.known, tied)
+        message: Message = {"op": "submit", "attempt": attempt.number, "tied": tied, "request": pack_request(request)}
+        if stage == "prefill":
+            attempt.kv_bytes = request.known * self._token_bytes
+            left = request.sampling.max_tokens - len(request.output)
+            message["leave"] = self.handover.path(attempt) if left > 1 else None
+            message["request"]["sampling"]["max_tokens"] = len(request.output) + min(left, 1)
+        elif ticket.held is not None:
+            message["fetch"] = {"path": ticket.held.path, "tokens": ticket.held.tokens, "bytes": ticket.held.size}
+        self._attempts[attempt.number] = attempt
+        ticket.attempts.append(attempt)
+        ticket.first_sent = ticket.first_sent if ticket.first_sent is not None else now
+        member.add(attempt)
+        member.prefixes.sent(ticket.names)
+        assert member.link is not None
+        member.link.send(message)
+
+    def _withdraw(self, attempt: Attempt) -> None:
+        """It is not wanted any more: nothing of it is heard from now on, and its memory is free as soon as the replica reads this."""
+        self._forget(attempt)
+        if attempt.member.link is not None:
+            attempt.member.link.send({"op": "cancel", "attempt": attempt.number})
+
+    def _forget(self, attempt: Attempt) -> None:
+        del self._attempts[attempt.number]
+        attempt.member.remove(attempt)
+        attempt.ticket.attempts.remove(attempt)
+
+    # -- what replicas say -------------------------------------------------------------------------------------------
+
+    def joined(self, member: Member, link: Link) -> None:
+        """A replica is ready."""
+        member.link, member.health, member.heard = link, "open", self.clock.now()
+        member.slowness, member.samples = 1.0, 0
+        for other in self.members:
+            if other.health == "silent":
+                self._move(other, f"replica {other.index} is silent, and replica {member.index} has come")
+        self._house()
+
+    def heard(self, member: Member, message: Message) -> None:
+        """A message of a replica that has joined."""
+        member.heard = self.clock.now()
+        if member.health == "silent":
+            self._convict(member)
+            self._house()
+        op = message["op"]
+        if op == "pulse":
+            member.pulse = message
+            return
+        attempt = self._attempts.get(message["attempt"])
+        if attempt is None or attempt.member is not member:  # it was withdrawn meanwhile
+            if message.get("left") is not None:
+                self.handover.discard(message["attempt"], member)
+        elif op == "fetched":
+            self._fetched(attempt)
+        elif op == "claim":
+            self._claimed(attempt)
+        elif op == "started":
+            self._started(attempt, int(message["reused"]))
+        elif op == "token":
+            self._token(attempt, message)
+        elif op == "refused":
+            self._failed(attempt, unpack_error(message["error"]))
+
+    def _claimed(self, attempt: Attempt) -> None:
+        """A tied request could start there: it may, and only there."""
+        for other in [other for other in attempt.ticket.attempts if other is not attempt]:
+            self._withdraw(other)
+        attempt.granted = True
+        self._tell(attempt.ticket, f"replica {attempt.member.index} could start it first: taken out of every other queue")
+        assert attempt.member.link is not None
+        attempt.member.link.send({"op": "grant", "attempt": attempt.number})
+
+    def _started(self, attempt: Attempt, reused: int) -> None:
+        request, now = attempt.ticket.request, self.clock.now()
+        attempt.member.begin(attempt)
+        if request.first_scheduled is None:
+            request.first_scheduled, request.reused = now, reused
+        shared = f", {reused} of its tokens from the prefix cache" if reused else ""
+        self._tell(attempt.ticket, f"replica {attempt.member.index} started it{shared}")
+
+    def _token(self, attempt: Attempt, message: Message) -> None:
+        ticket, now = attempt.ticket, self.clock.now()
+        request = ticket.request
+        if message["reason"] == "error":
+            self._failed(attempt, unpack_error(message["error"]))
+            return
+        if message["reason"] == "cancelled":  # not by us: the replica is stopping
+            self._forget(attempt)
+            self._again(ticket, f"replica {attempt.member.index} gave it back")
+            return
+        if message["scores"]:
+            request.prompt_logprobs[:] = [None if score is None else unpack_token(score) for score in message["scores"]]
+        if request.id in self._unanswered:
+            self._answered(attempt, now)
+        if message["token"] is None:  # max_tokens 0: only the prompt was scored
+            self._end(ticket, "length", Event(request.id, None, "", None, "length", now))
+            return
+        event = extend(request, unpack_token(message["token"]), self._eos, now)
+        self.generated += 1
+        if event.finish_reason is not None:
+            if message["left"] is not None:
+                self.handover.discard(attempt.number, attempt.member)
+            self._end(ticket, event.finish_reason, event, ended=message["reason"] is not None)
+            return
+        self._announce(request, event)
+        if attempt.stage == "prefill":
+            self._handed_over(attempt, message)
+        elif message["reason"] is not None:  # a replica of another mind about the end
+            self._failed(attempt, ArmillaryError(f"replica {attempt.member.index} ended request '{request.id}' early"))
+
+    def _answered(self, attempt: Attempt, now: int) -> None:
+        """The first token: this attempt is the one, the others are cancelled and nothing of theirs is streamed."""
+        ticket, member = attempt.ticket, attempt.member
+        del self._unanswered[ticket.request.id]
+        member.begin(attempt)
+        assert ticket.first_sent is not None
+        usual = self._latencies.usual(attempt.kind)
+        losers = [other for other in ticket.attempts if other is not attempt]
+        for other in losers:
+            if usual and other.sent < attempt.sent:
+                other.member.took((now - other.sent) / usual)
+            self._withdraw(other)
+        if losers:
+            self.stats.hedges_won += attempt.sent > min(other.sent for other in losers)
+            names = ", ".join(str(other.member.index) for other in losers)
+            self._tell(ticket, f"replica {member.index} gave the first token: cancelled on replica {names}")
+        if usual:
+            member.took((now - attempt.sent) / usual)
+        self._latencies.add(attempt.kind, now - ticket.first_sent)
+
+    def _failed(self, attempt: Attempt, error: Exception) -> None:
+        """An attempt ended with an error of its own: so does its request, unless another attempt goes on."""
+        ticket = attempt.ticket
+        if len(ticket.attempts) > 1:
+            self._tell(ticket, f"replica {attempt.member.index} failed with it ({error}); the other goes on")
+            self._forget(attempt)
+            return
+        if ticket.held is not None:
+            self._forget(attempt)
+            self.handover.release(ticket.held)
+            ticket.held = None
+            self._again(ticket, f"replica {attempt.member.index} could not fetch its keys and values ({error})")
+            return
+        self._end(ticket, "error", error=error, ended=True)
+
+    # -- prefill here, decode there ----------------------------------------------------------------------------------
+
+    def _handed_over(self, attempt: Attempt, message: Message) -> None:
+        """The prompt is computed: its keys and values stay where they are until a decode worker has memory for them."""
+        ticket = attempt.ticket
+        self._forget(attempt)
+        if message["left"] is not None:
+            ticket.held = self.handover.hold(attempt, int(message["left"]["tokens"]), int(message["left"]["bytes"]))
+        if ticket.held is not None:
+            self._tell(ticket, f"replica {attempt.member.index} holds its keys and values, {ticket.held.size:,} bytes")
+        self._place(ticket)
+
+    def _fetched(self, attempt: Attempt) -> None:
+        ticket = attempt.ticket
+        if ticket.held is not None:
+            self.handover.fetched(ticket.held)
+            ticket.held = None
+            self._tell(ticket, f"replica {attempt.member.index} has fetched its keys and values")
+            self._house()
+
+    # -- late, slow, silent, dead ------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """What time alone brings about. Call it every few milliseconds while there are requests."""
+        now, before = self.clock.now(), self._ticked
+        self._ticked = now
+        if now - before < self._probation.silence // 2:  # otherwise it was this process that did not run
+            for member in self.members:
+                self._judge(member, now)
+        if self.config.tail == "hedged":
+            for ticket in list(itertools.islice(self._unanswered.values(), OLDEST)):
+                self._hedge(ticket, now)
+        self._house()
+
+    def _judge(self, member: Member, now: int) -> None:
+        if member.health == "slow" and now >= member.until:
+            member.health, member.slowness, member.samples = "open", 1.0, 0
+            self._house()
+        if member.health not in ("open", "slow"):
+            return
+        verdict = self._probation.step(Pulse(now - member.heard, member.slowness, member.samples))
+        others = [m for m in self.members if m is not member and m.health == "open" and member.role in (m.role, "prefill")]
+        if verdict == "silent":
+            member.health = "silent"
+            self.stats.silences += 1
+            if others:
+                self._move(member, f"replica {member.index} has been silent for {format_duration(now - member.heard)}")
+        elif verdict == "slow" and member.health == "open" and others:
+            self._convict(member)
+        elif member.samples >= GOOD:
+            member.convictions = 0
+
+    def _convict(self, member: Member) -> None:
+        """No new requests for a while, unless there is nobody else."""
+        member.health = "slow"
+        member.until = self.clock.now() + self._probation.term(member.convictions)
+        member.convictions += 1
+        self.stats.convictions += 1
+
+    def lost(self, member: Member, why: str) -> None:
+        """A replica's process is gone, and what it had computed."""
+        member.health, member.link = "dead", None
+        member.deaths += 1
+        self.stats.deaths += 1
+        member.prefixes.clear()
+        self.handover.sweep(member, {ticket.held.path for ticket in self.tickets.values() if ticket.held is not None})
+        for attempt in member.attempts.values():
+            attempt.ticket.deaths += 1
+        self._move(member, f"replica {member.index} died ({why})")
+
+    def _move(self, member: Member, why: str) -> None:
+        """Its requests are given to others, from the tokens that have been streamed on."""
+        for attempt in list(member.attempts.values()):
+            ticket = attempt.ticket
+            self._withdraw(attempt)
+            if not ticket.attempts:
+                self._again(ticket, why)
+
+    def _again(self, ticket: Ticket, why: str) -> None:
+        request = ticket.request
+        if ticket.deaths >= MOST_DEATHS:
+            error = ArmillaryError(f"{ticket.deaths} replicas died while they had request '{request.id}'", "see the replicas' logs")
+            self._end(ticket, "error", error=error)
+            return
+        self.stats.moved += 1
+        self._tell(ticket, f"{why}: to be continued elsewhere after {len(request.output)} tokens")
+        self._place(ticket)
+
+    def _house(self) -> None:
+        """There may be room for those that nobody could take: first come, first served."""
+        while self._homeless:
+            ticket = self._homeless.popleft()
+            if not self._place(ticket):
+                self._homeless.rotate(1)  # it was put last and was the first
+                return
+
+    def _hedge(self, ticket: Ticket, now: int) -> None:
+        if ticket.second or len(ticket.attempts) != 1:
+            return
+        (first,) = ticket.attempts
+        stage, able = self._candidates(ticket, (first.member,))
+        able = [member for member in able if not member.waiting]
+        seats = sum(member.seats for member in self.members if member.health == "open")
+        taken = sum(member.waiting + member.running for member in self.members if member.health == "open")
+        decision = self._hedging.step(
+            HedgeState(
+                now - first.sent,
+                self._latencies.late(first.kind),
+                ticket.request.known,
+                self.stats.hedged_tokens,
+                self.stats.prompt_tokens,
+                taken / seats if seats else 1.0,
+                bool(able),
+            )
+        )
+        if decision.send:
+            second = shortest(self._state(ticket, able).replicas).index
+            ticket.second = True
+            self.stats.hedges += 1
+            self.stats.hedged_tokens += ticket.request.known
+            self._send(ticket, self.members[second], stage)
+            self._tell(ticket, f"hedged: {decision.reason}; also sent to replica {second}, the first token wins")
+        elif decision.late and not ticket.refused:
+            ticket.refused = True
+            self._tell(ticket, f"not hedged: {decision.reason}")
+
+    # -- how requests end --------------------------------------------------------------------------------------------
+
+    def _end(
+        self, ticket: Ticket, reason: FinishReason, event: Event | None = None, *, error: Exception | None = None, ended: bool = False
+    ) -> None:
+        """The end, whatever the cause. `ended`: its only attempt has ended by itself."""
+        request, now = ticket.request, self.clock.now()
+        for attempt in list(ticket.attempts):
+            self._forget(attempt) if ended else self._withdraw(attempt)
+        if ticket.held is not None:
+            self.handover.release(ticket.held)
+            ticket.held = None
+        request.block_names.clear()
+        request.finish_reason, request.finished = reason, now
+        del self.tickets[request.id]
+        self._unanswered.pop(request.id, None)
+        if ticket in self._homeless:
+            self._homeless.remove(ticket)
+        self.finished[reason] += 1
+        cause = f" ({error})" if error is not None else ""
+        self._tell(ticket, f"ended: {reason}{cause}, {len(request.output)} tokens generated")
+        self.stories.end(request.id)
+        self._announce(request, event if event is not None else Event(request.id, None, "", None, reason, now, error))
+        self._house()
+
+    def _tell(self, ticket: Ticket, words: str) -> None:
+        self.stories.tell(ticket.request.id, self.clock.now(), words)
+
+
+_WORK: Final[dict[Stage, str]] = {"whole": "prompt and answer", "prefill": "the prompt", "decode": "the answer"}

@@ -1,0 +1,51 @@
+"""What serves requests, seen from outside: one engine, or a fleet of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from armillary.core.clock import Clock
+from armillary.serve.config import EngineConfig
+from armillary.serve.history import EngineStats
+from armillary.serve.request import Request
+from armillary.serve.schedule import Limits, SchedulerPolicy
+
+
+class Serving(Protocol):
+    """`Engine` and `Fleet`. `config` and `limits` are what bounds one request: of a fleet, those of one replica."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def policy(self) -> SchedulerPolicy: ...
+
+    @property
+    def eos_ids(self) -> Collection[int]: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: str) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def run_until_idle(self) -> None: ...
+
+    def snapshot(self, since: int = -1) -> dict[str, Any]: ...
+
+    def explain(self, request_id: str) -> list[str] | None: ...

@@ -1,0 +1,127 @@
+"""Prefill workers compute prompts, decode workers go on: the answers are those of one engine, and each cache is moved once."""
+
+import os
+import random
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from fleet_models import tiny_engine
+from fleet_world import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_dispatcher import prompts
+from test_fleet import ENGINE, KINDS, make, run, same, those, wait
+
+from armillary.serve.fleet.config import FleetConfig
+
+POOL = {**ENGINE, "kv_blocks": 60}  # small: decode workers preempt
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return tiny_engine({**POOL, "prefix_cache": "off"})[0]
+
+
+@pytest.fixture(scope="module")
+def workers():
+    made = make(engine={"kv_blocks": 60}, replicas=1, prefill_workers=1, decode_workers=1, silence=5.0)
+    made.start()
+    folder = made._folder
+    yield made
+    made.stop()
+    assert not folder.exists()
+
+
+def counted(workers, action):
+    before = workers.dispatcher.handover.transfers
+    result = action()
+    return result, workers.dispatcher.handover.transfers - before
+
+
+def test_answers_are_those_of_one_engine_and_each_cache_is_moved_once(workers, alone):
+    """With prefix cache on both sides, over all kinds of sampling; a request of one token needs no decode worker."""
+    for name in ("a", "b"):  # the second time the prefix caches have all of it
+        found, transfers = counted(workers, lambda name=name: run(workers, *those(name)))
+        same(found, run(alone, *those(name)))
+        assert transfers == sum(len(output) > 1 for output, *_ in found)
+    assert not any(workers._folder.iterdir())
+    assert all(not member.held_bytes for member in workers.dispatcher.members)
+    words = workers.explain("a0")
+    assert any("holds its keys and values" in line for line in words)
+    assert any("has fetched its keys and values" in line for line in words)
+
+
+def test_decode_workers_that_run_out_of_memory_preempt_and_compute_again(workers, alone):
+    long = {"max_tokens": 150}
+    before = workers.stats.preemptions
+    found, transfers = counted(workers, lambda: run(workers, *those("p", **long)))
+    same(found, run(alone, *those("p", **long)))
+    assert transfers == sum(len(output) > 1 for output, *_ in found)
+    wait(lambda: workers.stats.preemptions > before)
+    wait(lambda: not workers.snapshot()["blocks"]["used"])
+
+
+def test_a_killed_prefill_workers_requests_go_elsewhere(workers, alone):
+    expected = run(alone, *those("k"))
+    process = workers._processes[0]
+    killed = []
+
+    def kill():
+        if not killed:
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+
+    same(run(workers, *those("k", at=1, then=kill)), expected)
+    wait(lambda: process.member.health == "open")
+    assert process.pid != killed[0]
+    found, transfers = counted(workers, lambda: run(workers, *those("l")))
+    same(found, run(alone, *those("l")))
+    assert transfers == sum(len(output) > 1 for output, *_ in found)
+    assert len(KINDS) > transfers > 5
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1 << 30))
+def test_every_cache_is_read_once_after_it_was_written_whatever_dies(seed):
+    with TemporaryDirectory() as folder:
+        every_cache_is_read_once(seed, Path(folder))
+
+
+def every_cache_is_read_once(seed, folder):
+    rng = random.Random(seed)
+    world = World(
+        {"prefill_workers": 2, "decode_workers": 2, "transfer_memory": 400},
+        {"max_running": 3, "kv_blocks": 60},
+        delay=lambda: rng.randrange(200),
+        tick=1000,
+        token_bytes=4,
+        exchange=folder,
+    )
+    requests = [world.submit(i, prompt, rng.randint(1, 8), at=rng.randrange(20_000)) for i, prompt in enumerate(prompts(25, seed))]
+    died = None
+    if rng.random() < 0.7:
+        died, at = rng.randrange(4), rng.randrange(20_000)
+        victim = world.replicas[died]
+        world.at(at, victim.kill)
+        world.at(at + rng.randrange(30_000), victim.restart)
+    world.run()
+    for request in requests:
+        world.check(request)
+    reads = world.files.reads.values()
+    assert set(reads) == {1} or (died in (2, 3) and set(reads) == {1, 2})  # who died may have read what another has to read
+    assert world.files.reads.keys() <= set(world.files.written)
+    assert world.dispatcher.handover.transfers <= len(world.files.reads)
+    assert not any(folder.iterdir())
+    assert all(member.held_bytes == 0 for member in world.dispatcher.members)
+
+
+def test_half_a_split_is_refused():
+    with pytest.raises(ValidationError, match="decode_workers"):
+        FleetConfig(prefill_workers=1)
+    with pytest.raises(ValidationError, match="give replicas, or"):
+        FleetConfig(prefill_workers=1, decode_workers=1, replicas=2)
+    with pytest.raises(ValidationError, match="there is no second"):
+        FleetConfig(tail="hedged")
