@@ -58,6 +58,15 @@ class EngineFlags:
             help="An answer depends on its prompt, parameters and seed alone, never on its company; needs the native backend.",
         ),
     ] = None
+    speculate: Annotated[
+        str | None,
+        _flag(
+            "Verify several proposed tokens at once: off (default), ngram (earlier text), layers (some of the model's) or model.", _ENGINE
+        ),
+    ] = None
+    draft_model: Annotated[str | None, _flag("The model that proposes, with --speculate model.", _ENGINE)] = None
+    draft_tokens: Annotated[int | None, _flag("Most tokens proposed at a time (default 8); fewer where more do not pay.", _ENGINE)] = None
+    draft_layers: Annotated[float | None, _flag("Share of the layers that propose, with --speculate layers (default 0.5).", _ENGINE)] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 

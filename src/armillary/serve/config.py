@@ -45,6 +45,15 @@ class EngineConfig(Config):
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     deterministic: bool = False
     """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""
+    speculate: Literal["off", "ngram", "layers", "model"] = Field(
+        "off", description="who proposes tokens to be verified together: earlier text, the model without some layers, or draft_model"
+    )
+    draft_model: str | None = None
+    """The model that proposes, as it is named to `serve`; of the same vocabulary."""
+    draft_tokens: int = Field(8, ge=1, le=64)
+    """Most tokens proposed for a sequence; fewer where more would not pay."""
+    draft_layers: float = Field(0.5, gt=0, lt=1)
+    """Share of the layers that propose, with speculate "layers"."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
@@ -70,6 +79,12 @@ class EngineConfig(Config):
                 f"leave {wanted[0]} out, or the backend",
                 field=wanted[0],
             )
+        return self
+
+    @model_validator(mode="after")
+    def _draft_model_is_asked_for(self) -> EngineConfig:
+        if (self.speculate == "model") != (self.draft_model is not None):
+            raise InputError('speculate "model" and draft_model go together', "give both of them, or neither", field="draft_model")
         return self
 
     @property

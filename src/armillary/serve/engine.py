@@ -334,6 +334,8 @@ class Engine:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
         failed = dict(outcome.failed)
+        if self.drafter is not None:
+            self.drafter.ran(plan.schedule.tokens, outcome.end - outcome.start)
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):

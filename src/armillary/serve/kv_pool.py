@@ -38,8 +38,10 @@ def kv_capacity(model: ModelConfig, size: int, block_size: int, dtype: KvDtype =
     return size // block
 
 
-def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> EngineConfig:
+def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_bytes: int = 0) -> EngineConfig:
     """`config` with `kv_blocks` and `context` decided for this model and `memory` free bytes (None: unknown).
+
+    `draft_bytes`: what a token takes in the pool of a draft model, which has as many blocks.
 
     By default the pool takes a quarter of the free memory, at most 4 GB, and no more than `max_running` sequences of full
     context could fill.
@@ -51,7 +53,7 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None) -> Engi
             f"serve with --context {model.max_context} or less",
             field="context",
         )
-    per_token = kv_bytes_per_token(model, config.kv_dtype)
+    per_token = kv_bytes_per_token(model, config.kv_dtype) + draft_bytes
     if config.kv_blocks is None and config.kv_memory is None:
         most = config.max_running * -(-context // config.block_size)
         size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)

@@ -25,6 +25,7 @@ from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.kv_pool import available_memory, settle
 from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
+from armillary.serve.speculation.build import build_drafter, draft_bytes_per_token, load_draft
 from armillary.serve.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,13 @@ def build_engine(
     KV pool that does not fit the memory.
     """
     model = loaded.config
-    config = settle(config if config is not None else EngineConfig.model_validate({}), model, available_memory())
+    config = config if config is not None else EngineConfig.model_validate({})
+    draft = load_draft(config, loaded)
+    config = settle(config, model, available_memory(), draft_bytes_per_token(config, loaded, draft))
     assert config.kv_blocks is not None
     threads = config.threads if config.threads is not None else torch.get_num_threads()
     forward = build_forward(loaded, config, threads, in_place=not keep_weights)
+    drafter = build_drafter(config, loaded, forward, draft, lambda model: build_forward(model, config, threads, in_place=True), clock)
     executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
     log.info(
         "%s: %s, weights %s (%s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
@@ -85,7 +89,10 @@ def build_engine(
     )
     if trace is not None:
         trace.meta["weights"] = forward.prepared
-    return Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids)
+    engine = Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids, drafter=drafter)
+    if drafter is not None:
+        engine.features["speculation"] = drafter.state
+    return engine
 
 
 def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in_place: bool = False) -> Forward:

@@ -66,6 +66,10 @@ class Forward(Protocol):
 
     def logits(self, batch: FlatBatch) -> Logits: ...
 
+    def with_layers(self, kept: Sequence[int]) -> Forward:
+        """The same weights, of the layers only those in `kept`, in order, and a KV pool of its own of as many blocks: for drafting."""
+        ...
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Keys and values of KV blocks, each (from, to); no block is both."""
         ...

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,6 +54,7 @@ class NativeForward:
         model, self.prepared, self.keeping = found.model, found.words, found.keeping
         self.cache = StepCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, kv_dtype)
         self.step = DecoderStep(model, self.cache, threads, deterministic)
+        self._deterministic = deterministic
         self.weight_bytes = model.nbytes + model.embedding.nbytes
         self.cache_bytes = self.cache.nbytes
 
@@ -70,6 +73,16 @@ class NativeForward:
 
     def pack_adapter(self, layers: Sequence[Layer]) -> PackedLowRank:
         return self.step.pack_adapter(layers)
+
+    def with_layers(self, kept: Sequence[int]) -> NativeForward:
+        model, cache = self.step.model, self.cache
+        model = replace(model, layers=tuple(model.layers[layer] for layer in kept))
+        other = copy.copy(self)
+        other.name = f"{self.name}, {len(kept)} layers"
+        other.cache = StepCache(len(kept), cache.blocks, cache.block_size, cache.kv_heads, cache.head_dim, cache.dtype)
+        other.step = DecoderStep(model, other.cache, self.step.threads, self._deterministic)
+        other.weight_bytes, other.cache_bytes = 0, other.cache.nbytes
+        return other
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         self.cache.contents.copy(copies)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from armillary.kernels.low_rank import Layer
 from armillary.kernels.packed_linear import choose_library, pack
@@ -63,6 +63,24 @@ class TorchForward:
         if self._adapted is None:
             self._adapted = Adapted(self.decoder)
         return TorchAdapter(layers, self.decoder.config, self.decoder.embed_tokens.weight.device)
+
+    def with_layers(self, kept: Sequence[int]) -> TorchForward:
+        config, cache = self.decoder.config, self.cache
+        other = copy.copy(self)
+        other.name = f"{self.name}, {len(kept)} layers"
+        other.packed_bytes, other._adapted = 0, None
+        other.decoder = copy.copy(self.decoder)
+        other.decoder._modules = dict(self.decoder._modules)
+        other.decoder.layers = nn.ModuleList([self.decoder.layers[layer] for layer in kept])
+        own = PagedCache(
+            len(kept), cache.num_blocks, cache.block_size, config.num_kv_heads, config.head_dim, cache.keys[0].dtype, cache.keys[0].device
+        )
+        other.cache_bytes = own.nbytes
+        for tensors in (own.keys, own.values):  # a layer knows itself by its place in the whole model
+            placed = dict(zip(kept, tensors, strict=True))
+            tensors[:] = [placed.get(layer, tensors[0]) for layer in range(config.num_layers)]
+        other.cache = own
+        return other
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         self.cache.contents.copy(copies)

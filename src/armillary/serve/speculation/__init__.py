@@ -5,6 +5,6 @@ same token. So a sequence has the same tokens with and without drafts, greedy or
 (docs/decisions/0014).
 """
 
-from armillary.serve.speculation.drafter import Drafter
+from armillary.serve.speculation.drafter import Drafter, Proposer
 
-__all__ = ["Drafter"]
+__all__ = ["Drafter", "Proposer"]

@@ -8,19 +8,37 @@ from typing import Protocol
 from armillary.serve.request import Request
 
 
-class Drafter(Protocol):
+class Proposer(Protocol):
     """Asked on the engine's thread before each iteration, without the engine's lock: a request may be cancelled meanwhile."""
 
     name: str
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Catch up with what these know; what that takes is not counted as the cost of drafting."""
+        ...
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> Sequence[tuple[int, ...]]:
         """Up to `most[i]` tokens that may follow what `requests[i]`, which is decoding, knows; none is no loss."""
         ...
 
+    def forget(self, request: Request) -> None:
+        """The request has ended; it may never have been proposed for."""
+        ...
+
+
+class Drafter(Protocol):
+    """What an engine asks, and tells what came of it; `propose` and `forget` are a proposer's."""
+
+    name: str
+
+    def propose(self, requests: Sequence[Request], most: Sequence[int]) -> Sequence[tuple[int, ...]]: ...
+
+    def forget(self, request: Request) -> None: ...
+
     def verified(self, request: Request, drafted: int, accepted: int) -> None:
         """Of the `drafted` tokens that the model was shown it accepted the first `accepted`."""
         ...
 
-    def forget(self, request: Request) -> None:
-        """The request has ended; it may never have been proposed for."""
+    def ran(self, tokens: int, duration: int) -> None:
+        """An iteration of `tokens` tokens took `duration` ns."""
         ...
