@@ -153,7 +153,7 @@ class World:
         self.events, self.started = {}, []
         self.files = CountedFiles()
         self.dispatcher = Dispatcher(
-            FleetConfig(**fleet), self.engine, limits, self.clock, self._announce, eos_ids=eos, probation=probation, **options
+            FleetConfig(**fleet), self.engine, limits, self.clock, self._announce, eos_ids=eos, probation=probation, look=0, **options
         )
         cost = cost or linear_cost(100, 10)
         self.replicas = [Replica(self, member, cost) for member in self.dispatcher.members]

@@ -1,11 +1,13 @@
 """Two replica processes on a tiny random model: stopped, killed and restarted, and nobody who asks can tell."""
 
 import os
+import re
 import signal
 import threading
 import time
 
 import pytest
+from fastapi.testclient import TestClient
 from fleet_models import tiny_engine
 from models import loaded, tiny
 
@@ -13,17 +15,19 @@ from armillary.core.errors import InputError, NotFoundError
 from armillary.serve.config import EngineConfig
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.fleet import Blueprint, Fleet
+from armillary.serve.http.app import create_app
 from armillary.serve.request import Request, SamplingParams
+from armillary.serve.service import Service
 from armillary.serve.text import TextStream
 
 ENGINE = {"kv_blocks": 200, "block_size": 8, "max_batch_tokens": 64, "max_running": 8, "threads": 1, "context": 256}
 TOKENIZER = loaded(tiny()).tokenizer
 
 
-def make(blueprint=None, engine=None, **fleet):
+def make(blueprint=None, engine=None, launcher=None, **fleet):
     config = EngineConfig(**(ENGINE | (engine or {})))
     blueprint = blueprint or Blueprint("fleet_models:tiny_engine", {"engine": ENGINE | (engine or {})})
-    return Fleet(blueprint, config, FleetConfig(**({"replicas": 2} | fleet)), eos_ids=TOKENIZER.stop_ids)
+    return Fleet(blueprint, config, FleetConfig(**({"replicas": 2} | fleet)), eos_ids=TOKENIZER.stop_ids, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,29 @@ def test_a_model_that_cannot_be_built_is_said_at_the_start():
     with pytest.raises(NotFoundError, match="no scheduler policy is called 'fastest'"):
         broken.start()
     assert not broken.alive
+
+
+def test_the_api_of_a_fleet_is_that_of_an_engine(fleet):
+    one = tiny_engine(ENGINE)[0]
+    one.start()
+    asks = [
+        {"prompt": "abc", "max_tokens": 20, "seed": 3, "n": 3, "logprobs": 2, "stop": ["e", "5"]},
+        {"prompt": ["hello", "world"], "max_tokens": 9, "temperature": 0, "echo": True, "ignore_eos": True},
+        {"prompt": "x" * 300, "max_tokens": 9},
+        {"prompt": "stream", "max_tokens": 12, "temperature": 0, "stream": True, "ignore_eos": True},
+    ]
+    said = []
+    for engine in (fleet, one):
+        client = TestClient(create_app(Service(engine, loaded(tiny())), allowed_hosts=("*",)))
+        answers = [client.post("/v1/completions", json=ask) for ask in asks]
+        names = [answer.headers.get("x-request-id", "") for answer in answers]
+        texts = [re.sub(r'"created":\d+|-\d\.\d+', "", answer.text) for answer in answers]
+        said.append([(answer.status_code, text.replace(name, "ID")) for answer, name, text in zip(answers, names, texts, strict=True)])
+        assert client.get("/health").status_code == 200
+        story = client.get(f"/requests/{names[0]}").text
+        metrics = client.get("/metrics").text
+        assert ("armillary_replica_up" in metrics) == ("sent to replica" in story) == (engine is fleet)
+        assert 'armillary_requests_finished_total{finished_reason="length"' in metrics
+    one.stop()
+    assert [status for status, _ in said[0]] == [200, 200, 400, 200]
+    assert said[0] == said[1]

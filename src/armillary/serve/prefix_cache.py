@@ -66,9 +66,9 @@ def name_of(request: Request, index: int, block_size: int) -> bytes:
     return names[index]
 
 
-def prompt_names(request: Request, block_size: int) -> tuple[bytes, ...]:
-    """The names of all full blocks of a request's prompt."""
-    return tuple(name_of(request, index, block_size) for index in range(len(request.prompt) // block_size))
+def known_names(request: Request, block_size: int) -> tuple[bytes, ...]:
+    """The names of all full blocks of what is known of a request."""
+    return tuple(name_of(request, index, block_size) for index in range(request.known // block_size))
 
 
 def _salted(salt: str, adapter: str) -> bytes:

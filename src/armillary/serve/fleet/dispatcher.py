@@ -25,12 +25,13 @@ from armillary.serve.policies import routing
 from armillary.serve.policies.routing.hedging import HedgeState, Hedging
 from armillary.serve.policies.routing.probation import Probation, Pulse
 from armillary.serve.policies.routing.state import RouteState, shortest
-from armillary.serve.prefix_cache import prompt_names
+from armillary.serve.prefix_cache import known_names
 from armillary.serve.request import Event, FinishReason, Request
 from armillary.serve.schedule import Limits
 
 MOST_DEATHS: Final = 3  # replicas that may die under a request before it is the request's fault
 OLDEST: Final = 256  # requests without a token that are looked at for hedging
+LOOK: Final = 5_000_000  # ns between two looks at them
 GOOD: Final = 64  # requests in a row, none too slow, after which a replica's convictions are forgotten
 
 Announce = Callable[[Request, Event], None]
@@ -71,6 +72,7 @@ class Dispatcher:
         eos_ids: Collection[int] = (),
         probation: Probation | None = None,
         hedging: Hedging | None = None,
+        look: int = LOOK,
         token_bytes: int = 0,
         exchange: Path | None = None,
     ) -> None:
@@ -94,7 +96,8 @@ class Dispatcher:
         self._homeless: deque[Ticket] = deque()  # there is no replica for them now
         self._token_bytes = token_bytes
         self.handover = Handover(exchange)
-        self._ticked = clock.now()
+        self._look = look
+        self._ticked = self._looked = clock.now()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class Dispatcher:
         now = self.clock.now()
         if request.arrival is None:
             request.arrival = now
-        ticket = Ticket(request, prompt_names(request, self.limits.block_size))
+        ticket = Ticket(request, known_names(request, self.limits.block_size))
         self.tickets[request.id] = self._unanswered[request.id] = ticket
         self.stories.begin(request.id, request.arrival)
         self.stats.prompt_tokens += len(request.prompt)
@@ -285,6 +288,8 @@ class Dispatcher:
             self._forget(attempt)
             self._again(ticket, f"replica {attempt.member.index} gave it back")
             return
+        if message["notes"] is not None:
+            request.preemptions, request.drafted, request.accepted = message["notes"]
         if message["scores"]:
             request.prompt_logprobs[:] = [None if score is None else unpack_token(score) for score in message["scores"]]
         if request.id in self._unanswered:
@@ -369,7 +374,8 @@ class Dispatcher:
         if now - before < self._probation.silence // 2:  # otherwise it was this process that did not run
             for member in self.members:
                 self._judge(member, now)
-        if self.config.tail == "hedged":
+        if self.config.tail == "hedged" and now - self._looked >= self._look:
+            self._looked = now
             for ticket in list(itertools.islice(self._unanswered.values(), OLDEST)):
                 self._hedge(ticket, now)
         self._house()
@@ -440,6 +446,9 @@ class Dispatcher:
         if ticket.second or len(ticket.attempts) != 1:
             return
         (first,) = ticket.attempts
+        late = self._latencies.late(first.kind)
+        if late is None or now - first.sent <= late:
+            return
         stage, able = self._candidates(ticket, (first.member,))
         able = [member for member in able if not member.waiting]
         seats = sum(member.seats for member in self.members if member.health == "open")
@@ -447,7 +456,7 @@ class Dispatcher:
         decision = self._hedging.step(
             HedgeState(
                 now - first.sent,
-                self._latencies.late(first.kind),
+                late,
                 ticket.request.known,
                 self.stats.hedged_tokens,
                 self.stats.prompt_tokens,
@@ -473,6 +482,8 @@ class Dispatcher:
     ) -> None:
         """The end, whatever the cause. `ended`: its only attempt has ended by itself."""
         request, now = ticket.request, self.clock.now()
+        if reason in ("stop", "length") and len(ticket.attempts) == 1:  # whoever asks again with the answer in the prompt finds it there
+            ticket.attempts[0].member.prefixes.sent(known_names(request, self.limits.block_size))
         for attempt in list(ticket.attempts):
             self._forget(attempt) if ended else self._withdraw(attempt)
         if ticket.held is not None:

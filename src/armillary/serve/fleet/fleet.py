@@ -40,6 +40,7 @@ TICK: Final = 0.01  # seconds between looks at the clock while there are request
 IDLE: Final = 0.1
 PULSE: Final = 0.1  # seconds between two signs of life of a replica
 BACKOFF: Final = (0.5, 30.0)  # seconds before a dead replica is started again: at first, doubled each time, and at most
+HOPELESS: Final = 120.0  # seconds of silence after which a replica is killed and started again
 WELL: Final = 60.0  # seconds that a replica lives before its earlier deaths are forgotten
 EXPLAIN_SECONDS: Final = 0.5  # that replicas have to tell their part of a request's story
 
@@ -166,6 +167,8 @@ class Fleet:
                 process.restart_at = 0.0
             self._thread = threading.Thread(target=self._loop, name="armillary-fleet", daemon=True)
             self._thread.start()
+            if self._folder is not None:
+                self._folder.mkdir(mode=0o700, exist_ok=True)
             while self._broken is None and any(member.health == "starting" for member in self.dispatcher.members):
                 self._changed.wait(1.0)
         if self._broken is not None:
@@ -273,6 +276,9 @@ class Fleet:
                 threading.Thread(target=self._launch, args=(process,), name=f"launch-{process.member.index}", daemon=True).start()
         self.dispatcher.tick()
         for process in self._processes:
+            if process.member.health == "silent" and self.clock.now() - process.member.heard > HOPELESS * 1e9:
+                self._bury(selector, process, f"silent for {HOPELESS:g} s")
+        for process in self._processes:
             if process.channel is not None and process.member.health != "starting":
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.channel.pending else 0)
                 if selector.get_key(process.channel.socket).events != wanted:
@@ -315,8 +321,12 @@ class Fleet:
             pass
         except (ArmillaryError, KeyError, TypeError, ValueError) as error:  # it talks nonsense: as good as dead, and it ends here
             why = f"{type(error).__name__}: {error}"
+        self._bury(selector, process, why)
+
+    def _bury(self, selector: selectors.BaseSelector, process: _Process, why: str) -> None:
+        """A process is gone, or is of no use any more and goes now."""
+        assert process.started is not None and process.channel is not None  # noqa: PT018
         selector.unregister(process.channel.socket)
-        assert process.started is not None
         how = process.started.end(now=True)
         process.started = process.channel = None
         log.warning("replica %d died (%s)", process.member.index, why or how)

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from armillary.core.contract import Executor
 from armillary.core.errors import ArmillaryError, InputError
@@ -203,6 +203,7 @@ class ReplicaHost:
                 "scores": scores,
                 "reason": event.finish_reason,
                 "error": None if event.error is None else pack_error(event.error),
+                "notes": None if event.finish_reason is None else [request.preemptions, request.drafted, request.accepted],
                 "left": None if hosted.leave is None or event.finish_reason is None else hosted.leave.left,
             }
         )
@@ -217,6 +218,10 @@ class Watched:
     def __init__(self, executor: Executor[Plan, Outcome], host: ReplicaHost) -> None:
         self.inner = executor
         self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the executor has."""
+        return getattr(self.inner, name)
 
     def run(self, plan: Plan) -> Outcome:
         hosted = [self._host.begins(request) for request in plan.requests]

@@ -54,8 +54,7 @@ class RayLauncher:
     def __init__(self, replicas: int, cpus: float) -> None:
         self._ray = _ray()
         if not self._ray.is_initialized():
-            paths = os.pathsep.join(path for path in sys.path if path)
-            self._ray.init(include_dashboard=False, logging_level="error", runtime_env={"env_vars": {"PYTHONPATH": paths}})
+            self._ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
         have = self._ray.cluster_resources().get("CPU", 0)
         if have < replicas * cpus:
             raise CapacityError(
@@ -71,7 +70,9 @@ class RayLauncher:
         secret = secrets.token_bytes(_SECRET_BYTES)
         with socket.create_server((address, 0)) as server:
             server.settimeout(PLACE_SECONDS)
-            actor = self._ray.remote(_Replica).options(num_cpus=self._cpus, max_restarts=0).remote()
+            paths = os.pathsep.join(path for path in sys.path if path)  # what this process can import an actor can, too
+            environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(max(1, round(self._cpus)))}}
+            actor = self._ray.remote(_Replica).options(num_cpus=self._cpus, max_restarts=0, runtime_env=environment).remote()
             actor.serve.remote(address, server.getsockname()[1], secret)
             try:
                 while True:

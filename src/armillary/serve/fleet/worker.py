@@ -12,7 +12,6 @@ import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from armillary.core.errors import ArmillaryError
 from armillary.serve.fleet.channel import Channel
 from armillary.serve.fleet.host import Files, ReplicaHost
 from armillary.serve.fleet.messages import Message, pack_error
@@ -32,7 +31,7 @@ def from_model(model: str, engine: dict[str, Any]) -> tuple[Engine, str]:
 
     built = build_engine(load(model), EngineConfig.model_validate(engine))
     forward = built.executor.forward  # type: ignore[attr-defined]
-    return built, f"{forward.name}, weights {format_bytes(forward.weight_bytes)} in memory, {forward.prepared}"
+    return built, f"{forward.name}, weights {format_bytes(forward.weight_bytes)} in memory"
 
 
 def serve(connection: socket.socket) -> None:
@@ -42,7 +41,7 @@ def serve(connection: socket.socket) -> None:
     module, _, function = str(first["build"]).partition(":")
     try:
         engine, words = getattr(importlib.import_module(module), function)(**first["arguments"])
-    except (ArmillaryError, OSError) as error:
+    except Exception as error:
         channel.send({"op": "failed", "error": pack_error(error)})
         return
     outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
