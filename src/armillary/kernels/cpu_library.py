@@ -19,7 +19,7 @@ _ISAS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-PHASES = ("prepare", "qkv", "rope", "attention", "o", "gate_up", "down", "head", "embed")  # of cpu/step.cpp, in its order
+PHASES = ("prepare", "qkv", "rope", "select", "attention", "o", "gate_up", "down", "head", "embed")  # of cpu/step.cpp, in its order
 MAX_HEAD_DIM = 512  # the buffers of cpu/attention.h
 
 
@@ -42,6 +42,8 @@ class CCache(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("key_scales", ctypes.c_void_p),
         ("value_scales", ctypes.c_void_p),
+        ("bounds", ctypes.c_void_p),
+        ("tiles", ctypes.c_int64),
         ("format", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
@@ -75,7 +77,7 @@ class CModel(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap", "embedding_scale")),
         ("embedding_half", ctypes.c_int32),
-        ("deterministic", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("deterministic", "pages", "dense_layers", "sinks", "rolling")),
         ("embedding", ctypes.c_void_p),
         ("final_norm", ctypes.c_void_p),
         ("layer", ctypes.POINTER(CLayer)),
@@ -86,7 +88,7 @@ class CModel(ctypes.Structure):
 
 
 class CSequence(ctypes.Structure):
-    _fields_ = (("table", ctypes.c_void_p), ("start", ctypes.c_int32), ("count", ctypes.c_int32), ("row", ctypes.c_int32))
+    _fields_ = (("table", ctypes.c_void_p), *((name, ctypes.c_int32) for name in ("start", "count", "row", "selects", "dropped")))
 
 
 class CBatch(ctypes.Structure):
@@ -130,6 +132,7 @@ def library() -> ctypes.CDLL | None:
     lib.arm_engine_destroy.argtypes = [ctypes.c_void_p]
     lib.arm_engine_phases.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
     lib.arm_forward.argtypes = [ctypes.c_void_p, ctypes.POINTER(CModel), ctypes.POINTER(CBatch)]
+    lib.arm_bound_pages.argtypes = [ctypes.POINTER(CCache), ctypes.c_int64, ctypes.c_int64]
     lib.arm_sample.argtypes = [
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_float, ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_double,
     ]  # fmt: skip

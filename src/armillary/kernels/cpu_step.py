@@ -22,6 +22,7 @@ from armillary.kernels.cache_blocks import CacheBlocks, Part
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
 from armillary.kernels.low_rank import Layer, PackedLowRank
 from armillary.kernels.packed_weight import Arena, PackedWeight, interleaved_rows
+from armillary.kernels.seen import PAGE, Seen
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,34 @@ def cache_row_bytes(head_dim: int, dtype: torch.dtype) -> int:
     return head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
 
 
+def page_bound_bytes(head_dim: int) -> int:
+    """Bytes of one head's bounds of a page's keys: the largest of each component and of its negative, as halves."""
+    return 2 * 2 * head_dim
+
+
 class StepCache:
     """Keys and values of every layer in pages; 16 slots are a tile, so the pool is padded to whole tiles.
 
     fp32, fp16 or int8. int8 has a scale for each token and head, its largest magnitude / 127: every number is then within
-    half a scale of what was stored, and attention adds 2^-15 to that (`cpu/attention_int8.h`).
+    half a scale of what was stored, and attention adds 2^-15 to that (`cpu/attention_int8.h`). `bounds` keeps those of each
+    tile's keys beside it, for queries that select pages; blocks must then be whole tiles.
     """
 
-    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        bounds: bool = False,
+    ) -> None:
+        if bounds and block_size % PAGE:
+            raise InputError(
+                f"a KV block of {block_size} tokens is not whole pages of {PAGE}", f"use a multiple of {PAGE}", field="block_size"
+            )
         if dtype not in CACHE_DTYPES:
             raise InputError(f"the native cache holds float32, float16 or int8, not {dtype}", "choose one of the three")
         slots = -(-blocks * block_size // 16) * 16
@@ -126,10 +147,18 @@ class StepCache:
         self.key_scales, self.value_scales = (
             arena.take(4 * scales).view(torch.float32).view(layers, -1) if scales else None for _ in range(2)
         )
+        size = rows // PAGE * page_bound_bytes(head_dim)
+        self.bounds = arena.take(size).view(torch.float16).view(layers, -1) if bounds else None
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.keys.numel() // self.head_dim * cache_row_bytes(self.head_dim, self.dtype)
+        return 2 * self.keys.numel() // self.head_dim * cache_row_bytes(self.head_dim, self.dtype) + (
+            0 if self.bounds is None else self.bounds.nbytes
+        )
+
+    def bound_pages(self, layer: int, first_slot: int, slots: int) -> None:
+        """Makes the bounds of pages whose keys came otherwise than by a batch: `slots` slots from `first_slot`, a page's first."""
+        require().arm_bound_pages(ctypes.byref(self.struct(layer)), first_slot // PAGE, slots)
 
     @property
     def contents(self) -> CacheBlocks:
@@ -138,6 +167,8 @@ class StepCache:
         scales = [tensor for tensor in (self.key_scales, self.value_scales) if tensor is not None]
         if self.block_size % 16 == 0:  # whole tiles, one after another
             rows = [Part(layer.view(self.blocks, -1)) for tensor in (self.keys, self.values, *scales) for layer in tensor]
+            if self.bounds is not None:
+                rows += [Part(layer.view(heads, self.blocks, -1).transpose(0, 1)) for layer in self.bounds]
             return CacheBlocks(rows, self.blocks, 1)
         parts: list[Part] = []
         for keys, values in zip(self.keys, self.values, strict=True):
@@ -154,7 +185,8 @@ class StepCache:
         return CCache(
             self.keys[layer].data_ptr(),
             self.values[layer].data_ptr(),
-            *(None if scales is None else scales[layer].data_ptr() for scales in (self.key_scales, self.value_scales)),
+            *(None if scales is None else scales[layer].data_ptr() for scales in (self.key_scales, self.value_scales, self.bounds)),
+            self.keys.shape[1] // (PAGE * self.kv_heads * self.head_dim),
             CACHE_DTYPES.index(self.dtype),
             self.kv_heads,
             self.head_dim,
@@ -173,14 +205,17 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    pages: int = 0,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Store k, v [T, Hkv, D] of one sequence at positions start.. of layer 0 of `cache`, attend with q [T, Hq, D]; one thread.
 
-    The kernel of `DecoderStep` on its own, for tests and benchmarks. `table`: int32 block table.
+    The kernel of `DecoderStep` on its own, for tests and benchmarks. `table`: int32 block table. With `pages` every query
+    reads at most so many; `read`, int32 [T, Hkv, pages], is given the tiles of the pool that they are.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    sequence = CSequence(table.data_ptr(), start, q.shape[0], 0)
+    sequence = CSequence(table.data_ptr(), start, q.shape[0], 0, 0, 0)
     require().arm_attention(
         ctypes.byref(cache.struct(0)),
         ctypes.byref(sequence),
@@ -188,7 +223,9 @@ def attention(
         ctypes.c_float(scale),
         ctypes.c_float(softcap or 0.0),
         window or 0,
+        pages,
         *(ctypes.c_void_p(t.data_ptr()) for t in (q, k, v, out)),
+        None if read is None else ctypes.c_void_p(read.data_ptr()),
     )
     return out
 
@@ -196,15 +233,17 @@ def attention(
 class DecoderStep:
     """Runs batches through a packed decoder with `threads` threads of its own (they sleep between calls). One caller at a time."""
 
-    def __init__(self, model: StepModel, cache: StepCache, threads: int, deterministic: bool = False) -> None:
+    def __init__(self, model: StepModel, cache: StepCache, threads: int, deterministic: bool = False, seen: Seen = Seen()) -> None:  # noqa: B008
         if model.head_dim % 16 or model.head_dim > MAX_HEAD_DIM:
             raise InputError(
                 f"head_dim is {model.head_dim}; the native kernels take multiples of 16 up to {MAX_HEAD_DIM}", "serve with --backend torch"
             )
         if threads < 1:
             raise InputError(f"threads is {threads}", "give at least 1")
+        if seen.pages and cache.bounds is None:
+            raise InputError("queries select pages by bounds that this cache does not keep", "make the StepCache with bounds=True")
         self._lib = require()
-        self.model, self.cache, self.threads = model, cache, threads
+        self.model, self.cache, self.threads, self.seen = model, cache, threads, seen
         self._keep: list[Tensor] = []
 
         def pointer(t: Tensor | None) -> int | None:
@@ -259,6 +298,10 @@ class DecoderStep:
             model.embedding_scale,
             int(embedding.dtype == torch.float16),
             int(deterministic),
+            seen.pages,
+            seen.dense_layers,
+            seen.sinks,
+            seen.rolling,
             embedding.data_ptr(),
             pointer(model.final_norm),
             self._layers,
@@ -280,8 +323,8 @@ class DecoderStep:
     def phases(self) -> dict[str, int]:
         """Nanoseconds that each phase of all iterations so far took, on the calling thread and with the wait at its end.
 
-        "prepare" is norms and the quantisation of activations, "embed" the start of an iteration, the rest its products,
-        rotary embedding (with the writing of keys and values) and attention.
+        "prepare" is norms and the quantisation of activations, "embed" the start of an iteration, "select" the choice of pages,
+        the rest its products, rotary embedding (with the writing of keys and values) and attention.
         """
         found = (ctypes.c_int64 * len(PHASES))()
         self._lib.arm_engine_phases(self._handle, found)
@@ -304,12 +347,15 @@ class DecoderStep:
         tables: Sequence[Tensor],
         rows: Tensor,
         adapters: Sequence[PackedLowRank | None] = (),
+        selects: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute a flat batch; logits of `rows` (fp32 [len(rows), vocabulary]), each row's peak (NaN if any is NaN) and its token.
 
         tokens, positions: int32 [tokens]; sequence i owns the next `counts[i]` rows, its first at position `starts[i]`, and
         `tables[i]` (int32) holds its block table; rows: int32 indices into the batch. `adapters[i]`, from `pack_adapter`, is
         sequence i's; sequences without one compute as if nobody had any, to the bit.
+        Where queries select pages, those of sequence i do so from position `selects[i]` on (default: all of them). Where they
+        see a rolling window, `Seen.droppable(starts[i])` blocks are missing from `tables[i]` after those of the sinks.
         The logits are a view of a buffer that the next call overwrites. Raises InputError for an index out of its range,
         which the kernel would follow into memory that is not its own, and ArmillaryError while another thread is inside.
         """
@@ -319,11 +365,12 @@ class DecoderStep:
         sequences = (CSequence * len(starts))()
         row = 0
         for i, (start, count, table) in enumerate(zip(starts, counts, tables, strict=True)):
-            if start < 0 or count < 1 or start + count > table.shape[0] * self.cache.block_size:
+            missing = self.seen.droppable(start, self.cache.block_size) if start > 0 else 0
+            if start < 0 or count < 1 or start + count > (table.shape[0] + missing) * self.cache.block_size:
                 raise InputError(
                     f"{count} tokens from position {start} do not fit a table of {table.shape[0]} KV blocks of {self.cache.block_size}"
                 )
-            sequences[i] = CSequence(table.data_ptr(), start, count, row)
+            sequences[i] = CSequence(table.data_ptr(), start, count, row, selects[i] if selects is not None else 0, missing)
             row += count
         if row != tokens.shape[0] or row != positions.shape[0]:
             raise InputError(f"the sequences have {row} tokens, the batch {tokens.shape[0]} and {positions.shape[0]} positions")

@@ -34,11 +34,15 @@ GATHER_BYTES = 8 << 20  # keys gathered at once: a batch that outgrows the proce
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One sequence's share of the flat batch: `count` new tokens at positions from `start`, and its block table."""
+    """One sequence's share of the flat batch: `count` new tokens at positions from `start`, and its block table.
+
+    The first `prompt` tokens of the sequence were given, those after them drawn: some bounds on what is read hold for either alone.
+    """
 
     start: int
     count: int
     blocks: Sequence[int]
+    prompt: int = 0
 
 
 class PagedCache:

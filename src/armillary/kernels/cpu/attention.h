@@ -291,9 +291,12 @@ static void attend_segment(const Cache& c, const Sequence& s, const AttentionOpt
     const bool in_place = whole && (b.rows <= kTileRows || sizeof(T) != 2);
     Chunk<T> there;
     Chunk<std::conditional_t<sizeof(T) == 1, T, float>> copied;
-    if (in_place)
+    if (in_place) {
       tiles_in_place(c, s, b.head, chunk, tiles, there);
-    else if constexpr (sizeof(T) == 1)
+      if (b.rows <= kTileRows)  // read once, tiles lie anywhere: values come while keys are multiplied
+        for (int t = 0; t < tiles; t++)
+          for (size_t line = 0; line < 16 * d * sizeof(T); line += 64) __builtin_prefetch((const char*)there.values[t] + line, 0, 2);
+    } else if constexpr (sizeof(T) == 1)
       copy_tiles_int8(c, s, b.head, chunk, tiles, last, (T*)u.keys, (T*)u.values, u.scales, copied);
     else
       copy_tiles<T>(c, s, b.head, chunk, tiles, last, u.keys, u.values, copied);
@@ -340,8 +343,33 @@ static inline void write_result(const Cache& c, const Queries& x, const Block& b
   for (int i = 0; i < d; i += 16) store(out + i, load(merged + i) * inverse);
 }
 
+// The first tokens of a stream whose middle is gone (StreamingLLM; Xiao et al., ICLR 2024): every query of a block sees all
+// of them, some positions nearer than they are. Their keys stay as they were written, queries are turned back instead: a
+// shift that grows leaves no trace of its earlier values, and the blocks may be anybody's.
+struct Sinks {
+  const int32_t* table = nullptr;  // their blocks; null: none
+  int count = 0;                   // 1..kSegment
+  const float *cosines = nullptr, *sines = nullptr;  // [head_dim / 2] of the shift
+};
+
+// The sinks' part for the block's queries, which `scale_queries` has made, in u.out and u.state.
+static inline void attend_sinks(const Cache& c, const Sinks& sinks, const AttentionOptions& o, const Block& b, AttentionScratch& u) {
+  const int d = c.head_dim, h = d / 2;
+  for (int r = 0; r < b.rows; r++) {
+    float* q = u.q + (size_t)r * d;
+    for (int i = 0; i < h; i++) {
+      const float x = q[i], y = q[h + i];
+      q[i] = x * sinks.cosines[i] + y * sinks.sines[i];
+      q[h + i] = y * sinks.cosines[i] - x * sinks.sines[i];
+    }
+    if (c.format == CACHE_I8) encode_query(q, d, u.encoded + (size_t)r * 2 * d, u.query_scale[r], u.query_bias[r]);
+  }
+  const int one_position = kBlockRows;  // as many rows: all of them see up to the last sink
+  attend_segment(c, {sinks.table, sinks.count - 1, 1, 0, 0, 0}, {o.scale, o.softcap, 0}, {b.head, 0, b.rows}, one_position, 0, u);
+}
+
 // A whole block: every segment, merged, normalised and written.
-static inline void attend_block(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b) {
+static inline void attend_block(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b, const Sinks& sinks = {}) {
   AttentionScratch& u = attention_scratch();
   const int d = c.head_dim, width = merged_width(d), group = x.heads / c.kv_heads;
   const int low = position_of(s, b, group, 0) - o.window + 1, last = position_of(s, b, group, b.rows - 1);
@@ -351,15 +379,26 @@ static inline void attend_block(const Cache& c, const Sequence& s, const Attenti
     attend_segment(c, s, o, b, group, segment, u);
     for (int r = 0; r < b.rows; r++) merge(u.merged + (size_t)r * width, u.out + (size_t)r * d, peak_of(u, r), sum_of(u, r), d);
   }
+  if (sinks.table) {
+    attend_sinks(c, sinks, o, b, u);
+    for (int r = 0; r < b.rows; r++) merge(u.merged + (size_t)r * width, u.out + (size_t)r * d, peak_of(u, r), sum_of(u, r), d);
+  }
   for (int r = 0; r < b.rows; r++) write_result(c, x, b, r, u.merged + (size_t)r * width);
 }
 
-// One segment of a block that several threads share: its part, [rows][merged_width], is left in `part`.
-static inline void attend_part(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b, int segment, float* part) {
+// One segment of a block that several threads share, or (`segment` -1) its sinks: its part, [rows][merged_width], is left in `part`.
+static inline void attend_part(const Cache& c, const Sequence& s, const AttentionOptions& o, const Queries& x, const Block& b, int segment, const Sinks& sinks, float* part) {
   AttentionScratch& u = attention_scratch();
   const int d = c.head_dim, width = merged_width(d);
+  if (segment < 0 && !sinks.table) {  // this layer sees none
+    for (int r = 0; r < b.rows; r++) merge_nothing(part + (size_t)r * width, d);
+    return;
+  }
   scale_queries(c, o, x, b, u);
-  attend_segment(c, s, o, b, x.heads / c.kv_heads, segment, u);
+  if (segment < 0)
+    attend_sinks(c, sinks, o, b, u);
+  else
+    attend_segment(c, s, o, b, x.heads / c.kv_heads, segment, u);
   for (int r = 0; r < b.rows; r++) {
     float* to = part + (size_t)r * width;
     memcpy(to, u.out + (size_t)r * d, (size_t)d * 4);

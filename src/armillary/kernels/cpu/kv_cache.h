@@ -23,6 +23,8 @@ struct Cache {
   void* values;
   float* key_scales;  // int8 only
   float* value_scales;
+  uint16_t* bounds;   // of each tile's keys (page_select.h), or null: [kv_head][tile][2][head_dim]
+  int64_t tiles;      // of the pool
   int32_t format;
   int32_t kv_heads, head_dim, block_size;
 };
@@ -32,10 +34,13 @@ struct Sequence {
   int32_t start;         // position of its first query
   int32_t count;         // queries
   int32_t row;           // row of its first query in the flat batch
+  int32_t selects;       // position of the first query that selects pages, where the model does so (page_select.h)
+  int32_t dropped;       // blocks that the table has no longer, between those of the sinks and the rest (Sinks, attention.h)
 };
 
+// `position` is none of the sinks' where blocks have been dropped.
 static inline size_t slot_of(const Sequence& s, int block_size, int position) {
-  return (size_t)s.table[position / block_size] * block_size + position % block_size;
+  return (size_t)s.table[position / block_size - s.dropped] * block_size + position % block_size;
 }
 
 // Where the tile of `slot` begins, in elements of either array.

@@ -14,7 +14,7 @@
 #include <new>
 #include <vector>
 
-#include "attention.h"
+#include "attention_plan.h"
 #include "gemm.h"
 #include "low_rank.h"
 #include "pool.h"
@@ -41,6 +41,7 @@ struct Model {
   float norm_eps, attention_scale, attention_softcap, logit_softcap, embedding_scale;
   int32_t embedding_half;  // the embedding table is fp16
   int32_t deterministic;   // results must not depend on the batch: no product goes by wide.h
+  Bounds bounds;           // of what queries see
   const void* embedding;   // [vocabulary][hidden]
   const float* final_norm;
   const Layer* layer;
@@ -60,19 +61,6 @@ struct Batch {
   int32_t* best;               // [sampled] the first token that has it
   const LowRank* const* adapter;  // [adapters], each [layers][PARTS]
   const int32_t* adapter_of;      // [sequences] which of them is theirs, -1 for none; not read when there are no adapters
-};
-
-// A block of attention rows, or one segment of a block that threads share.
-struct AttentionItem {
-  int sequence;
-  Block block;
-  int share = -1;    // which shared block it belongs to, if any
-  int segment = -1;  // its segment of that
-};
-
-struct SharedBlock {
-  int segments, unfinished;
-  size_t partial;  // where in Buffers::partials: [segment][row][merged_width]
 };
 
 // Which rows have which adapter: of the batch, or of the sampled rows.
@@ -114,16 +102,14 @@ struct Buffers {
   Buffer<int32_t> sums;
   Buffer<float> picked_x, picked_attended;  // of the last layer: the sampled rows
   std::vector<int> runs;  // of each sequence: in how many pieces its tokens go to the cache (run_of)
-  std::vector<AttentionItem> items;
-  std::vector<SharedBlock> shared;
-  std::vector<float> partials;
+  AttentionPlans attention;
   Adapted adapted, picked_adapted;
   int low_rank = 0;        // the largest rank of the batch's adapters, padded
   std::vector<float> low;  // [rows][3][low_rank] scale * A x of up to three parts of a product
 };
 
 // Where an iteration's time goes, measured on the calling thread: a clock's reading a phase, 7 a layer.
-enum Phase { PREPARE, QKV, ROPE, ATTENTION, O, GATE_UP, DOWN, HEAD, EMBED, PHASES };
+enum Phase { PREPARE, QKV, ROPE, SELECT, ATTENTION, O, GATE_UP, DOWN, HEAD, EMBED, PHASES };
 
 struct Engine {
   explicit Engine(int threads) : pool(threads) {}
@@ -198,6 +184,11 @@ struct Terms {
   int layer = 0, first = 0;
   explicit operator bool() const { return rows; }
 };
+
+// Whether queries of a layer see less than what is before them, beside a sliding window: its attention goes by plan 1.
+inline bool bounds_what_is_seen(const Model& m, int layer) {
+  return m.bounds.rolling || (m.bounds.pages && layer >= m.bounds.dense_layers && !m.layer[layer].window);
+}
 
 struct Run {
   Engine& engine;
@@ -358,33 +349,67 @@ struct Run {
             const size_t angle = (size_t)(seq.row + t + k) * (d / 2);
             rotate(rows + (size_t)k * width, i < m.heads ? l.q_norm : l.k_norm, u.cosines[l.rope].data() + angle, u.sines[l.rope].data() + angle);
           }
-          if (i >= m.heads) write_cache(l.cache, slot_of(seq, l.cache.block_size, seq.start + t), run, i - m.heads, rows, rows + (size_t)m.kv_heads * d, width);
+          if (i >= m.heads) {
+            const size_t slot = slot_of(seq, l.cache.block_size, seq.start + t);
+            write_cache(l.cache, slot, run, i - m.heads, rows, rows + (size_t)m.kv_heads * d, width);
+            if (l.cache.bounds) bound_tile(l.cache, slot / 16, i - m.heads, (int)(slot % 16) + run);
+          }
         }
       }
     }
     finish(ROPE);
   }
 
-  void attention(const Layer& l, std::atomic<int>& next) {
+  // Which pages each query that selects them reads in this layer; whoever scores the last of a query's pages chooses.
+  void select(const Layer& l, std::atomic<int>& next) {
+    AttentionPlans& plans = u.attention;
+    const int stride = (m.heads + 2 * m.kv_heads) * m.head_dim, items = (int)plans.selection_items.size(), most = m.bounds.pages;
+    for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
+      const SelectionItem& item = plans.selection_items[i];
+      Selection& wanted = plans.selections[item.selection];
+      const Sequence& s = b.sequence[wanted.sequence];
+      const Queries x = {u.qkv.data() + (size_t)s.row * stride, (size_t)stride, nullptr, m.heads};
+      uint64_t* keys = plans.page_keys.data() + wanted.keys;
+      score_pages(l.cache, s, x, m.attention_scale, wanted.query, wanted.head, item.first, item.last, keys);
+      const int scored = item.last - item.first;
+      if (std::atomic_ref(wanted.unfinished).fetch_sub(scored, std::memory_order_acq_rel) == scored) {
+        wanted.unfinished = wanted.pages;
+        choose_pages(l.cache, s, keys, wanted.pages, most, plans.page_tables.data() + (size_t)item.selection * most);
+      }
+    }
+    finish(SELECT);
+  }
+
+  void attention(const Layer& l, AttentionPlan& plan, std::atomic<int>& next) {
     const int d = m.head_dim, stride = (m.heads + 2 * m.kv_heads) * d, width = merged_width(d);
     const AttentionOptions options = {m.attention_scale, m.attention_softcap, l.window};
-    const int items = (int)u.items.size();
+    const bool sees_sinks = !l.window || l.window > m.bounds.rolling;  // a narrower window never saw the first tokens
+    const int items = (int)plan.items.size();
     for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
-      const AttentionItem& item = u.items[i];
-      const Sequence& s = b.sequence[item.sequence];
+      const AttentionItem& item = plan.items[i];
+      const View& view = plan.views[item.view];
+      const Sequence& s = view.seen;
+      Cache cache = l.cache;
+      cache.block_size = view.block_size;
       const Queries x = {u.qkv.data() + (size_t)s.row * stride, (size_t)stride, u.attended.data() + (size_t)s.row * m.heads * d, m.heads};
+      Sinks sinks;
+      if (view.sinks && sees_sinks) {
+        const float* turn = u.attention.turns.data() + view.turn + (size_t)l.rope * d;
+        sinks = {view.sinks, m.bounds.sinks, turn, turn + d / 2};
+      }
       if (item.share < 0) {
-        attend_block(l.cache, s, options, x, item.block);
+        attend_block(cache, s, options, x, item.block, sinks);
         continue;
       }
-      SharedBlock& shared = u.shared[item.share];
+      SharedBlock& shared = plan.shared[item.share];
       const int rows = item.block.rows;
-      float* partials = u.partials.data() + shared.partial;
-      attend_part(l.cache, s, options, x, item.block, item.segment, partials + (size_t)item.segment * rows * width);
+      float* partials = u.attention.partials.data() + shared.partial;
+      const bool last = view.sinks && item.segment == shared.segments - 1;
+      attend_part(cache, s, options, x, item.block, last ? -1 : item.segment, sinks, partials + (size_t)item.segment * rows * width);
       // Whoever finishes last merges, in the segments' order.
       if (std::atomic_ref(shared.unfinished).fetch_sub(1, std::memory_order_acq_rel) == 1) {
         shared.unfinished = shared.segments;
-        merge_parts(l.cache, x, item.block, shared.segments, partials);
+        merge_parts(cache, x, item.block, shared.segments, partials);
       }
     }
     finish(ATTENTION);
@@ -458,10 +483,10 @@ struct Run {
       }
       for (int rope = 0; rope < 2 && m.inverse_frequencies[rope]; rope++)
         for (int i = 0; i < m.head_dim / 2; i++) {
-          const float angle = (float)b.position[r] * m.inverse_frequencies[rope][i];
+          const float turn = angle(b.position[r], m.inverse_frequencies[rope][i]);
           const size_t at = (size_t)r * (m.head_dim / 2) + i;
-          u.cosines[rope][at] = cosf(angle) * m.rope_scaling[rope];
-          u.sines[rope][at] = sinf(angle) * m.rope_scaling[rope];
+          u.cosines[rope][at] = cosf(turn) * m.rope_scaling[rope];
+          u.sines[rope][at] = sinf(turn) * m.rope_scaling[rope];
         }
     }
     finish(EMBED);
@@ -470,7 +495,9 @@ struct Run {
       const Ready normed = ready(l.qkv, u.x.data(), h, rows, l.attention_norm);
       multiply(QKV, l.qkv, normed, rows, u.qkv.data(), qkv_width, false, low_rank(QKV, u.adapted, i, PART_Q, 3, normed.rows.values, h));
       rope_and_store(l);
-      attention(l, next[i]);
+      const bool bounded = bounds_what_is_seen(m, i);
+      if (bounded && !u.attention.selections.empty()) select(l, next[2 * i]);
+      attention(l, bounded ? u.attention.bounded : u.attention.whole, next[2 * i + 1]);
       // Of the last layer nobody but the head reads: its other rows end here.
       if (i + 1 < m.layers || b.sampled >= rows) {
         after_attention(i, u.attended.data(), rows, u.x.data(), u.adapted);
@@ -533,43 +560,6 @@ void plan_adapters(const Model& m, const Batch& b, Buffers& u) {
   if (size > u.low.size()) u.low.resize(size);
 }
 
-// Attention's work items, the costly first. Small batches get smaller blocks, so that every thread finds some; a block of
-// few rows (a decoding sequence) with a long context is shared segment by segment. None of it changes a result.
-void plan_attention(const Model& m, const Batch& b, int threads, Buffers& u) {
-  const int group = m.heads / m.kv_heads, width = merged_width(m.head_dim);
-  int step = kBlockRows;
-  auto blocks = [&](int rows) {
-    int64_t n = 0;
-    for (int s = 0; s < b.sequences; s++) n += (int64_t)m.kv_heads * ((b.sequence[s].count * group + rows - 1) / rows);
-    return n;
-  };
-  while (step > kTileRows && blocks(step) < 4 * threads) step /= 2;
-  u.items.clear(), u.shared.clear();
-  size_t partials = 0;
-  for (int s = 0; s < b.sequences; s++) {
-    const Sequence& sequence = b.sequence[s];
-    const int count = sequence.count * group;
-    for (int first = 0; first < count; first += step)
-      for (int kv = 0; kv < m.kv_heads; kv++) {
-        const Block block = {kv, first, std::min(step, count - first)};
-        const int segments = position_of(sequence, block, group, block.rows - 1) / kSegment + 1;
-        if (threads == 1 || segments == 1 || count > kTileRows) {
-          u.items.push_back({s, block});
-          continue;
-        }
-        for (int i = 0; i < segments; i++) u.items.push_back({s, block, (int)u.shared.size(), i});
-        u.shared.push_back({segments, segments, partials});
-        partials += (size_t)segments * block.rows * width;
-      }
-  }
-  if (partials > u.partials.size()) u.partials.resize(partials);
-  auto cost = [&](const AttentionItem& i) {
-    const int keys = i.share < 0 ? position_of(b.sequence[i.sequence], i.block, group, i.block.rows - 1) + 1 : kSegment;
-    return (int64_t)i.block.rows * keys;
-  };
-  std::stable_sort(u.items.begin(), u.items.end(), [&](const AttentionItem& x, const AttentionItem& y) { return cost(x) > cost(y); });
-}
-
 }  // namespace
 
 extern "C" {
@@ -592,9 +582,16 @@ void arm_struct_sizes(int32_t out[7]) {
   out[6] = sizeof(LowRank);
 }
 
+// The bounds of the pages of `count` slots from the beginning of tile `first` on, whose keys have come otherwise than by a batch.
+void arm_bound_pages(const Cache* cache, int64_t first, int64_t count) {
+  for (int64_t slot = 0; slot < count; slot += kPage)
+    for (int head = 0; head < cache->kv_heads; head++) bound_tile(*cache, (size_t)(first + slot / kPage), head, (int)std::min<int64_t>(kPage, count - slot));
+}
+
 // Attention alone, on the calling thread: stores the new keys and values (rows [count][kv_heads][head_dim]) of one
-// sequence and attends with q [count][heads][head_dim] into out.
-void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, const float* q, const float* keys, const float* values, float* out) {
+// sequence and attends with q [count][heads][head_dim] into out. With `pages` each query reads at most so many of each kv head;
+// `read` [count][kv_heads][pages], where given, is then which tiles.
+void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, int32_t pages, const float* q, const float* keys, const float* values, float* out, int32_t* read) {
   const int d = cache->head_dim, kv_heads = cache->kv_heads, group = heads / kv_heads;
   for (int t = 0, run; t < sequence->count; t += run) {
     run = run_of(*sequence, cache->block_size, sequence->start + t, sequence->count - t);
@@ -602,12 +599,30 @@ void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, 
     for (int kv = 0; kv < kv_heads; kv++) {
       const size_t at = ((size_t)t * kv_heads + kv) * d;
       write_cache(*cache, slot, run, kv, keys + at, values + at, (size_t)kv_heads * d);
+      if (cache->bounds) bound_tile(*cache, slot / 16, kv, (int)(slot % 16) + run);
     }
   }
   const Queries x = {q, (size_t)heads * d, out, heads};
-  for (int kv = 0; kv < kv_heads; kv++)
-    for (int first = 0; first < sequence->count * group; first += kBlockRows)
-      attend_block(*cache, *sequence, {scale, softcap, window}, x, {kv, first, std::min(kBlockRows, sequence->count * group - first)});
+  const AttentionOptions options = {scale, softcap, window};
+  if (!pages) {
+    for (int kv = 0; kv < kv_heads; kv++)
+      for (int first = 0; first < sequence->count * group; first += kBlockRows)
+        attend_block(*cache, *sequence, options, x, {kv, first, std::min(kBlockRows, sequence->count * group - first)});
+    return;
+  }
+  std::vector<uint64_t> page_keys((sequence->start + sequence->count) / kPage + 1);
+  std::vector<int32_t> tiles(pages);
+  Cache by_page = *cache;
+  by_page.block_size = kPage;
+  for (int t = 0; t < sequence->count; t++)
+    for (int kv = 0; kv < kv_heads; kv++) {
+      const int position = sequence->start + t, count = position / kPage + 1, some = std::min(count, pages);
+      score_pages(*cache, *sequence, x, scale, t, kv, 0, count, page_keys.data());
+      choose_pages(*cache, *sequence, page_keys.data(), count, some, tiles.data());
+      if (read) std::copy_n(tiles.data(), some, read + ((size_t)t * kv_heads + kv) * pages);
+      const Queries own = {q + (size_t)t * heads * d, (size_t)heads * d, out + (size_t)t * heads * d, heads};
+      attend_block(by_page, {tiles.data(), (some - 1) * kPage + position % kPage, 1, 0, 0, 0}, options, own, {kv, 0, group});
+    }
 }
 
 // Returns 0 when there is no memory for the batch's buffers; nothing has been computed then.
@@ -633,10 +648,11 @@ int32_t arm_forward(void* handle, const Model* model, const Batch* batch) try {
     u.rows = rows;
   }
   plan_runs(*model, *batch, u);
-  plan_attention(*model, *batch, e.pool.size(), u);
+  const Shape shape = {model->heads, model->kv_heads, model->head_dim, model->layer[0].cache.block_size};
+  u.attention.plan(model->bounds, shape, batch->sequence, batch->sequences, model->inverse_frequencies, e.pool.size());
   plan_adapters(*model, *batch, u);
-  std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[model->layers]);
-  for (int i = 0; i < model->layers; i++) next[i].store(0, std::memory_order_relaxed);
+  std::unique_ptr<std::atomic<int>[]> next(new std::atomic<int>[2 * model->layers]);
+  for (int i = 0; i < 2 * model->layers; i++) next[i].store(0, std::memory_order_relaxed);
   e.pool.run([&](int thread) { Run{e, *model, *batch, thread, e.pool.size(), u}(next.get()); });
   return 1;
 } catch (const std::bad_alloc&) {

@@ -14,6 +14,7 @@ from armillary.core.errors import InputError
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, available
 from armillary.kernels.cpu_step import DecoderStep, StepCache
 from armillary.kernels.low_rank import Layer, PackedLowRank
+from armillary.kernels.seen import Seen
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.stored import DecoderWeights, Weights
@@ -27,8 +28,10 @@ class NativeForward:
 
     Results do not depend on the number of threads, and with `deterministic` not on what else is in the batch either; only int4
     takes that liberty (see `kernels/cpu/wide.h`), the others are so at no cost. `quantisation`: "none" is fp32 weights
-    and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. `release` says that
-    nobody else needs the weights of `source` any more: a decoder's linear layers are emptied as they are packed. `keep` as in `weight_cache.prepare`.
+    and exact arithmetic; "fp16" stores weights in half precision; "int8" and "int4" multiply in integers. `seen` bounds what
+    queries read; a span's table then lacks the blocks that none of its queries sees (`Seen.droppable` of its start).
+    `release` says that nobody else needs the weights of `source` any more: a decoder's linear layers are emptied as they are
+    packed. `keep` as in `weight_cache.prepare`.
     Raises InputError where the kernels cannot run (`unsupported` says why), and for weights that the format cannot hold.
     """
 
@@ -42,6 +45,7 @@ class NativeForward:
         quantisation: Quantisation = "none",
         kv_dtype: torch.dtype = torch.float32,
         deterministic: bool = False,
+        seen: Seen = Seen(),  # noqa: B008
         release: bool = False,
         keep: bool = False,
     ) -> None:
@@ -52,8 +56,9 @@ class NativeForward:
         self.name = f"native ({quantisation if quantisation != 'none' else 'fp32'})"
         found = prepare(weights, quantisation, release=release, keep=keep)
         model, self.prepared, self.keeping = found.model, found.words, found.keeping
-        self.cache = StepCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, kv_dtype)
-        self.step = DecoderStep(model, self.cache, threads, deterministic)
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.cache = StepCache(*shape, kv_dtype, bounds=seen.pages > 0)
+        self.step = DecoderStep(model, self.cache, threads, deterministic, seen)
         self._deterministic = deterministic
         self.weight_bytes = model.nbytes + model.embedding.nbytes
         self.cache_bytes = self.cache.nbytes
@@ -68,6 +73,7 @@ class NativeForward:
             [_int32(span.blocks) for span in spans],
             _int32(batch.rows),
             batch.adapters,  # type: ignore[arg-type]  # made by pack_adapter
+            [span.prompt for span in spans],
         )
         return Logits(*found)
 
@@ -79,8 +85,9 @@ class NativeForward:
         model = replace(model, layers=tuple(model.layers[layer] for layer in kept))
         other = copy.copy(self)
         other.name = f"{self.name}, {len(kept)} layers"
-        other.cache = StepCache(len(kept), cache.blocks, cache.block_size, cache.kv_heads, cache.head_dim, cache.dtype)
-        other.step = DecoderStep(model, other.cache, self.step.threads, self._deterministic)
+        shape = (len(kept), cache.blocks, cache.block_size, cache.kv_heads, cache.head_dim)
+        other.cache = StepCache(*shape, cache.dtype, bounds=cache.bounds is not None)
+        other.step = DecoderStep(model, other.cache, self.step.threads, self._deterministic, self.step.seen)
         other.weight_bytes, other.cache_bytes = 0, other.cache.nbytes
         return other
 
