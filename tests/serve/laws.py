@@ -97,6 +97,10 @@ class Guesser:
         assert 0 <= accepted <= drafted
         self.told.append(accepted)
 
+    def ran(self, tokens, duration):
+        assert tokens > 0
+        assert duration >= 0
+
     def forget(self, request):
         assert request.finish_reason is not None
 
@@ -108,10 +112,8 @@ def frozen(state):
 
 
 def _values(request):
-    return tuple(
-        copy.copy(getattr(request, name))
-        for name in ("id", "prompt", "sampling", "arrival", "output", "computed", "blocks", "preemptions", "drafts")
-    )
+    names = ("id", "prompt", "sampling", "arrival", "computed", "blocks", "preemptions", "drafts")
+    return (len(request.output), list(iter(request.output)), *(copy.copy(getattr(request, name)) for name in names))
 
 
 def without_identity(state):
@@ -122,7 +124,7 @@ def without_identity(state):
 
 def _twin(request):
     twin = Request(request.id, request.prompt, request.sampling, request.arrival, cache_salt=request.cache_salt)
-    twin.output, twin.blocks = list(request.output), list(request.blocks)
+    twin.output, twin.blocks = copy.copy(request.output), list(request.blocks)
     twin.computed, twin.preemptions = request.computed, request.preemptions
     twin.drafts, twin.parent = request.drafts, request.parent
     return twin

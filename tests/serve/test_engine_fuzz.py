@@ -24,21 +24,22 @@ class EngineMachine(RuleBasedStateMachine):
         capacity=st.integers(24, 70),
         budget=st.integers(3, 40),
         max_running=st.integers(2, 8),
-        drafts=st.sampled_from([0, 0, 1, 5]),
+        drafts=st.sampled_from([None, 0, 1, 5]),
+        asynchronous=st.sampled_from(["off", "on"]),
     )
-    def start(self, block_size, capacity, budget, max_running, drafts):
+    def start(self, block_size, capacity, budget, max_running, drafts, asynchronous):
         config = EngineConfig(
             block_size=block_size,
             kv_blocks=-(-capacity // block_size) + (block_size == 64),
             max_batch_tokens=budget,
             max_running=max_running,
             max_queue=1000,
+            async_scheduling=asynchronous,
         )
+        drafter = Guesser(budget, drafts, 0.3) if drafts is not None else None
         self.executor = TableExecutor(block_size)
         self.watched = Lawful(policies.get(self.policy))
-        self.engine = Engine(
-            self.executor, config, clock=self.executor.clock, eos_ids=[EOS], policy=self.watched, drafter=Guesser(budget, drafts, 0.3)
-        )
+        self.engine = Engine(self.executor, config, clock=self.executor.clock, eos_ids=[EOS], policy=self.watched, drafter=drafter)
         self.events = {}
         self.all = []
         self.failed = set()
@@ -159,21 +160,25 @@ TestRequestLevel = machine("request-level")
     budget=st.integers(1, 24),
     max_running=st.integers(1, 8),
     shapes=st.lists(st.tuples(st.integers(0, 60), SHAPE), min_size=1, max_size=12),
-    drafts=st.sampled_from([0, 2, 7]),
+    drafts=st.sampled_from([None, 2, 7]),
+    asynchronous=st.sampled_from(["off", "on"]),
 )
 @settings(max_examples=400, deadline=None)
-def test_memory_pressure_and_late_arrivals_change_no_token(name, block_size, spare, budget, max_running, shapes, drafts):
+def test_memory_pressure_and_late_arrivals_change_no_token(name, block_size, spare, budget, max_running, shapes, drafts, asynchronous):
     requests = [request(f"r{i}", prompt, most, ignore_eos=ignore) for i, (_, (prompt, most, ignore)) in enumerate(shapes)]
     for made, (arrival, _) in zip(requests, shapes, strict=True):
         made.arrival = arrival
     blocks = -(-(max(made.max_length for made in requests) + spare) // block_size)  # often just enough for the longest
-    config = EngineConfig(block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running)
-    executor = TableExecutor(block_size)
-    engine = Engine(
-        executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policies.get(name)), drafter=Guesser(budget, drafts, 0.2)
+    config = EngineConfig(
+        block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running, async_scheduling=asynchronous
     )
+    executor = TableExecutor(block_size)
+    drafter = Guesser(budget, drafts, 0.2) if drafts is not None else None
+    engine = Engine(executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policies.get(name)), drafter=drafter)
     replay(engine, executor.clock, requests)
     for made in requests:
         assert made.output == plain_loop(made.prompt, made.sampling.max_tokens, eos=() if made.sampling.ignore_eos else (EOS,))
+    if asynchronous == "on" and drafter is None:
+        event("foreseen" if engine.stats.foreseen_schedules else "never foreseen")
     event("preempted" if engine.stats.preemptions else "never preempted")
     assert engine.stats.iterations <= sum(made.max_length for made in requests)

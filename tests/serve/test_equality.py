@@ -85,6 +85,9 @@ class Prompter:
     def verified(self, request, drafted, accepted):
         assert 0 <= accepted <= drafted
 
+    def ran(self, tokens, duration):
+        pass
+
     def forget(self, request):
         pass
 
@@ -123,7 +126,8 @@ def test_greedy_tokens_equal_the_plainest_loop(
     assume(min(gap for _, gap in wanted) > GAP)
     # A pool that hardly holds the longest sequence: the others are thrown out again and again.
     blocks = max(-(-(length + count) // block_size) for length, count in lengths) + spare
-    config = EngineConfig(policy=policy, block_size=block_size, kv_blocks=blocks, max_batch_tokens=chunk)
+    ahead = "on" if seed % 2 and not drafts else "off"
+    config = EngineConfig(policy=policy, block_size=block_size, kv_blocks=blocks, max_batch_tokens=chunk, async_scheduling=ahead)
     executor = executor_of(backend, decoder, blocks, block_size)
     requests = []
     for i, (prompt, (_, count)) in enumerate(zip(prompts, lengths, strict=True)):
@@ -132,7 +136,7 @@ def test_greedy_tokens_equal_the_plainest_loop(
             fork.parent = group[0]
         requests += group
     answers = [tokens for tokens, _ in wanted for _ in range(choices)]
-    drafter = Prompter(dict(zip((request.id for request in requests), answers, strict=True)), seed, drafts)
+    drafter = Prompter(dict(zip((request.id for request in requests), answers, strict=True)), seed, drafts) if drafts else None
     chosen = Erratic(policies.get(policy), seed, erratic) if erratic else None
     assert run(executor, config, requests, chosen, drafter=drafter) == answers
 

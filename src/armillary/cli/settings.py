@@ -58,6 +58,9 @@ class EngineFlags:
             help="An answer depends on its prompt, parameters and seed alone, never on its company; needs the native backend.",
         ),
     ] = None
+    async_scheduling: Annotated[
+        str | None, _flag("Make the next batch while the current one is computed: on or off (default).", _ENGINE)
+    ] = None
     speculate: Annotated[
         str | None,
         _flag(

@@ -45,6 +45,7 @@ class EngineConfig(Config):
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     deterministic: bool = False
     """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""
+    async_scheduling: Literal["on", "off"] = Field("off", description="make the next schedule while the current iteration runs")
     speculate: Literal["off", "ngram", "layers", "model"] = Field(
         "off", description="who proposes tokens to be verified together: earlier text, the model without some layers, or draft_model"
     )

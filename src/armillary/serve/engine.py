@@ -6,6 +6,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
@@ -13,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 from armillary.core.clock import Clock, RealClock
 from armillary.core.contract import Executor
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
-from armillary.serve import policies
+from armillary.serve import live, policies
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend, keep_prompt_scores
+from armillary.serve.forks import Forks
 from armillary.serve.history import EngineStats, History
+from armillary.serve.lookahead import Foreseen, foresee
 from armillary.serve.outbox import Outbox
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
-from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Schedule, SchedulerPolicy, State
 from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.speculation import Drafter
-from armillary.serve.verify import verify, verify_outcome
+from armillary.serve.verify import ScheduleError, verify, verify_outcome
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
@@ -74,9 +78,10 @@ class Engine:
         self._numbers = count()
         self._requests: dict[str, Request] = {}  # every one that has not ended
         self._waiting: deque[Request] = deque()  # queue order
-        self._forks: dict[str, list[Request]] = {}  # by the parent whose prompt they wait for
-        self._forks_waiting = 0
+        self._forks = Forks()
         self._running: list[Request] = []  # admission order
+        self._foreseen: Foreseen | None = None
+        self._worker: ThreadPoolExecutor | None = None
         self._parked: list[tuple[Request, FinishReason, Event]] = []  # ended, returned when the batch ends
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -110,8 +115,7 @@ class Engine:
             self._requests[request.id] = request
             self._history.arrived(request, request.arrival, self._queued)
             if self._awaits_prompt(request):
-                self._forks.setdefault(request.parent.id, []).append(request)  # type: ignore[union-attr]
-                self._forks_waiting += 1
+                self._forks.add(request)
             else:
                 self._waiting.append(request)
             self._changed.notify_all()
@@ -178,6 +182,9 @@ class Engine:
         with self._changed:
             self._thread = None
             self._end_all("cancelled", None)
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
         self._outbox.deliver()
 
     @property
@@ -193,15 +200,8 @@ class Engine:
         """
         with self._lock:
             pool = self._memory.pool
-            rows = [
-                self._row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt")
-                for request in self._running
-            ]
-            rows += [self._row(request, "returning") for request, _, _ in self._parked]
-            rows += [
-                self._row(request, "preempted" if request.preemptions else "queued")
-                for request in islice(chain(self._waiting, *self._forks.values()), WAITING_ROWS)
-            ]
+            waiting = islice(chain(self._waiting, self._forks), WAITING_ROWS)
+            requests = live.rows(self._running, (request for request, _, _ in self._parked), waiting, self._history.held)
             return {
                 "policy": self.policy.name,
                 "now": self.clock.now(),
@@ -210,7 +210,7 @@ class Engine:
                 "waiting": self._queued,
                 "limits": asdict(self.limits),
                 "blocks": {"used": pool.used_count, "kept": pool.idle_count, "total": pool.total, "block_size": pool.block_size},
-                "requests": rows,
+                "requests": requests,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
                 "features": {name: dict(state()) for name, state in self.features.items()},
@@ -242,13 +242,11 @@ class Engine:
         with self._lock:
             if not self._running and not self._waiting:
                 return False
-            free = self._memory.pool.free_count
-            state = State(self._index, self._waiting, tuple(self._running), free, self.limits, self._memory)
-            schedule = self.policy.step(state)
-            plan = self._apply(schedule, verify(schedule, state))
+            schedule, scheduled = self._decide()
+            plan = self._apply(schedule, scheduled)
         start, failure, outcome = self.clock.now(), None, None
         try:
-            outcome = self.executor.run(plan)
+            outcome = self._run(plan)
             verify_outcome(outcome, plan)
         except Exception as error:
             failure = error
@@ -262,6 +260,37 @@ class Engine:
                 self._return_batch()
                 self._changed.notify_all()
         return True
+
+    def _state(self) -> State:
+        return State(self._index, self._waiting, tuple(self._running), self._memory.pool.free_count, self.limits, self._memory)
+
+    def _decide(self) -> tuple[Schedule, dict[str, Request]]:
+        """The next schedule and whom it names: the one made ahead where it still fits, otherwise the policy's for the state as it is."""
+        state, foreseen = self._state(), self._foreseen
+        self._foreseen = None
+        if foreseen is not None and (schedule := foreseen.settled(state, self._requests)) is not None:
+            with suppress(ScheduleError):  # what was foreseen is no reason to fail
+                scheduled = verify(schedule, state)
+                self.stats.foreseen_schedules += 1
+                return schedule, scheduled
+        schedule = self.policy.step(state)
+        return schedule, verify(schedule, state)
+
+    def _run(self, plan: Plan) -> Outcome:
+        """Have the plan carried out; with asynchronous scheduling on another thread, while the next is made here."""
+        if self.config.async_scheduling == "off":
+            return self.executor.run(plan)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "armillary-executor")
+        running = self._worker.submit(self.executor.run, plan)
+        try:
+            self._outbox.deliver()
+            if self.drafter is None:  # drafts follow the token that is being drawn
+                with self._lock, suppress(Exception):  # a policy's defect shows when it is asked again
+                    self._foreseen = foresee(self.policy, plan, self._state())
+        finally:
+            wait([running])
+        return running.result()
 
     def _propose(self, drafter: Drafter) -> None:
         """Have tokens proposed for every sequence that decodes and has more than one to come."""
@@ -414,9 +443,7 @@ class Engine:
         elif request in self._waiting:
             self._waiting.remove(request)
         else:
-            assert request.parent is not None
-            self._forks[request.parent.id].remove(request)
-            self._forks_waiting -= 1
+            self._forks.remove(request)
 
     def _awaits_prompt(self, request: Request) -> bool:
         """Whether to wait for the parent's prompt. Policies that serve whole batches would hold a late-comer until the next."""
@@ -431,16 +458,15 @@ class Engine:
 
     def _release_forks(self, parent: Request) -> None:
         """Those that waited for the parent's prompt take the place in the queue that they had before those who came later."""
-        forks = self._forks.pop(parent.id, [])
+        forks = self._forks.release(parent)
         if forks:
-            self._forks_waiting -= len(forks)
             place = next((i for i, request in enumerate(self._waiting) if request.number > forks[0].number), len(self._waiting))
             for fork in reversed(forks):
                 self._waiting.insert(place, fork)
 
     @property
     def _queued(self) -> int:
-        return len(self._waiting) + self._forks_waiting
+        return len(self._waiting) + len(self._forks)
 
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
@@ -460,7 +486,6 @@ class Engine:
         self._waiting.clear()
         self._parked.clear()
         self._forks.clear()
-        self._forks_waiting = 0
         for request in list(self._requests.values()):
             self._finish(request, reason, self.clock.now(), error)
         self._changed.notify_all()
@@ -482,29 +507,10 @@ class Engine:
                 log.exception("the scheduler failed; all %d requests end with an error", len(self._requests))
                 with self._changed:
                     self._end_all("error", error)
-            self._outbox.deliver()
+            if self._worker is None or not self._running:  # else while the next iteration runs
+                self._outbox.deliver()
 
     # -- small print -------------------------------------------------------------------------------------------------
-
-    def _row(self, request: Request, phase: str) -> dict[str, Any]:
-        return {
-            "id": request.id,
-            "phase": phase,
-            "prompt": len(request.prompt),
-            "known": request.known,
-            "computed": request.computed,
-            "max_length": request.max_length,
-            "blocks": len(request.blocks),
-            "preemptions": request.preemptions,
-            "arrival": request.arrival,
-            "held": self._reason_held(request),
-        }
-
-    def _reason_held(self, request: Request) -> str | None:
-        held = self._history.held(request.id)
-        if held is None and request.computed == 0 and self._waiting and request is not self._waiting[0]:
-            held = Reason.QUEUE_ORDER if request not in self._running else None
-        return str(held) if held is not None else None
 
     def _check_idle(self) -> None:
         try:

@@ -24,6 +24,7 @@ class EngineStats:
     """Cumulative counters since the engine was made."""
 
     iterations: int = 0
+    foreseen_schedules: int = 0  # of them, how many schedules were made while the iteration before ran
     prompt_tokens: int = 0  # prompts whose computation was completed, once each
     generated_tokens: int = 0
     preemptions: int = 0
