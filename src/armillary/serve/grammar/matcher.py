@@ -1,0 +1,78 @@
+"""Where one sequence stands in its grammar: which tokens may come next, with drafts and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armillary.core.errors import ArmillaryError
+
+
+class Matcher:
+    """A `Request.constraint`. Only `accept` moves it: the engine calls it once for each token that it appends to the answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int, stops: Tensor) -> None:
+        """`stops`: int32 [ceil(vocab / 32)], the bits of the tokens that end a text."""
+        self._matcher = matcher
+        self._words = -(-vocab_size // 32)
+        self._stops = stops
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow: the answer has been ended by a stop token, or only one may come."""
+        if self._matcher.is_terminated():
+            return True
+        if not self._matcher.is_completed():
+            return False
+        return not bool((self.mask()[0] & ~self._stops).any())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_completed())
+
+    def mask(self, drafts: Sequence[int] = ()) -> Tensor:
+        """What may come next, and after each of `drafts`: int32 [1 + drafts, ceil(vocab / 32)], bit j % 32 of word j // 32 for token j.
+
+        Tokens that end a text are allowed where the grammar is complete, and nowhere else. Behind a draft that the grammar
+        does not allow (which the row before says) everything is allowed, for nothing is drawn there.
+        """
+        rows = torch.full((1 + len(drafts), self._words), -1, dtype=torch.int32)
+        taken = 0
+        try:
+            for row in range(1 + len(drafts)):
+                if self._matcher.is_terminated():
+                    break
+                self._matcher.fill_next_token_bitmask(rows, row)
+                if row == len(drafts) or not _allows(rows[row], drafts[row]) or not self._matcher.accept_token(drafts[row]):
+                    break
+                taken += 1
+        finally:
+            if taken:
+                self._matcher.rollback(taken)
+        return rows
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with `token`. Raises ArmillaryError for one that the grammar does not allow here."""
+        if not self._matcher.accept_token(token):
+            raise ArmillaryError(
+                f"token {token} does not follow the grammar of this request", "this is a defect of the engine: please report it"
+            )
+
+    def forced(self) -> bytes:
+        """The text that must come next, whatever the model thinks: empty where it has a choice."""
+        text = "" if self._matcher.is_terminated() else self._matcher.find_jump_forward_string()
+        return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+
+    def fork(self) -> Matcher:
+        """Another walk from where this one stands."""
+        copy = object.__new__(Matcher)
+        copy._matcher, copy._words, copy._stops = self._matcher.fork(), self._words, self._stops
+        return copy
+
+
+def _allows(row: Tensor, token: int) -> bool:
+    return 0 <= token < 32 * row.shape[0] and bool(int(row[token // 32]) >> (token % 32) & 1)
