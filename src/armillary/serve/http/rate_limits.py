@@ -64,10 +64,13 @@ class RateLimits:
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Charge the prompts of `requests`; raises Refused when the key has too few tokens left."""
+        self.admit_tokens(sum(len(request.prompt) for request in requests))
+
+    def admit_tokens(self, tokens: int) -> None:
         account = self.account()
         if account is None or account.tokens is None:
             return
-        now, tokens, bucket = time.perf_counter_ns(), sum(len(request.prompt) for request in requests), account.tokens
+        now, bucket = time.perf_counter_ns(), account.tokens
         wait = bucket.take(min(tokens, bucket.per_minute), now)
         if wait:
             raise _refused(account.name, "tokens", bucket, now, f"the prompt has {tokens:,}", wait)
