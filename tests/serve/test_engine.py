@@ -559,7 +559,8 @@ def test_a_request_explains_itself():
     story = engine.explain("b")
     assert "arrived with a prompt of 8 tokens, 1 requests ahead" in story[0]
     assert any("preempted: an earlier sequence needed its KV blocks; gave back" in line for line in story)
-    assert "ended: length, 10 tokens generated" in story[-1]
+    assert "ended: length, 10 tokens generated" in story[-2]
+    assert story[-1].startswith("in short: waited ")
     assert engine.explain("unknown") is None
     for number in range(300):
         engine.submit(request(number, [1], 1))

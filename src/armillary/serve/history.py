@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from armillary.core.units import format_duration
 from armillary.serve.request import FinishReason, Request
 from armillary.serve.schedule import Hit, Plan, Preemption, Reason, Schedule
+from armillary.serve.story import Story
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
 
 RECENT_ITERATIONS = 240
-WORDS_PER_REQUEST = 64  # a request's story is cut in the middle: its beginning matters as much as its end
 ENDED_REQUESTS = 256  # stories kept after the end
 
 
@@ -54,21 +53,6 @@ class Iteration:
     blocks_used: int
 
 
-@dataclass(slots=True)
-class _Story:
-    arrival: int
-    waiting_since: int
-    words: list[str] = field(default_factory=list)
-    cut: int = 0
-    held: Reason | None = None
-
-    def tell(self, at: int, words: str) -> None:
-        if len(self.words) == WORDS_PER_REQUEST:
-            del self.words[WORDS_PER_REQUEST // 2]
-            self.cut += 1
-        self.words.append(f"+{format_duration(at - self.arrival)}: {words}")
-
-
 class History:
     """Written by the engine's thread under the engine's lock."""
 
@@ -76,44 +60,44 @@ class History:
         self.trace = trace
         self.stats = EngineStats()
         self.recent: deque[Iteration] = deque(maxlen=RECENT_ITERATIONS)
-        self._stories: dict[str, _Story] = {}
-        self._ended: OrderedDict[str, _Story] = OrderedDict()
+        self._stories: dict[str, Story] = {}
+        self._ended: OrderedDict[str, Story] = OrderedDict()
+        self._left_out: set[str] = set()  # running, but not in the last iteration
 
     def arrived(self, request: Request, at: int, ahead: int) -> None:
-        story = _Story(at, at)
+        story = Story(at, at)
         self._stories[request.id] = story
-        story.tell(at, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
+        story.arrived(request, ahead)
+
+    def tell(self, request_id: str, at: int, words: str) -> None:
+        """Add to the story of a request that has not ended what the schedule does not say."""
+        self._stories[request_id].tell(at, words)
 
     def preempted(self, request: Request, preemption: Preemption, at: int) -> None:
         self.stats.preemptions += 1
         self.stats.recomputed_tokens += request.computed
-        story = self._stories[request.id]
-        story.waiting_since = at
-        story.held = preemption.reason
-        story.tell(at, f"{preemption.reason}; gave back {preemption.blocks} KV blocks, up to {request.computed} tokens to compute again")
+        self._left_out.discard(request.id)
+        self._stories[request.id].preempted(request, preemption, at)
 
     def scheduled(self, schedule: Schedule, admitted: list[Request], hits: Mapping[str, Hit], at: int) -> None:
         """Who was let in, with what, and who was not; called before the iteration runs."""
-        counts = {entry.request_id: entry for entry in schedule.entries}
-        for request in admitted:
-            story, entry = self._stories[request.id], counts[request.id]
-            origin = "the prefix cache"
-            if hits[request.id].forked and request.parent is not None:
-                origin = f"'{request.parent.id}'"
-            elif hits[request.id].delivered:
-                origin = "the worker that computed them"
-            reused = f", {entry.start} of them from {origin}" if entry.start else ""
-            story.tell(
-                at, f"admitted: {entry.start + entry.count} of {request.known} tokens{reused} ({entry.reason}), {entry.blocks} KV blocks"
-            )
-            if self.trace is not None and at > story.waiting_since:
-                kind = "preempted" if request.preemptions else "queued"
-                self.trace.add(f"request/{request.id}", kind, story.waiting_since, at, str(story.held or ""))
+        new = {request.id: request for request in admitted}
+        for entry in schedule.entries:
+            request = new.get(entry.request_id)
+            if request is not None:
+                story = self._stories[request.id]
+                if self.trace is not None and at > story.waiting_since:
+                    kind = "preempted" if request.preemptions else "queued"
+                    self.trace.add(f"request/{request.id}", kind, story.waiting_since, at, str(story.held or ""))
+                story.admitted(request, entry, _origin(request, hits[request.id]), at)
+            elif entry.reason is not Reason.DECODE or entry.request_id in self._left_out:
+                self._left_out.discard(entry.request_id)
+                self._stories[entry.request_id].goes_on(entry, at)
         for hold in schedule.held:
             story = self._stories[hold.request_id]
-            if story.held is not hold.reason:
-                story.held = hold.reason
-                story.tell(at, f"held: {hold.reason}")
+            story.hold(hold.reason, at)
+            if story.running:
+                self._left_out.add(hold.request_id)
 
     def ran(self, plan: Plan, start: int, end: int, blocks_used: int) -> None:
         """An iteration was carried out."""
@@ -143,10 +127,9 @@ class History:
         reason = request.finish_reason
         assert reason is not None
         self.stats.finished[reason] += 1
+        self._left_out.discard(request.id)
         story = self._stories.pop(request.id)
-        cause = f" ({error})" if error is not None else ""
-        drafts = f", {request.accepted} of {request.drafted} drafts right" if request.drafted else ""
-        story.tell(at, f"ended: {reason}{cause}, {len(request.output)} tokens generated, {request.preemptions} preemptions{drafts}")
+        story.ended(request, error, at)
         self._ended[request.id] = story
         while len(self._ended) > ENDED_REQUESTS:
             self._ended.popitem(last=False)
@@ -158,11 +141,7 @@ class History:
     def explain(self, request_id: str) -> list[str] | None:
         """What happened to a request, in words; None when it is unknown or long gone."""
         story = self._stories.get(request_id) or self._ended.get(request_id)
-        if story is None:
-            return None
-        half = WORDS_PER_REQUEST // 2
-        gap = [f"({story.cut} events left out)"] if story.cut else []
-        return [*story.words[:half], *gap, *story.words[half:]]
+        return story.events() if story is not None else None
 
     def iterations(self, since: int = -1) -> list[dict[str, Any]]:
         """Recent iterations with an index over `since`, oldest first; shallow, for the engine's lock is held meanwhile."""
@@ -173,3 +152,10 @@ class History:
             newer.append({name: getattr(iteration, name) for name in Iteration.__slots__})
         newer.reverse()
         return newer
+
+
+def _origin(request: Request, hit: Hit) -> str:
+    """Who had computed what a sequence begins with."""
+    if hit.forked and request.parent is not None:
+        return f"'{request.parent.id}'"
+    return "the worker that computed them" if hit.delivered else "the prefix cache"
