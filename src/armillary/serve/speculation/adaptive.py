@@ -40,8 +40,8 @@ class IterationCost:
             setattr(self, name, getattr(self, name) * WINDOW + value)
 
     def fit(self) -> tuple[float, float]:
-        """(fixed, per token), neither negative; (1, GUESSED_SLOPE) before anything was seen."""
-        if not self._weight:
+        """(fixed, per token), neither negative; (1, GUESSED_SLOPE) before anything was seen that took time."""
+        if not self._y:
             return 1.0, GUESSED_SLOPE
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x

@@ -1,0 +1,168 @@
+"""Every two features of the engine together: the tokens are those of one request alone on an engine with nothing switched on.
+
+Run as a program it writes the table of docs/composition.md; `--model smollm2` does the same with the real model.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from models import VOCABULARY, loaded, tiny
+
+from armillary.core.clock import VirtualClock
+from armillary.serve.config import EngineConfig
+from armillary.serve.engine import Engine
+from armillary.serve.llm import build_engine
+from armillary.serve.request import Request, SamplingParams
+
+TOKENS = 14
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Feature:
+    """`options` switch it on. `numerics` change what a model computes, so the plain engine has them too.
+
+    `arrange` gives requests what it needs; `during` is called before each iteration; `works` tells from the engine and its requests
+    that it has had an effect: a pair of which one did nothing proves nothing.
+    """
+
+    name: str
+    works: Callable[[Engine, list[Request]], bool]
+    options: dict[str, Any] = field(default_factory=dict)
+    numerics: dict[str, Any] = field(default_factory=dict)
+    arrange: Callable[[list[Request]], list[Request]] = lambda requests: requests
+    during: Callable[[Engine, list[Request]], None] = lambda engine, requests: None
+
+
+def _choices(requests: list[Request]) -> list[Request]:
+    """Two choices more of every second request, each with a seed of its own."""
+    made: list[Request] = []
+    for place, request in enumerate(requests):
+        made.append(request)
+        for choice in range(2 if place % 2 else 0):
+            sampling = SamplingParams(TOKENS, temperature=1.0, seed=100 + choice, ignore_eos=True)
+            made.append(Request(f"{request.id}/{choice}", request.prompt, sampling, parent=request, adapter=request.adapter))
+    return made
+
+
+def _abort(engine: Engine, requests: list[Request]) -> None:
+    for request in requests[::3]:
+        if len(request.output) >= 3 and request.finish_reason is None:
+            engine.cancel(request.id)
+
+
+def _told(word: str) -> Callable[[Engine, list[Request]], bool]:
+    return lambda engine, requests: any(word in line for request in requests for line in engine.explain(request.id) or ())
+
+
+def _drafted(engine: Engine, requests: list[Request]) -> bool:
+    return engine.stats.drafted_tokens > 0
+
+
+FEATURES = (
+    Feature("vllm", lambda engine, _: engine.policy.name == "vllm", {"policy": "vllm"}),
+    Feature("orca", lambda engine, _: engine.policy.name == "orca", {"policy": "orca"}),
+    Feature("request-level", lambda engine, _: engine.policy.name == "request-level", {"policy": "request-level"}),
+    Feature("prefix hit", lambda engine, _: engine.stats.reused_tokens > 0, {"prefix_cache": "on"}),
+    Feature("chunking", _told("(chunk)"), {"max_batch_tokens": 7}),
+    Feature("preemption", lambda engine, _: engine.stats.preemptions > 0, {"kv_blocks": 18}),
+    Feature("n-gram drafts", _drafted, {"speculate": "ngram", "draft_tokens": 3}),
+    Feature("layers' drafts", _drafted, {"speculate": "layers", "draft_layers": 0.5, "draft_tokens": 3}),
+    Feature("n > 1", lambda engine, _: engine.stats.forked_tokens > 0, arrange=_choices),
+    Feature("abort", lambda _, requests: any(request.finish_reason == "cancelled" for request in requests), during=_abort),
+    Feature("async", lambda engine, _: engine.stats.foreseen_schedules > 0, {"async_scheduling": "on"}),
+    Feature("int4", lambda engine, _: engine.config.quantize == "int4", numerics={"quantize": "int4", "deterministic": True}),
+)
+BY_NAME = {feature.name: feature for feature in FEATURES}
+NEVER = {  # pairs of which one rules the other out, and why
+    frozenset(pair): why
+    for why, pairs in {
+        "one policy serves": list(itertools.combinations(("vllm", "orca", "request-level"), 2)),
+        "one drafter proposes": [("n-gram drafts", "layers' drafts")],
+        "memory is reserved, nobody is preempted": [("orca", "preemption"), ("request-level", "preemption")],
+        "prompts are not cut": [("orca", "chunking"), ("request-level", "chunking")],
+        "a batch is served whole, forks would wait for the next": [("request-level", "n > 1")],
+        "a draft follows the token that is being drawn": [("async", "n-gram drafts"), ("async", "layers' drafts")],
+    }.items()
+    for pair in pairs
+}
+
+
+@cache
+def model() -> Any:
+    return loaded(tiny(num_layers=4, max_context=256))
+
+
+def workload() -> list[Request]:
+    """Six prompts, three of which begin alike; greedy and sampled."""
+    rng = random.Random(11)
+    stem = [rng.randrange(VOCABULARY - 1) for _ in range(21)]
+    prompts = [
+        [*(stem if place % 2 else ()), *(rng.randrange(VOCABULARY - 1) for _ in range(length))]
+        for place, length in enumerate((9, 3, 24, 6, 1, 12))
+    ]
+    sampling = [SamplingParams(TOKENS, temperature=0.7 * (place % 3 == 2), seed=place, ignore_eos=True) for place in range(6)]
+    sampling[4] = replace(sampling[4], logit_bias=((5, 100.0), (6, 100.0)), temperature=1.0)  # an answer that repeats itself
+    return [Request(str(place), tuple(prompt), params) for place, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))]
+
+
+def plain_options(features: tuple[Feature, ...]) -> dict[str, Any]:
+    numerics = {name: value for feature in features for name, value in feature.numerics.items()}
+    return {"block_size": BLOCK, "kv_blocks": 120, "max_batch_tokens": 64, "prefix_cache": "off", "seed": 0, "threads": 1, **numerics}
+
+
+def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine:
+    options = plain_options(features)
+    for feature in () if plain else features:
+        options |= feature.options
+    # Drafts are as long as measured times say that they pay: here all pay.
+    return build_engine(model(), EngineConfig(**options), keep_weights=True, clock=VirtualClock())
+
+
+@cache
+def alone(prompt: tuple[int, ...], sampling: SamplingParams, adapter: str, numerics: tuple[str, ...]) -> tuple[int, ...]:
+    """The tokens of one request by itself, with nothing on but what changes the numbers."""
+    engine = engine_with(tuple(BY_NAME[name] for name in numerics), plain=True)
+    request = Request("alone", prompt, sampling, adapter=adapter)
+    engine.submit(request)
+    engine.run_until_idle()
+    return tuple(request.output)
+
+
+def check(*features: Feature) -> None:
+    """Raises AssertionError when a token differs, or a feature had no effect."""
+    engine, requests = engine_with(features), workload()
+    for feature in features:
+        requests = feature.arrange(requests)
+    half = len(requests) // 2
+    for request in requests[:half]:
+        engine.submit(request)
+    steps = 0
+    while engine.step() or steps < 3:
+        steps += 1
+        if steps == 3:  # the others come while these are being served
+            for request in requests[half:]:
+                engine.submit(request)
+        for feature in features:
+            feature.during(engine, requests)
+    engine.check()
+    assert engine.snapshot()["blocks"]["used"] == 0
+    numerics = tuple(feature.name for feature in features if feature.numerics)
+    for request in requests:
+        wanted = alone(request.prompt, request.sampling, request.adapter, numerics)
+        if request.finish_reason == "cancelled":
+            wanted = wanted[: len(request.output)]
+        else:
+            assert request.finish_reason == "length", (request.id, request.finish_reason)
+        assert tuple(request.output) == wanted, f"{' and '.join(feature.name for feature in features)}: request {request.id}"
+    for feature in features:
+        assert feature.works(engine, requests), f"{' and '.join(f.name for f in features)}: {feature.name} had no effect"
+    engine.stop()
+
+
+def pairs() -> list[tuple[Feature, Feature]]:
+    return [pair for pair in itertools.combinations(FEATURES, 2) if frozenset((pair[0].name, pair[1].name)) not in NEVER]
