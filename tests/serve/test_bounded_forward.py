@@ -17,6 +17,7 @@ from armillary.models.decoder import Decoder
 from armillary.models.rope import inverse_frequencies
 from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.executors.native_forward import NativeForward
+from armillary.serve.executors.torch_forward import TorchForward
 
 needs_native = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
@@ -87,10 +88,19 @@ CASES = {
 }
 
 
-@needs_native
-@pytest.mark.parametrize("sinks", [0, 1, 4, 20])
+BACKENDS = ("torch", pytest.param("native", marks=needs_native))
+
+
+def streaming(backend: str, decoder: Decoder, blocks: int, block_size: int, seen: Seen) -> Forward:
+    if backend == "native":
+        return NativeForward(decoder, num_blocks=blocks, block_size=block_size, threads=2, seen=seen)
+    return TorchForward(decoder, num_blocks=blocks, block_size=block_size, seen=seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sinks", [0, 4, 20])
 @pytest.mark.parametrize("case", CASES)
-def test_streaming_is_attention_at_the_positions_within_the_cache(case: str, sinks: int) -> None:
+def test_streaming_is_attention_at_the_positions_within_the_cache(case: str, sinks: int, backend: str) -> None:
     """Against the definition: the first tokens and the last, rotated anew for every query to where they stand; memory constant."""
     decoder, block_size = decoder_of(CASES[case]), 8 if sinks == 4 else 16
     seen, length = Seen(sinks=sinks, rolling=40), 260
@@ -99,7 +109,7 @@ def test_streaming_is_attention_at_the_positions_within_the_cache(case: str, sin
         expected = decoder.double()(tokens, torch.arange(length), InCache(decoder.config, seen, block_size)).float()
         decoder.float()
     blocks = -(-sinks // block_size) + -(-(40 + 33) // block_size) + 1
-    forward = NativeForward(decoder, num_blocks=blocks, block_size=block_size, threads=2, seen=seen)
+    forward = streaming(backend, decoder, blocks, block_size, seen)
     table = Table(seen, block_size, torch.randperm(blocks).tolist())
     got = run(forward, tokens.tolist(), table, [33, 1, 1, 30, 33, *[1] * 40, 33, 33, 33, 23])
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
@@ -125,15 +135,15 @@ def test_streaming_does_not_depend_on_chunks_threads_or_the_cache_type() -> None
         assert not torch.equal(whole[-1], full[-1])
 
 
-@needs_native
-def test_a_stream_far_out_is_computed_as_well_as_at_its_start() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_far_out_is_computed_as_well_as_at_its_start(backend: str) -> None:
     """Positions only differ: a window at position 3,000,000 gives what it gives at 300, where a float's angles would be off by 0.2."""
     decoder = decoder_of(replace(BASE, num_layers=1))
     tokens = torch.randint(0, 101, (96,)).tolist()
     seen = Seen(sinks=0, rolling=48)
     results = []
     for begin in (320, 3_000_000 // 16 * 16):
-        forward = NativeForward(decoder, num_blocks=8, block_size=16, threads=1, seen=seen)
+        forward = streaming(backend, decoder, 8, 16, seen)
         position, table = begin, Table(seen, 16, list(range(8)))
         out = []
         for token in tokens:

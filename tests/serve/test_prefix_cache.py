@@ -105,7 +105,7 @@ def test_hits_are_those_of_a_dictionary_of_prefixes(size, seed):
         pool.share(hit.blocks)
         made.blocks = [*hit.blocks, *pool.allocate(-(-len(tokens) // size) - len(hit.blocks))]
         made.computed, made.kept = draw.randint(hit.tokens, len(tokens)), len(hit.blocks)
-        cache.keep(made)
+        cache.keep(made, made.computed)
         known |= {tokens[:end] for end in range(size, made.computed + 1, size)}
         if draw.random() < 0.7:
             pool.free(made.blocks)

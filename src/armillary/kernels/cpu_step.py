@@ -22,7 +22,7 @@ from armillary.kernels.cache_blocks import CacheBlocks, Part
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
 from armillary.kernels.low_rank import Layer, PackedLowRank
 from armillary.kernels.packed_weight import Arena, PackedWeight, interleaved_rows
-from armillary.kernels.seen import PAGE, Seen
+from armillary.kernels.seen import PAGE, Seen, page_bound_bytes
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,6 @@ CACHE_DTYPES = (torch.float32, torch.float16, torch.int8)  # in the order of Cac
 def cache_row_bytes(head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one head's key (or value) of one token: int8 has an fp32 scale beside it."""
     return head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-
-
-def page_bound_bytes(head_dim: int) -> int:
-    """Bytes of one head's bounds of a page's keys: the largest of each component and of its negative, as halves."""
-    return 2 * 2 * head_dim
 
 
 class StepCache:

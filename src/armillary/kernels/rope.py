@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from armillary.kernels.training_library import call, operator, plain, require, t
 def rope_angles(positions: Tensor, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of every position, once a forward pass for all layers.
 
-    positions: [T] int64; inverse_frequencies: [D/2] float32. Returns two tensors [T, 1, D] in `dtype`; the first
+    positions: [T] int64, or float64 where they are so far out that a product in float32 would lose them; inverse_frequencies: [D/2] float32. Returns two tensors [T, 1, D] in `dtype`; the first
     half of the sines is negative, so that a rotation is x * cos + swap_halves(x) * sin. Angles are float32
     whatever `dtype` is: position 8,191 has no neighbour in bfloat16.
     """
-    angles = positions.to(torch.float32)[:, None, None] * inverse_frequencies
+    if positions.is_floating_point():
+        angles = (
+            (positions.to(torch.float64)[:, None, None] * inverse_frequencies.to(torch.float64)).remainder(2 * math.pi).to(torch.float32)
+        )
+    else:
+        angles = positions.to(torch.float32)[:, None, None] * inverse_frequencies
     cos, sin = angles.cos(), angles.sin()
     if scaling != 1.0:
         cos, sin = cos * scaling, sin * scaling

@@ -10,6 +10,11 @@ PAGE = 16  # tokens of a page that queries select: a tile of the native cache (c
 MAX_SINKS = 512  # kSegment of cpu/attention.h
 
 
+def page_bound_bytes(head_dim: int) -> int:
+    """Bytes of one head's bounds of a page's keys: the largest of each component and of its negative, as halves."""
+    return 2 * 2 * head_dim
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a query reads of the positions up to its own; by default all. At most one of the two bounds is set.

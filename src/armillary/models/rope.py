@@ -26,7 +26,7 @@ class Rope:
         self._frequencies: dict[torch.device, Tensor] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [T] int64 -> cosines and signed sines for `apply_rope`, each [T, 1, head_dim]."""
+        """positions [T] int64 (or float64: `rope_angles`) -> cosines and signed sines for `apply_rope`, each [T, 1, head_dim]."""
         frequencies = self._frequencies.get(positions.device)
         if frequencies is None:
             with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could not train later

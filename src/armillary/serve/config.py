@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from armillary.core.config import Bytes, Config
 from armillary.core.errors import InputError
 from armillary.core.units import GB
-from armillary.serve import policies
+from armillary.serve import kv_policies, policies
 
 DEFAULT_KV_MEMORY: Final = 1 * GB
 
@@ -42,6 +42,16 @@ class EngineConfig(Config):
     kv_dtype: Literal["fp32", "fp16", "int8"] = Field(
         "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
     )
+    kv_policy: str = "dense"
+    """What is kept of keys and values, and read: dense, streaming or quest."""
+    kv_sinks: int = Field(4, ge=0, le=4096)
+    """First tokens that a bounded KV policy always keeps."""
+    kv_window: int = Field(1024, ge=1, le=1 << 24)
+    """Last tokens that a bounded KV policy always keeps."""
+    kv_budget: int = Field(1024, ge=1, le=1 << 24)
+    """Tokens that a KV policy chooses to read, or to keep."""
+    kv_dense_layers: int = Field(2, ge=0, le=1 << 16)
+    """First layers that read everything, with kv_policy "quest"."""
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     deterministic: bool = False
     """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""
@@ -79,6 +89,50 @@ class EngineConfig(Config):
                 f"{wanted[0]} needs the native backend, but the torch backend was asked for",
                 f"leave {wanted[0]} out, or the backend",
                 field=wanted[0],
+            )
+        return self
+
+    @field_validator("kv_policy")
+    @classmethod
+    def _known_kv_policy(cls, name: str) -> str:
+        if name not in kv_policies.names():
+            raise InputError(f"kv_policy {name!r} is unknown", f"choose one of {', '.join(kv_policies.names())}", field="kv_policy")
+        return name
+
+    @property
+    def kv(self) -> kv_policies.KVPolicy:
+        """What is kept of keys and values, and read."""
+        options = kv_policies.Options(
+            self.block_size, self.max_batch_tokens, self.kv_sinks, self.kv_window, self.kv_budget, self.kv_dense_layers
+        )
+        return kv_policies.build(self.kv_policy, options)
+
+    @model_validator(mode="after")
+    def _kv_policy_composes(self) -> EngineConfig:
+        kv, name = self.kv, f"kv_policy {self.kv_policy}"
+        if self.backend != "auto" and self.backend not in kv.backends:
+            raise InputError(
+                f"{name} has no kernels in the {self.backend} backend", f"serve with --backend {kv.backends[0]}", field="kv_policy"
+            )
+        if kv.positional:
+            return self
+        if self.prefix_cache == "on":
+            raise InputError(
+                f"{name} gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings",
+                "serve with --prefix-cache off",
+                field="prefix_cache",
+            )
+        if self.policy in ("orca", "request-level"):
+            raise InputError(
+                f"policy {self.policy} computes a prompt in one iteration, and {name} holds no more than max_batch_tokens of it beside what it keeps",
+                "serve with --policy sarathi or vllm",
+                field="policy",
+            )
+        if self.speculate in ("layers", "model"):
+            raise InputError(
+                f"speculate {self.speculate} fills a cache of its own by the same block tables, whose middle {name} takes away",
+                "serve with --speculate ngram or off",
+                field="speculate",
             )
         return self
 

@@ -71,8 +71,8 @@ class Engine:
         self.drafter = drafter
         self.features: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self.eos_ids = frozenset(eos_ids)
-        self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
-        self._memory = SequenceMemory(config.kv_blocks, config.block_size, sharing=config.prefix_cache == "on")
+        self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
+        self._memory = SequenceMemory(config.kv_blocks, config.block_size, config.kv, sharing=config.prefix_cache == "on")
         self._history = History(trace)
         self._index = 0
         self._numbers = count()

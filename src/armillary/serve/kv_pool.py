@@ -10,10 +10,12 @@ from typing import Final, Literal
 from armillary.cluster.cgroup import cgroup_limits
 from armillary.core.errors import CapacityError, InputError
 from armillary.core.units import format_bytes
+from armillary.kernels.seen import PAGE, page_bound_bytes
 from armillary.models.config import ModelConfig
 from armillary.serve.config import EngineConfig
 
 POOL_SHARE: Final = 4  # the default pool takes one part in four of the free memory ...
+ENDLESS: Final = 1 << 30  # tokens of a stream: positions are 32-bit numbers
 POOL_LIMIT: Final = 4 * 10**9  # ... and at most this many bytes
 
 KvDtype = Literal["fp32", "fp16", "int8"]
@@ -46,16 +48,19 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_b
     By default the pool takes a quarter of the free memory, at most 4 GB, and no more than `max_running` sequences of full
     context could fill.
     """
-    context = config.context if config.context is not None else model.max_context
-    if context > model.max_context:
+    context = config.context if config.context is not None else ENDLESS if config.kv.unbounded else model.max_context
+    if context > model.max_context and not config.kv.unbounded:
         raise InputError(
             f"context {context:,} is more than the {model.max_context:,} tokens that the model was made for",
             f"serve with --context {model.max_context} or less",
             field="context",
         )
     per_token = kv_bytes_per_token(model, config.kv_dtype) + draft_bytes
+    if config.kv.seen.pages:
+        per_token += model.num_layers * model.num_kv_heads * page_bound_bytes(model.head_dim) // PAGE
     if config.kv_blocks is None and config.kv_memory is None:
-        most = config.max_running * -(-context // config.block_size)
+        each = -(-context // config.block_size)
+        most = config.max_running * (each if config.kv.most_blocks is None else min(each, config.kv.most_blocks))
         size = POOL_LIMIT if memory is None else min(POOL_LIMIT, memory // POOL_SHARE)
         least = config.block_size * per_token
         config = config.model_copy(

@@ -102,7 +102,12 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
     """
     assert config.kv_blocks is not None
     why = unsupported(loaded.config)
-    if config.backend == "native" or (config.backend == "auto" and why is None):
+    backends = config.kv.backends
+    if config.backend == "auto" and why is not None and "torch" not in backends:
+        raise InputError(
+            f"kv_policy {config.kv_policy} needs the native backend, but {why}", "serve with another --kv-policy", field="kv_policy"
+        )
+    if config.backend == "native" or (config.backend == "auto" and why is None and "native" in backends):
         return NativeForward(
             loaded.current_weights,
             num_blocks=config.kv_blocks,
@@ -111,12 +116,14 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
             quantisation=config.quantize,
             kv_dtype=KV_DTYPES[config.kv_dtype],
             deterministic=config.deterministic,
+            seen=config.kv.seen,
             release=in_place,
             keep=config.weight_cache == "on",
         )
     if wanted := config.native_only:
         raise InputError(f"{wanted[0]} needs the native backend, but {why}", f"leave {wanted[0]} out", field=wanted[0])
-    return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place)
+    seen = config.kv.seen
+    return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place, seen=seen)
 
 
 class LLM:

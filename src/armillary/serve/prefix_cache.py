@@ -36,9 +36,9 @@ class PrefixCache:
             found.append(block)
         return Hit(tuple(found), len(found) * self._pool.block_size)
 
-    def keep(self, request: Request) -> None:
-        """Makes the full blocks that `request` has computed known to others."""
-        for index in range(request.kept, request.computed // self._pool.block_size):
+    def keep(self, request: Request, tokens: int) -> None:
+        """Makes the full blocks of the first `tokens` tokens, which `request` has computed, known to others."""
+        for index in range(request.kept, tokens // self._pool.block_size):
             name, block = name_of(request, index, self._pool.block_size), request.blocks[index]
             known = self._block.get(name)
             if known is None:

@@ -89,6 +89,7 @@ class Request:
     drafts: tuple[int, ...] = ()  # proposed for what follows the known tokens, to be verified in the next iteration
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # block table
+    dropped: int = 0  # blocks that its KV policy has taken out of the table's middle
     reused: int = 0  # tokens that the prefix cache had when the sequence was first admitted
     kept: int = 0  # blocks that the prefix cache knows
     block_names: list[bytes] = field(default_factory=list)  # of full blocks, as far as the prefix cache has asked

@@ -89,10 +89,12 @@ class Limits:
     total_blocks: int
     max_batch_tokens: int  # tokens an iteration
     max_running: int  # sequences in flight
+    most_blocks: int | None = None  # that a sequence owns, however long it is (kv_policies); None: no such bound
 
     def blocks_for(self, tokens: int) -> int:
-        """KV blocks that hold `tokens` tokens."""
-        return -(-tokens // self.block_size)
+        """KV blocks that hold what a sequence of `tokens` tokens keeps."""
+        filled = -(-tokens // self.block_size)
+        return filled if self.most_blocks is None else min(filled, self.most_blocks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,20 @@ from collections.abc import Iterable
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.block_pool import BlockPool
+from armillary.serve.kv_policies import KVPolicy
 from armillary.serve.prefix_cache import PrefixCache
 from armillary.serve.request import Request
 from armillary.serve.schedule import Hit
 
 
 class SequenceMemory:
-    """The pool, and with `sharing` the prefix cache, behind the block tables of all sequences. To policies it is `schedule.Memory`."""
+    """The pool, and with `sharing` the prefix cache, behind the block tables of all sequences. To policies it is `schedule.Memory`.
 
-    def __init__(self, total: int, block_size: int, *, sharing: bool) -> None:
+    `kv` says what of a table is still needed, and what of it others may have.
+    """
+
+    def __init__(self, total: int, block_size: int, kv: KVPolicy, *, sharing: bool) -> None:
+        self._kv = kv
         self.pool = BlockPool(total, block_size, self._forget)
         self._prefixes = PrefixCache(self.pool) if sharing else None
 
@@ -35,7 +40,14 @@ class SequenceMemory:
     def _fork(self, request: Request) -> Hit | None:
         """All of the prompt but its last token, where the parent has computed it: whole blocks are shared, the rest is copied."""
         parent, tokens = request.parent, len(request.prompt) - 1
-        if parent is None or not tokens or not parent.blocks or parent.computed < tokens or request.sampling.prompt_logprobs is not None:
+        if (
+            parent is None
+            or not self._kv.positional
+            or not tokens
+            or not parent.blocks
+            or parent.computed < tokens
+            or request.sampling.prompt_logprobs is not None
+        ):
             return None
         whole, rest = divmod(tokens, self.pool.block_size)
         return Hit(tuple(parent.blocks[:whole]), tokens, parent.blocks[whole] if rest else None, forked=True)
@@ -56,19 +68,25 @@ class SequenceMemory:
         return hit
 
     def grow(self, request: Request, blocks: int) -> None:
-        """The sequence owns `blocks` blocks from now on."""
+        """The sequence owns `blocks` blocks from now on. Those that it needs no longer hold what comes next."""
         table = request.blocks
+        gone = self._kv.dropped(request.computed) - request.dropped
+        if gone > 0:
+            stay = self._kv.sink_blocks
+            table[:] = [*table[:stay], *table[stay + gone :], *table[stay : stay + gone]]
+            request.dropped += gone
         table.extend(self.pool.allocate(blocks - len(table), table[-1] if table else None))
 
     def keep(self, request: Request) -> None:
         """What `request` has computed is right, and others may use it."""
         if self._prefixes is not None:
-            self._prefixes.keep(request)
+            self._prefixes.keep(request, self._kv.shareable(len(request.prompt), request.computed))
 
     def release(self, request: Request) -> None:
         """The sequence gives its blocks back."""
         blocks = list(request.blocks)
         request.blocks.clear()
+        request.dropped = 0
         self.pool.free(blocks)
 
     def check(self, requests: Iterable[Request]) -> None:

@@ -59,6 +59,8 @@ class Service:
     def context(self) -> int:
         """The most tokens that a prompt and its answer may have together: the model's bound, the engine's, and what the KV pool holds."""
         config, limits = self.engine.config, self.engine.limits
+        if config.kv.unbounded and config.context is not None:
+            return config.context
         bounds = [self.loaded.config.max_context, limits.total_blocks * limits.block_size]
         return min(bounds if config.context is None else [config.context, *bounds])
 

@@ -59,7 +59,7 @@ class LocalExecutor:
         for _, first, targets in scored:
             rows += range(first, first + len(targets))
 
-        spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i]) for i in order]
+        spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i], len(requests[i].prompt)) for i in order]
         computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
         logits = computed.values
 

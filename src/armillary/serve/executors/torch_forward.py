@@ -10,22 +10,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from armillary.core.errors import InputError
+from armillary.kernels.attention import Attend, AttentionSpec
 from armillary.kernels.low_rank import Layer
 from armillary.kernels.packed_linear import choose_library, pack
-from armillary.kernels.paged_attention import PagedAttend, PagedCache
+from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span
+from armillary.kernels.rolling_attention import RollingAttend
+from armillary.kernels.seen import Seen
 from armillary.models.decoder import Decoder
+from armillary.models.rope import inverse_frequencies
 from armillary.serve.executors.forward import FlatBatch, Logits
 from armillary.serve.executors.torch_adapters import Adapted, TorchAdapter
+
+FAR = 1 << 16  # a position from which on a float32 angle is too coarse
 
 
 class TorchForward:
     """`Forward` on the decoder itself.
 
     `decoder` stays as it is: its weights are packed into a copy that shares the embedding and the norms, unless `in_place`
-    says that nobody else needs the plain ones (half the memory). `library` as in `kernels.packed_linear`.
+    says that nobody else needs the plain ones (half the memory). `library` as in `kernels.packed_linear`. `seen` bounds what
+    queries read, as for `NativeForward`. Raises InputError where it asks for pages to be selected, which only that can.
     """
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int, library: str | None = None, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        library: str | None = None,
+        in_place: bool = False,
+        seen: Seen = Seen(),  # noqa: B008
+    ) -> None:
+        if seen.pages:
+            raise InputError("queries cannot select pages in the torch backend", "serve with --backend native", field="kv_policy")
         config = decoder.config
         weight = decoder.embed_tokens.weight
         self.library = choose_library() if library is None else library
@@ -35,6 +54,7 @@ class TorchForward:
         self.packed_bytes = pack(model, self.library)
         self.prepared = f"packed in {time.perf_counter() - begin:.2f} s"
         self.decoder = model.eval()
+        self._seen = seen
         self._adapted: Adapted | None = None  # since the first adapter
         self.cache = PagedCache(
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
@@ -49,7 +69,9 @@ class TorchForward:
     def logits(self, batch: FlatBatch) -> Logits:
         device = self.decoder.embed_tokens.weight.device
         tokens, positions = _index(batch.tokens).to(device), _index(batch.positions).to(device)
-        attend = PagedAttend(self.cache, batch.spans)
+        if self._seen.rolling and max(batch.positions, default=0) >= FAR:
+            positions = positions.double()
+        attend = self._attend(batch.spans)
         if self._adapted is not None:
             self._adapted.choose(batch)
         rows = batch.rows
@@ -58,6 +80,16 @@ class TorchForward:
             return Logits(torch.empty(0, self.decoder.config.vocab_size))
         every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
         return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
+
+    def _attend(self, spans: Sequence[Span]) -> Attend:
+        if self._seen.rolling:
+            return RollingAttend(self.cache, spans, self._seen, self._frequencies)
+        return PagedAttend(self.cache, spans)
+
+    def _frequencies(self, spec: AttentionSpec) -> Tensor:
+        config = self.decoder.config
+        local = spec.window is not None and config.local_rope is not None
+        return inverse_frequencies(config.local_rope if local and config.local_rope is not None else config.rope, config.head_dim)
 
     def pack_adapter(self, layers: Sequence[Layer]) -> TorchAdapter:
         if self._adapted is None:

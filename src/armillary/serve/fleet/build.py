@@ -23,6 +23,12 @@ def share(config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: 
 
     Raises as `kv_pool.settle`, and InputError when a replica is left without a KV block.
     """
+    if fleet.prefill_workers and not config.kv.positional:
+        raise InputError(
+            f"prefill workers hand over all blocks of a prompt, and kv_policy {config.kv_policy} gives back those of its middle",
+            "serve with replicas instead, or another --kv-policy",
+            field="kv_policy",
+        )
     count = 1 if fleet.ray else len(fleet.roles)
     whole = settle(config.model_copy(update={"max_running": min(1 << 16, count * config.max_running)}), model, memory)
     assert whole.kv_blocks is not None

@@ -95,7 +95,7 @@ class Fleet:
         if config.kv_blocks is None:
             raise ArmillaryError("the size of a replica's KV pool is not settled", "divide it first (fleet.build)")
         self.config, self.fleet_config = config, fleet
-        self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running)
+        self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self.clock = clock if clock is not None else RealClock()
         self.policy = policies.get(config.policy)
         self.eos_ids = frozenset(eos_ids)

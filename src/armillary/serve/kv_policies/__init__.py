@@ -1,0 +1,23 @@
+"""What a sequence keeps of its keys and values and what its queries read: one policy a file, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from armillary.serve.kv_policies.policy import Dense, KVPolicy, Options
+from armillary.serve.kv_policies.quest import Quest
+from armillary.serve.kv_policies.streaming import Streaming
+
+__all__ = ["Dense", "KVPolicy", "Options", "build", "names"]
+
+_POLICIES: Final[dict[str, Callable[[Options], KVPolicy]]] = {"dense": Dense, "streaming": Streaming, "quest": Quest}
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_POLICIES)
+
+
+def build(name: str, options: Options) -> KVPolicy:
+    """The policy of that name. Raises InputError, naming the option, when it cannot be so."""
+    return _POLICIES[name](options)

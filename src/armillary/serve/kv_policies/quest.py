@@ -1,0 +1,43 @@
+"""Quest: a drawn token reads the pages of its context that matter to it (Tang et al., ICML 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from armillary.core.errors import InputError
+from armillary.kernels.seen import PAGE, Seen
+from armillary.serve.kv_policies.policy import Backend, Dense, Options
+
+
+class Quest(Dense):
+    """Nothing is given back. Of each key/value head the `budget` / 16 pages whose keys could score highest are read, in all
+    layers but the first `dense_layers`; prompts are computed with everything.
+
+    What the prefix cache keeps ends with the prompt: an answer's keys come from queries that did not read all, so as a later
+    prompt's they would not be what that prompt gives alone.
+    """
+
+    name: ClassVar[str] = "quest"
+    backends: ClassVar[tuple[Backend, ...]] = ("native",)
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        if options.block_size % PAGE:
+            raise InputError(
+                f"Quest selects pages of {PAGE} tokens, and a KV block of {options.block_size} is not whole pages",
+                f"use a block_size that is a multiple of {PAGE}",
+                field="block_size",
+            )
+        if options.budget < 2 * PAGE:
+            raise InputError(
+                f"kv_budget {options.budget} is less than the query's own page and one that it selects",
+                f"give at least {2 * PAGE} tokens",
+                field="kv_budget",
+            )
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(pages=self.options.budget // PAGE, dense_layers=self.options.dense_layers)
+
+    def shareable(self, prompt: int, computed: int) -> int:
+        return min(prompt, computed)
