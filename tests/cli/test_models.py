@@ -13,8 +13,8 @@ from armillary.models.hf import load_hf
 def test_an_empty_cache_is_said_with_the_command_that_fills_it(armillary: Command, tmp_path: Path) -> None:
     ran = armillary("models", ARMILLARY_HOME=str(tmp_path))
     assert "no: armillary models pull smollm2" in ran.stdout
-    (model,) = json.loads(armillary("models", "list", "--json", ARMILLARY_HOME=str(tmp_path)).stdout)
-    assert (model["name"], model["cached"], model["path"]) == ("smollm2", False, None)
+    found = json.loads(armillary("models", "list", "--json", ARMILLARY_HOME=str(tmp_path)).stdout)
+    assert [(model["name"], model["cached"], model["path"]) for model in found] == [("smollm2", False, None), ("minilm", False, None)]
 
 
 def test_show_counts_what_the_model_has(armillary: Command, tiny_model: Path) -> None:
