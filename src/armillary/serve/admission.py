@@ -23,6 +23,13 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
     _in_range(request.sampling)
     if request.computed or request.blocks or request.finish_reason is not None or len(request.output) > max(0, most - 1):
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
+    beginning = request.prompt[:-1]
+    if request.parent is not None and request.parent.prompt[: len(beginning)] != beginning:
+        raise InputError(
+            f"request '{request.id}' does not begin with the prompt of its parent '{request.parent.id}'",
+            "a fork's prompt is its parent's, or that and one token more",
+            field="parent",
+        )
     context = config.context
     if context is not None and request.max_length > context:
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from armillary.serve.lookahead import Foreseen, foresee
 from armillary.serve.outbox import Outbox
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
-from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
 from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import ScheduleError, verify, verify_outcome
@@ -138,6 +138,11 @@ class Engine:
         if not threaded:
             self._outbox.deliver()
         return True
+
+    def let_go(self, requests: Iterable[Request]) -> None:
+        """Give back the blocks of ended requests that were `retained`."""
+        with self._lock:
+            self._memory.let_go(requests)
 
     def step(self) -> bool:
         """Run one iteration and deliver its events; False when there was nothing to do.
@@ -274,6 +279,10 @@ class Engine:
                 self.stats.foreseen_schedules += 1
                 return schedule, scheduled
         schedule = self.policy.step(state)
+        short = schedule.preempted or any(hold.reason is Reason.NO_BLOCKS for hold in schedule.held)
+        if short and self._memory.let_go():  # what is retained, before anybody waits for memory
+            state = self._state()
+            schedule = self.policy.step(state)
         return schedule, verify(schedule, state)
 
     def _run(self, plan: Plan) -> Outcome:
@@ -470,7 +479,10 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
-        self._memory.release(request)
+        if request.retained and reason in ("stop", "length"):
+            self._memory.retain(request)
+        else:
+            self._memory.release(request)
         request.block_names.clear()  # callers keep their requests
         request.finish_reason = reason
         request.finished = at
@@ -486,6 +498,7 @@ class Engine:
         self._waiting.clear()
         self._parked.clear()
         self._forks.clear()
+        self._memory.let_go()
         for request in list(self._requests.values()):
             self._finish(request, reason, self.clock.now(), error)
         self._changed.notify_all()

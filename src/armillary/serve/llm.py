@@ -17,6 +17,7 @@ from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
 from armillary.models.load import LoadedModel, load
 from armillary.serve.admission import known_tokens
+from armillary.serve.beam import Beam, BeamParams, BeamSearch
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.forward import Forward
@@ -171,6 +172,36 @@ class LLM:
         texts = [template.render([dict(message) for message in conversation]) for conversation in conversations]  # type: ignore[arg-type]
         tokens = [tuple(self.loaded.tokenizer.encode(text, special=False)) for text in texts]
         return self._run(texts, tokens, sampling, progress)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None) -> list[list[Beam]]:
+        """The likeliest continuations of each prompt that beam search finds, best first. See `BeamParams`."""
+        given: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
+        params = params or BeamParams()
+        call = next(self._calls)
+        searches: list[BeamSearch] = []
+        for i, prompt in enumerate(given):
+            tokens = tuple(self.loaded.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+            known_tokens(tokens, self.loaded.config.vocab_size, "prompt")
+            searches.append(BeamSearch(f"beam-{call}-{i}", tokens, params, self.engine.eos_ids))
+        open_requests: list[Request] = []
+        try:
+            while searching := [search for search in searches if not search.done]:
+                rounds = [search.requests() for search in searching]
+                open_requests = [request for requests in rounds for request in requests]
+                for request in open_requests:
+                    self.engine.submit(request)
+                self.engine.run_until_idle()
+                for request in open_requests:
+                    if request.finish_reason != "length":
+                        raise ArmillaryError(f"beam search stopped: request '{request.id}' ended with {request.finish_reason}")
+                for search, requests in zip(searching, rounds, strict=True):
+                    self.engine.let_go(search.advance(requests))
+        finally:
+            for request in open_requests:
+                self.engine.cancel(request.id)
+            self.engine.let_go(request for search in searches for _, request in search.live if request is not None)
+            self.engine.let_go(open_requests)
+        return [search.ended for search in searches]
 
     def _run(
         self,

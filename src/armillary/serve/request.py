@@ -80,7 +80,8 @@ class Request:
     adapter: str = ""  # the low-rank weights that it runs with, "" for none
     delivered: int = 0  # tokens whose keys and values come with the request, from the worker that computed them
     constraint: Constraint | None = None  # what may come next
-    parent: Request | None = None  # a sequence with the same prompt, whose cache this one begins with
+    parent: Request | None = None  # a sequence that begins with this one's prompt (but its last token), whose cache it begins with
+    retained: bool = False  # its blocks stay when it has ended, for forks, until `Engine.let_go` or until the memory is needed
     text: TextStream | None = None
     on_event: Callable[[Event], None] | None = None
     # State, written by the engine alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.block_pool import BlockPool
@@ -23,6 +24,19 @@ class SequenceMemory:
         self._kv = kv
         self.pool = BlockPool(total, block_size, self._forget)
         self._prefixes = PrefixCache(self.pool) if sharing else None
+        self._retained: dict[str, Request] = {}
+
+    def retain(self, request: Request) -> None:
+        """An ended sequence keeps its blocks for forks."""
+        self._retained[request.id] = request
+
+    def let_go(self, requests: Iterable[Request] | None = None) -> bool:
+        """Take the blocks of retained sequences back, by default of all; whether there were any."""
+        given = list(self._retained.values()) if requests is None else [one for one in requests if self._retained.get(one.id) is one]
+        for request in given:
+            del self._retained[request.id]
+            self.release(request)
+        return bool(given)
 
     def looks_for(self, request: Request) -> bool:
         """Whether a sequence may begin with blocks of others: not where the prompt's own probabilities are wanted, which come from computing it."""
@@ -90,9 +104,9 @@ class SequenceMemory:
         self.pool.free(blocks)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert the invariants: each block is in as many of the requests' tables as it has users."""
+        """Assert the invariants: each block is in as many of the requests' tables, or of retained ones, as it has users."""
         self.pool.check()
-        users = Counter(block for request in requests for block in request.blocks)
+        users = Counter(block for request in chain(requests, self._retained.values()) for block in request.blocks)
         for block, count in users.items():
             if self.pool.references(block) != count:
                 raise ArmillaryError(f"KV block {block} is in {count} block tables, its users are {self.pool.references(block)}")
