@@ -1,6 +1,7 @@
 """The plainest loop, an executor whose cache is a table of integers, and a policy wrapper that asserts the laws of scheduling."""
 
 import copy
+import dataclasses
 import random
 import zlib
 
@@ -119,7 +120,7 @@ def _values(request):
 def without_identity(state):
     """A state that is equal in values and shares nothing with `state`."""
     twins = [[_twin(r) for r in queue] for queue in (state.waiting, state.running)]
-    return type(state)(state.index, twins[0], tuple(twins[1]), state.free_blocks, state.limits, state.memory)
+    return dataclasses.replace(state, waiting=twins[0], running=tuple(twins[1]))
 
 
 def _twin(request):
@@ -127,20 +128,26 @@ def _twin(request):
     twin.output, twin.blocks = copy.copy(request.output), list(request.blocks)
     twin.computed, twin.preemptions = request.computed, request.preemptions
     twin.drafts, twin.parent = request.drafts, request.parent
+    twin.priority, twin.deadline = request.priority, request.deadline
     return twin
 
 
 class Lawful:
-    """A policy that is watched: pure, deterministic, within its limits, and true to the promises of its name."""
+    """A policy that is watched: pure, deterministic, within its limits, and true to the promises of its name.
 
-    def __init__(self, policy):
-        self.policy, self.name, self.returns_together = policy, policy.name, policy.returns_together
+    `order` and `victim` are how it was composed, `max_wait` its bound on waiting.
+    """
+
+    def __init__(self, policy, order="fcfs", victim="last", max_wait=None):
+        self.policy, self.name, self.returns_together, self.behind = policy, policy.name, policy.returns_together, policy.behind
+        self.order, self.victim, self.max_wait = order, victim, max_wait
         self.schedules = []
 
     def step(self, state):
         before = frozen(state)
         places = [request.number for request in (*state.running, *state.waiting) if request.parent is None]
-        assert places == sorted(places), "who came first is served first, preempted or not; forks wait for their parent's prompt"
+        if (self.order, self.victim) == ("fcfs", "last"):
+            assert places == sorted(places), "who came first is served first, preempted or not; forks wait for their parent's prompt"
         schedule = self.policy.step(state)
         assert frozen(state) == before, "the policy wrote its state"
         assert self.policy.step(without_identity(state)) == schedule, "equal states must give equal schedules"
@@ -149,27 +156,55 @@ class Lawful:
         self.schedules.append(schedule)
         return schedule
 
+    def _turns(self, state):
+        """The ids of those who wait, in the order in which they are to be admitted, by the plainest definition of it."""
+
+        def turn(request):
+            begun, work = request.preemptions == 0, request.known + min(256, request.sampling.max_tokens - len(request.output))
+            if self.order == "fcfs":
+                return ()
+            if self.max_wait is not None and state.now - request.arrival > self.max_wait:
+                return (0,)
+            if self.order == "sjf":
+                return (1, begun, work)
+            if self.order == "priority":
+                return (1, request.priority)
+            if self.order == "prefix":
+                age = (state.now - request.arrival) / self.max_wait if self.max_wait else 0
+                return (1, begun, -(state.memory.hit(request).tokens + request.known * age))
+            if request.deadline is None:
+                return (1, begun, 2)
+            tokens, duration = max(state.measured) if state.measured else (1, 0)
+            return (1, begun, state.now + request.known * duration // tokens > request.deadline, request.deadline)
+
+        return [request.id for request in sorted(state.waiting, key=turn)]
+
     def _keeps_its_promises(self, schedule, state):
         scheduled = [entry.request_id for entry in schedule.entries]
         preempted = {preemption.request_id for preemption in schedule.preempted}
         running = {request.id: request for request in state.running}
+        waiting = {request.id: request for request in state.waiting}
         admitted = [request_id for request_id in scheduled if request_id not in running]
-        queue = [request.id for request in state.waiting]
-        assert admitted == queue[: len(admitted)], "first come, first served"
+        queue = self._turns(state)
+        assert admitted == queue[: len(admitted)], "everybody in his turn"
         assert not (preempted and admitted), "nobody is admitted while somebody is thrown out"
         for request in state.running:  # a decode never starves
             if is_decode(request) and request.id not in preempted:
                 assert request.id in scheduled
         assert all(hold.request_id not in scheduled for hold in schedule.held)
         if state.waiting and not admitted:
-            assert queue[0] in {hold.request_id for hold in schedule.held}, "who waits is told why"
-        # The victims are the last admitted, and the first of them goes to the front of the queue last.
+            assert {queue[0], state.waiting[0].id} & {hold.request_id for hold in schedule.held}, "who waits is told why"
+        # The victims are the last admitted (of the lowest class), and the first of them goes to the front of the queue last.
         order = [request.id for request in state.running]
-        assert [p.request_id for p in schedule.preempted] == order[::-1][: len(preempted)]
+        if self.victim == "last":
+            worst = sorted(order[1:], key=lambda name: (running[name].priority, order.index(name)))[len(order) - 1 - len(preempted) :]
+            assert preempted == set(worst)
+        assert [p.request_id for p in schedule.preempted] == [name for name in order[::-1] if name in preempted]
+        assert not (preempted and order[0] in preempted), "the first admitted goes on to its end"
         if self.name in ("orca", "request-level"):
             assert not preempted
             for entry in schedule.entries:
-                request = running.get(entry.request_id) or state.waiting[admitted.index(entry.request_id)]
+                request = running.get(entry.request_id) or waiting[entry.request_id]
                 assert entry.start + entry.count == request.known + entry.drafts, "prompts are not chunked"
                 assert entry.blocks == state.limits.blocks_for(request.max_length)
         if self.name == "request-level" and running:
@@ -178,7 +213,7 @@ class Lawful:
             assert not preempted or all(entry.reason is Reason.DECODE for entry in schedule.entries if entry.drafts)
             assert all(hold.reason is not Reason.NO_BUDGET or hold.request_id not in running for hold in schedule.held)
         for entry in schedule.entries:
-            request = running.get(entry.request_id) or state.waiting[admitted.index(entry.request_id)]
+            request = running.get(entry.request_id) or waiting[entry.request_id]
             if self.name == "vllm":
                 wanted = state.limits.blocks_for(entry.start + entry.count)
                 assert entry.blocks == max(wanted, len(request.blocks)), "waste is less than a block, but for drafts that were wrong"

@@ -11,6 +11,7 @@ from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.scripted import replay
+from armillary.serve.policies import orders
 
 SHAPE = st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=12), st.integers(0, 30), st.sampled_from([True, True, False]))
 
@@ -162,19 +163,35 @@ TestRequestLevel = machine("request-level")
     shapes=st.lists(st.tuples(st.integers(0, 60), SHAPE), min_size=1, max_size=12),
     drafts=st.sampled_from([None, 2, 7]),
     asynchronous=st.sampled_from(["off", "on"]),
+    order=st.sampled_from(["fcfs", *orders.NAMES]),
+    victim=st.sampled_from(["last", "cost"]),
+    max_wait=st.sampled_from([None, 0, 10]),
+    tbt_target=st.sampled_from([None, None, 1, 20]),
 )
 @settings(max_examples=400, deadline=None)
-def test_memory_pressure_and_late_arrivals_change_no_token(name, block_size, spare, budget, max_running, shapes, drafts, asynchronous):
+def test_memory_pressure_and_late_arrivals_change_no_token(
+    name, block_size, spare, budget, max_running, shapes, drafts, asynchronous, order, victim, max_wait, tbt_target
+):
+    victim = victim if name in ("sarathi", "vllm") else "last"
     requests = [request(f"r{i}", prompt, most, ignore_eos=ignore) for i, (_, (prompt, most, ignore)) in enumerate(shapes)]
     for made, (arrival, _) in zip(requests, shapes, strict=True):
         made.arrival = arrival
+        made.priority = len(made.prompt) % 3 - 1 if order == "priority" else 0
+        made.deadline = arrival + 7 * made.sampling.max_tokens % 50 if order == "deadline" and len(made.prompt) % 4 else None
     blocks = -(-(max(made.max_length for made in requests) + spare) // block_size)  # often just enough for the longest
     config = EngineConfig(
-        block_size=block_size, kv_blocks=blocks, max_batch_tokens=budget, max_running=max_running, async_scheduling=asynchronous
+        block_size=block_size,
+        kv_blocks=blocks,
+        max_batch_tokens=budget,
+        max_running=max_running,
+        async_scheduling=asynchronous,
+        order=order,
+        max_wait=max_wait,
     )
     executor = TableExecutor(block_size)
     drafter = Guesser(budget, drafts, 0.2) if drafts is not None else None
-    engine = Engine(executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policies.get(name)), drafter=drafter)
+    policy = policies.get(name, order, victim, max_wait, tbt_target if name == "sarathi" else None)
+    engine = Engine(executor, config, clock=executor.clock, eos_ids=[EOS], policy=Lawful(policy, order, victim, max_wait), drafter=drafter)
     replay(engine, executor.clock, requests)
     for made in requests:
         assert made.output == plain_loop(made.prompt, made.sampling.max_tokens, eos=() if made.sampling.ignore_eos else (EOS,))

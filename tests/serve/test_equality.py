@@ -30,7 +30,7 @@ class Erratic:
     """A policy that throws the last admitted sequence out for no reason now and then."""
 
     def __init__(self, inner, seed, share):
-        self.inner, self.name, self.returns_together = inner, inner.name, inner.returns_together
+        self.inner, self.name, self.returns_together, self.behind = inner, inner.name, inner.returns_together, inner.behind
         self.random, self.share, self.count = random.Random(seed), share, 0
 
     def step(self, state):

@@ -174,7 +174,7 @@ def vllm_v1(waiting, running, free, limits):
 
 
 class CompareWithVLLM:
-    name, returns_together = "vllm", False
+    name, returns_together, behind = "vllm", False, Reason.QUEUE_ORDER
 
     def __init__(self):
         self.policy = policies.get("vllm")

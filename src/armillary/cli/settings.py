@@ -31,6 +31,24 @@ class EngineFlags:
     """`serve.config.EngineConfig` as flags; None was not given."""
 
     policy: Annotated[str | None, _flag("Who runs when: sarathi (default), vllm, orca, request-level.", _ENGINE)] = None
+    order: Annotated[
+        str | None,
+        _flag(
+            "Who is admitted first: fcfs (default), sjf (shortest job), deadline (earliest), priority (lowest number), prefix (most in the cache).",
+            _ENGINE,
+        ),
+    ] = None
+    max_wait: Annotated[
+        str | None, _flag("Who has waited longer goes first, whatever the order, such as 90s; none for no bound (default 60s).", _ENGINE)
+    ] = None
+    victim: Annotated[
+        str | None,
+        _flag("Who is preempted when KV blocks run out: last (admitted; default) or cost (the least to compute again).", _ENGINE),
+    ] = None
+    tbt_target: Annotated[
+        str | None,
+        _flag("Bound of the time between tokens, such as 50ms: sarathi cuts prompts to it, within --max-batch-tokens.", _ENGINE),
+    ] = None
     block_size: Annotated[int | None, _flag("Tokens a KV block (default 16).", _ENGINE)] = None
     kv_blocks: Annotated[int | None, _flag("KV blocks in the pool, instead of --kv-memory.", _ENGINE)] = None
     kv_memory: Annotated[

@@ -11,7 +11,12 @@ from typing import Final
 from armillary.core.errors import NotFoundError
 from armillary.core.trace import Trace
 
-_MODULES: Final = {"orca": "armillary.reproduce.orca", "tf-data": "armillary.reproduce.tf_data"}
+_MODULES: Final = {
+    "orca": "armillary.reproduce.orca",
+    "paged-attention": "armillary.reproduce.paged_attention",
+    "sarathi": "armillary.reproduce.sarathi",
+    "tf-data": "armillary.reproduce.tf_data",
+}
 """Slug to the module whose EXPERIMENT it is."""
 
 

@@ -21,6 +21,7 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
     if most < 0:
         raise InputError(f"max_tokens is {most}", "use 0 (score the prompt) or more", field="max_tokens")
     _in_range(request.sampling)
+    _in_order(request, config.order)
     if request.computed or request.blocks or request.finish_reason is not None or len(request.output) > max(0, most - 1):
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
     beginning = request.prompt[:-1]
@@ -44,6 +45,22 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
             f"the pool has {limits.total_blocks:,}",
             "shorten the prompt, lower max_tokens, or serve with more --kv-memory",
             field="prompt" if limits.blocks_for(prompt) > limits.total_blocks else "max_tokens",
+        )
+
+
+def _in_order(request: Request, order: str) -> None:
+    """Raises InputError for a wish that the queue's order would not look at."""
+    if request.priority and order != "priority":
+        raise InputError(
+            f"priority {request.priority} is asked for, but the queue's order is {order}",
+            "leave priority out, or serve with --order priority",
+            field="priority",
+        )
+    if request.deadline is not None and order != "deadline":
+        raise InputError(
+            f"a first token is wanted by a time, but the queue's order is {order}",
+            "leave ttft_ms out, or serve with --order deadline",
+            field="ttft_ms",
         )
 
 

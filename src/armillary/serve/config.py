@@ -6,9 +6,9 @@ from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from armillary.core.config import Bytes, Config
+from armillary.core.config import Bytes, Config, Duration
 from armillary.core.errors import InputError
-from armillary.core.units import GB
+from armillary.core.units import GB, S
 from armillary.serve import kv_policies, policies
 
 DEFAULT_KV_MEMORY: Final = 1 * GB
@@ -22,6 +22,13 @@ class EngineConfig(Config):
 
     policy: str = policies.DEFAULT
     """Who runs when: sarathi, vllm, orca or request-level."""
+    order: Literal["fcfs", "sjf", "deadline", "priority", "prefix"] = Field(
+        "fcfs",
+        description="who is admitted first: as they came, the shortest, the earliest deadline, the lowest priority number, the longest cached prefix",
+    )
+    max_wait: Duration | None = Field(60 * S, description="who waits longer goes first, whatever the order")
+    victim: Literal["last", "cost"] = Field("last", description="who is preempted: the last admitted, or who costs least to compute again")
+    tbt_target: Duration | None = Field(None, description="bound of the time between tokens, for which sarathi finds its token budget")
     block_size: int = Field(16, ge=1, le=4096)
     """Tokens a KV block."""
     kv_blocks: int | None = Field(None, ge=1, le=1 << 28)
@@ -75,6 +82,16 @@ class EngineConfig(Config):
     def _known_policy(cls, name: str) -> str:
         policies.get(name)
         return name
+
+    @model_validator(mode="after")
+    def _composed(self) -> EngineConfig:
+        policies.get(self.policy, *self.composition)
+        return self
+
+    @property
+    def composition(self) -> tuple[str, str, int | None, int | None]:
+        """What `policies.get` takes beside the policy's name."""
+        return self.order, self.victim, self.max_wait, self.tbt_target
 
     @model_validator(mode="after")
     def _one_pool_size(self) -> EngineConfig:

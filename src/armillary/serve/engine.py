@@ -21,6 +21,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend, keep_prompt_scores
 from armillary.serve.forks import Forks
 from armillary.serve.history import EngineStats, History
+from armillary.serve.iteration_times import IterationTimes
 from armillary.serve.lookahead import Foreseen, foresee
 from armillary.serve.outbox import Outbox
 from armillary.serve.policies.entries import is_decode
@@ -67,13 +68,14 @@ class Engine:
         self.executor = executor
         self.config = config
         self.clock = clock if clock is not None else RealClock()
-        self.policy = policy if policy is not None else policies.get(config.policy)
+        self.policy = policy if policy is not None else policies.get(config.policy, *config.composition)
         self.drafter = drafter
         self.features: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self._memory = SequenceMemory(config.kv_blocks, config.block_size, config.kv, sharing=config.prefix_cache == "on")
         self._history = History(trace)
+        self._times = IterationTimes()
         self._index = 0
         self._numbers = count()
         self._requests: dict[str, Request] = {}  # every one that has not ended
@@ -206,7 +208,9 @@ class Engine:
         with self._lock:
             pool = self._memory.pool
             waiting = islice(chain(self._waiting, self._forks), WAITING_ROWS)
-            requests = live.rows(self._running, (request for request, _, _ in self._parked), waiting, self._history.held)
+            requests = live.rows(
+                self._running, (request for request, _, _ in self._parked), waiting, self._history.held, self.policy.behind
+            )
             return {
                 "policy": self.policy.name,
                 "now": self.clock.now(),
@@ -247,6 +251,7 @@ class Engine:
         with self._lock:
             if not self._running and not self._waiting:
                 return False
+            began = self.clock.now()
             schedule, scheduled = self._decide()
             plan = self._apply(schedule, scheduled)
         start, failure, outcome = self.clock.now(), None, None
@@ -262,12 +267,14 @@ class Engine:
                     self._fail(plan, failure, start)
                 elif outcome is not None:
                     self._collect(plan, outcome)
+                    self._times.note(schedule.tokens, self.clock.now() - began)
                 self._return_batch()
                 self._changed.notify_all()
         return True
 
     def _state(self) -> State:
-        return State(self._index, self._waiting, tuple(self._running), self._memory.pool.free_count, self.limits, self._memory)
+        running, free = tuple(self._running), self._memory.pool.free_count
+        return State(self._index, self._waiting, running, free, self.limits, self._memory, self.clock.now(), self._times.recent())
 
     def _decide(self) -> tuple[Schedule, dict[str, Request]]:
         """The next schedule and whom it names: the one made ahead where it still fits, otherwise the policy's for the state as it is."""

@@ -86,6 +86,8 @@ class History:
             request = new.get(entry.request_id)
             if request is not None:
                 story = self._stories[request.id]
+                if request.id in schedule.overdue:
+                    story.tell(at, "waited over the bound (--max-wait): goes first, whatever the order")
                 if self.trace is not None and at > story.waiting_since:
                     kind = "preempted" if request.preemptions else "queued"
                     self.trace.add(f"request/{request.id}", kind, story.waiting_since, at, str(story.held or ""))

@@ -11,9 +11,16 @@ from armillary.serve.schedule import Reason
 
 
 def rows(
-    running: Sequence[Request], returning: Iterable[Request], waiting: Iterable[Request], held: Callable[[str], Reason | None]
+    running: Sequence[Request],
+    returning: Iterable[Request],
+    waiting: Iterable[Request],
+    held: Callable[[str], Reason | None],
+    behind: Reason = Reason.QUEUE_ORDER,
 ) -> list[dict[str, Any]]:
-    """Running sequences in the order of admission, those that are returned with their batch, then the queue. `held`: why one was last held back."""
+    """Running sequences in the order of admission, those that are returned with their batch, then the queue.
+
+    `held`: why one was last held back; `behind`: why one waits of which no schedule has said anything.
+    """
     found = [
         _row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt", held) for request in running
     ]
@@ -21,7 +28,7 @@ def rows(
     for place, request in enumerate(waiting):
         row = _row(request, "preempted" if request.preemptions else "queued", held)
         if row["held"] is None and place and not request.computed:
-            row["held"] = str(Reason.QUEUE_ORDER)
+            row["held"] = str(behind)
         found.append(row)
     return found
 

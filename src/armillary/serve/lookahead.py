@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Plan, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Entry, Plan, Reason, Schedule, SchedulerPolicy, State
 
 
 class _OneMore(Sequence[int]):
@@ -55,20 +55,22 @@ def foresee(policy: SchedulerPolicy, plan: Plan, state: State) -> Foreseen:
         after = ahead(request, entry) if entry is not None else copy.copy(request)
         if after is not None:
             running.append(after)
+    ordered = policy.behind is not Reason.QUEUE_ORDER
     if not running and not state.waiting:
-        return Foreseen(Schedule(state.index), (), state.free_blocks, None)
+        return Foreseen(Schedule(state.index), (), state.free_blocks, (), ordered)
     schedule = policy.step(replace(state, running=tuple(running)))
-    return Foreseen(schedule, running, state.free_blocks, first(state.waiting))
+    return Foreseen(schedule, running, state.free_blocks, queue(state.waiting, ordered), ordered)
 
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """A schedule and what it was made for. `first` is who was first in the queue."""
+    """A schedule and what it was made for. `ordered`: the queue is not served as it stands."""
 
     schedule: Schedule
     running: Sequence[Request]
     free_blocks: int
-    first: str | None
+    queue: tuple[str | int, ...]
+    ordered: bool
 
     def settled(self, state: State, alive: Container[str]) -> Schedule | None:
         """The schedule as it fits `state`, without those that have ended meanwhile; None when it has to be made again.
@@ -83,12 +85,14 @@ class Foreseen:
             return None
         kept = tuple(entry for entry in self.schedule.entries if entry.request_id in now or entry.request_id not in expected)
         admitted = [entry for entry in kept if entry.request_id not in now]
-        if not kept or state.free_blocks < self.free_blocks or (admitted and first(state.waiting) != self.first):
+        if not kept or state.free_blocks < self.free_blocks or (admitted and queue(state.waiting, self.ordered) != self.queue):
             return None
         held = tuple(hold for hold in self.schedule.held if hold.request_id in alive)
         return replace(self.schedule, entries=kept, held=held)
 
 
-def first(waiting: Sequence[Request]) -> str | None:
-    """The id of the first in the queue."""
-    return waiting[0].id if waiting else None
+def queue(waiting: Sequence[Request], ordered: bool) -> tuple[str | int, ...]:
+    """What of the queue an admission rests on: who is first; with an order of its own also who came last, and how many there are."""
+    if not waiting:
+        return ()
+    return (waiting[0].id, waiting[-1].id, len(waiting)) if ordered else (waiting[0].id,)

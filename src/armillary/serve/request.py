@@ -68,14 +68,15 @@ class Event:
 class Request:
     """One sequence to continue. The engine owns the mutable fields; policies only read.
 
-    `arrival` is in ns of the engine's clock; the engine stamps it at submit if it is None.
+    `arrival` is in ns of the engine's clock; the engine stamps it at submit if it is None. So is `deadline`, by when the first token is due.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     arrival: int | None = None
-    priority: int = 0
+    priority: int = 0  # its class: a lower one is served earlier
+    deadline: int | None = None
     cache_salt: str = ""  # computed keys and values are shared among requests of the same salt only
     adapter: str = ""  # the low-rank weights that it runs with, "" for none
     delivered: int = 0  # tokens whose keys and values come with the request, from the worker that computed them

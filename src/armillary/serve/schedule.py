@@ -19,10 +19,17 @@ class Reason(StrEnum):
     RECOMPUTE = "recompute"  # rebuilding the cache of a preempted sequence
     NO_BLOCKS = "no free KV blocks"
     NO_BUDGET = "token budget spent"
+    NO_TIME = "token budget spent: more would exceed the target of the time between tokens"
     NO_SEAT = "max running sequences reached"
     BATCH_CLOSED = "batch runs to its end before another starts"  # request-level batching
     QUEUE_ORDER = "behind an earlier request"
+    BEHIND_SHORTER = "behind a shorter request"
+    BEHIND_DEADLINE = "behind a request that is due earlier"
+    BEHIND_PRIORITY = "behind a request of a higher priority"
+    BEHIND_PREFIX = "behind a request with more of its prompt in the cache"
     MAKE_ROOM = "preempted: an earlier sequence needed its KV blocks"
+    CHEAPEST = "preempted: others needed KV blocks, and its own cost the least to compute again"
+    LOWEST_CLASS = "preempted: others needed KV blocks, and nobody was of a lower priority"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,15 @@ class Schedule:
     Applied in the order: preemptions, then block growth, then the entries as one flat batch. Each preemption goes to the
     very front of the queue, so the last admitted is named first. `max_batch_tokens` bounds the entries together; only a
     sequence that runs alone and whole may exceed it (policies without chunked prefill).
-    `held` names at most the head of the queue and running sequences left out, not the whole queue.
+    `held` names at most who is next, the front of the queue and running sequences left out, not the whole queue. `overdue`
+    names those admitted whom the bound on waiting let go first.
     """
 
     index: int
     entries: tuple[Entry, ...] = ()
     preempted: tuple[Preemption, ...] = ()
     held: tuple[Hold, ...] = ()
+    overdue: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -160,7 +169,8 @@ class Room:
 class State:
     """What a policy sees. `waiting` is in queue order (preempted sequences at the front), `running` in admission order.
 
-    Policies read `Request` and never write it.
+    Policies read `Request` and never write it, and know no time but `now` (ns of the engine's clock). `measured` are recent iterations
+    as (tokens, ns), oldest first: the last few of each power of two of tokens.
     """
 
     index: int
@@ -169,17 +179,20 @@ class State:
     free_blocks: int
     limits: Limits
     memory: Memory = NothingShared()  # noqa: RUF009
+    now: int = 0
+    measured: Sequence[tuple[int, int]] = ()
 
 
 class SchedulerPolicy(Protocol):
     """`core.contract.Policy` for serving: the same state gives the same schedule.
 
     `returns_together`: a sequence that ends keeps its blocks and its last event until nothing else is running,
-    as systems that batch whole requests do.
+    as systems that batch whole requests do. `behind` is what a waiting sequence is told that no schedule names.
     """
 
     name: str
     returns_together: bool
+    behind: Reason
 
     def step(self, state: State) -> Schedule: ...
 

@@ -11,7 +11,6 @@ from armillary.serve.schedule import Entry, Preemption, Reason
 
 EVENTS = 64  # a story is cut in the middle: its beginning matters as much as its end
 NEXT_ITERATION = "for the running iteration to end"
-NEEDED = "an earlier sequence needed its KV blocks"
 
 
 @dataclass(slots=True)
@@ -55,7 +54,7 @@ class Story:
         self._stop_waiting(at)
         self.running, self.waiting_since, self._lost = False, at, request.computed
         self._wait(preemption.reason, at)
-        self._reason = NEEDED
+        self._reason = str(preemption.reason).removeprefix("preempted: ")
         self.tell(at, f"{preemption.reason}; gave back {preemption.blocks} KV blocks, up to {request.computed} tokens to compute again")
 
     def admitted(self, request: Request, entry: Entry, origin: str, at: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Hit, Preemption, Reason, Room
+from armillary.serve.schedule import Entry, Hit, Preemption, Reason
 
 
 def is_decode(request: Request) -> bool:
@@ -39,15 +39,13 @@ def drafts_that_fit(request: Request, tokens: int, blocks: int, block_size: int)
     return max(0, min(len(request.drafts), tokens, slots))
 
 
-def turned_away(preempted: Sequence[Preemption], seats: int, budget: int) -> Reason | None:
-    """Why nobody can be admitted any more, whoever it is. Asked before a hit, which costs time in the length of the prompt."""
+def turned_away(preempted: Sequence[Preemption], seats: int, budget: int, spent: Reason = Reason.NO_BUDGET) -> Reason | None:
+    """Why nobody can be admitted any more, whoever it is; `spent` is what a spent budget is called.
+
+    Asked before the queue is put in order and before a hit, which cost time in the length of the queue and of the prompt.
+    """
     if preempted:
         return Reason.NO_BLOCKS
     if seats <= 0:
         return Reason.NO_SEAT
-    return Reason.NO_BUDGET if budget <= 0 else None
-
-
-def preemption(request: Request, room: Room) -> Preemption:
-    """The loss of all blocks: all or nothing, and recomputed later (cheaper than swapping: vLLM PR #12)."""
-    return Preemption(request.id, Reason.MAKE_ROOM, room.give_back(request))
+    return spent if budget <= 0 else None

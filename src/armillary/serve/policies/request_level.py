@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from armillary.serve.policies.entries import drafts_that_fit, entry
 from armillary.serve.policies.orca import Orca
+from armillary.serve.policies.orders.queue import Queue
 from armillary.serve.schedule import Entry, Hold, Reason, Schedule, State
 
 
 class RequestLevel:
     """A batch is admitted together and runs to its end before another starts, as FasterTransformer serves.
 
-    Who is admitted follows Orca's rules (whole prompts, memory reserved for the longest possible length, first come first
-    served), but only while nothing runs. A sequence that ends early keeps its blocks, and its answer is returned with
+    Who is admitted follows Orca's rules (whole prompts, memory reserved for the longest possible length, in the order of `queue`),
+    but only while nothing runs. A sequence that ends early keeps its blocks, and its answer is returned with
     the rest of the batch (`returns_together`).
     """
 
     name = "request-level"
     returns_together = True
 
-    def __init__(self) -> None:
-        self._admission = Orca()
+    def __init__(self, queue: Queue | None = None) -> None:
+        self._admission = Orca(queue)
+        self.behind = self._admission.behind
 
     def step(self, state: State) -> Schedule:
         if not state.running:

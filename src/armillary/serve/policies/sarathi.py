@@ -2,65 +2,73 @@
 
 from __future__ import annotations
 
-from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, preemption, turned_away
-from armillary.serve.schedule import Entry, Hold, Preemption, Reason, Room, Schedule, State
+from collections.abc import Sequence
+
+from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, turned_away
+from armillary.serve.policies.orders.queue import Queue
+from armillary.serve.policies.token_budget import TILE, tokens_within
+from armillary.serve.policies.victims import LAST, Victims
+from armillary.serve.request import Request
+from armillary.serve.schedule import Entry, Hold, Reason, Room, Schedule, State
 
 
 class Sarathi:
     """Stall-free batches: each iteration is all running decodes, then prompt chunks with what the token budget leaves.
 
-    1. Every running decode gets its one token, and its drafts as far as they fit. When the blocks run out the last admitted is
+    1. Every running decode gets its one token, and its drafts as far as they fit. When the blocks run out `victims` says who is
        preempted (recompute).
     2. Prompts that have begun continue, cut to the budget.
-    3. If nobody was preempted, new sequences are admitted in queue order. Admission takes the blocks of the whole prompt
-       at once, so that a prompt that has begun never waits for memory and prompts cannot preempt each other.
+    3. If nobody was preempted, new sequences are admitted in the order of `queue`. Admission takes the blocks of the whole
+       prompt at once, so that a prompt that has begun never waits for memory and prompts cannot preempt each other.
 
-    The budget bounds every iteration's length, and so the time between two tokens of a running sequence.
+    The budget bounds every iteration's length, and so the time between two tokens of a running sequence: `tbt_target` ns, where
+    given, for which the budget is found from what iterations take. A target that decodes alone exceed stops no
+    prompt: it advances by a tile of tokens.
     """
 
     name = "sarathi"
     returns_together = False
 
+    def __init__(self, queue: Queue | None = None, victims: Victims = LAST, tbt_target: int | None = None) -> None:
+        self._queue = queue if queue is not None else Queue()
+        self._victims = victims
+        self._tbt_target = tbt_target
+        self.behind = self._queue.behind
+
     def step(self, state: State) -> Schedule:
-        limits = state.limits
-        running = list(state.running)
-        room, budget = Room(state), limits.max_batch_tokens
+        limits, room = state.limits, Room(state)
+        preempted, running = self._victims.choose(state, _growth, room)
+        budget = self._budget(state, sum(map(is_decode, running)))
+        spent = Reason.NO_BUDGET if budget == limits.max_batch_tokens else Reason.NO_TIME
         entries: list[Entry] = []
-        preempted: list[Preemption] = []
         held: list[Hold] = []
 
+        room.free -= _growth(running, state)
         spare = budget - len(running)  # for drafts: they leave a token to everyone
-        position = 0
-        while position < len(running):
-            request = running[position]
+        for request in running:
             if is_decode(request):
                 blocks = max(len(request.blocks), limits.blocks_for(request.known))
-                while blocks - len(request.blocks) > room.free and position < len(running):
-                    victim = running.pop()  # those after `position` have no entry yet
-                    preempted.append(preemption(victim, room))
-                if position == len(running):
-                    break
-                drafts = drafts_that_fit(request, spare, room.free, limits.block_size)
-                blocks = max(blocks, limits.blocks_for(request.known + drafts))
-                entries.append(entry(request, 1 + drafts, blocks))
-                room.free -= blocks - len(request.blocks)
+                drafts = drafts_that_fit(request, spare, blocks - len(request.blocks) + room.free, limits.block_size)
+                more = max(0, limits.blocks_for(request.known + drafts) - blocks)
+                entries.append(entry(request, 1 + drafts, blocks + more))
+                room.free -= more
                 budget -= 1 + drafts
                 spare -= drafts
-            position += 1
 
         for request in running:
             if is_decode(request):
                 continue
             count = min(request.known - request.computed, budget)
             if count <= 0:
-                held.append(Hold(request.id, Reason.NO_BUDGET))
+                held.append(Hold(request.id, spent))
                 continue
             entries.append(entry(request, count, len(request.blocks)))
             budget -= count
 
         seats = min(limits.max_running, limits.max_batch_tokens) - len(running)
-        for request in state.waiting:
-            stop = turned_away(preempted, seats, budget)
+        admitted: list[Request] = []
+        for request in self._queue.waiting(state, turned_away(preempted, seats, budget)):
+            stop = turned_away(preempted, seats, budget, spent)
             if stop is None:
                 hit, blocks = state.memory.hit(request), limits.blocks_for(request.known)
                 needed = room.needed(blocks, hit)
@@ -71,7 +79,22 @@ class Sarathi:
                 break
             count = min(request.known - hit.tokens, budget)
             entries.append(entry(request, count, blocks, hit))
+            admitted.append(request)
             room.free -= needed
             budget -= count
             seats -= 1
-        return Schedule(state.index, tuple(entries), tuple(preempted), tuple(held))
+        told = self._queue.told(state, admitted, held)
+        return Schedule(state.index, tuple(entries), preempted, told, self._queue.overdue(state, admitted))
+
+    def _budget(self, state: State, decodes: int) -> int:
+        """Tokens of this iteration. While nobody decodes there is no time between tokens to keep."""
+        most = state.limits.max_batch_tokens
+        if self._tbt_target is None or not decodes:
+            return most
+        return min(most, max(tokens_within(self._tbt_target, state.measured), decodes + TILE))
+
+
+def _growth(running: Sequence[Request], state: State) -> int:
+    """Blocks that the decodes among `running` need for their next token."""
+    decodes = (request for request in running if is_decode(request))
+    return sum(max(0, state.limits.blocks_for(request.known) - len(request.blocks)) for request in decodes)
