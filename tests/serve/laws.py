@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import random
 import zlib
+from fractions import Fraction
 
 from armillary.core.clock import VirtualClock
 from armillary.serve.policies.entries import is_decode
@@ -170,7 +171,7 @@ class Lawful:
             if self.order == "priority":
                 return (1, request.priority)
             if self.order == "prefix":
-                age = (state.now - request.arrival) / self.max_wait if self.max_wait else 0
+                age = Fraction(state.now - request.arrival, self.max_wait) if self.max_wait else 0
                 return (1, begun, -(state.memory.hit(request).tokens + request.known * age))
             if request.deadline is None:
                 return (1, begun, 2)

@@ -16,10 +16,10 @@ def key(state: State, max_wait: int | None) -> Key:
     kept waiting by a popular prompt. A preempted sequence has begun to answer, and goes before those that have not.
     """
 
-    def unmatched(request: Request) -> tuple[bool, float]:
-        matched = float(state.memory.hit(request).tokens)
+    def unmatched(request: Request) -> tuple[bool, int]:
+        matched = state.memory.hit(request).tokens
         if max_wait and request.arrival is not None:
-            matched += request.known * (state.now - request.arrival) / max_wait
+            matched = matched * max_wait + request.known * (state.now - request.arrival)  # in whole numbers: equals stay equal
         return request.preemptions == 0, -matched
 
     return unmatched
