@@ -32,11 +32,12 @@ class SequenceMemory:
 
     def let_go(self, requests: Iterable[Request] | None = None) -> bool:
         """Take the blocks of retained sequences back, by default of all; whether there were any."""
-        given = list(self._retained.values()) if requests is None else [one for one in requests if self._retained.get(one.id) is one]
-        for request in given:
-            del self._retained[request.id]
-            self.release(request)
-        return bool(given)
+        freed = False
+        for request in list(self._retained.values()) if requests is None else requests:
+            if self._retained.get(request.id) is request:
+                self.release(self._retained.pop(request.id))
+                freed = True
+        return freed
 
     def looks_for(self, request: Request) -> bool:
         """Whether a sequence may begin with blocks of others: not where the prompt's own probabilities are wanted, which come from computing it."""
