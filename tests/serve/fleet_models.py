@@ -1,11 +1,17 @@
 """What the replica processes of these tests build: named by "module:function", as `armillary serve` names its own."""
 
+import socket
+import threading
 import time
 
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
+from armillary.serve.fleet import worker
+from armillary.serve.fleet.processes import LocalLauncher
 from armillary.serve.request import TokenLogprob
 from armillary.serve.schedule import Outcome
+
+BUILDING = threading.Lock()  # a tiny model is drawn from the random numbers of the whole process
 
 
 def tiny_engine(engine, seed=0):
@@ -14,7 +20,9 @@ def tiny_engine(engine, seed=0):
 
     from armillary.serve.llm import build_engine
 
-    return build_engine(loaded(tiny(seed=seed)), EngineConfig(**engine)), "a tiny random model"
+    with BUILDING:
+        model = loaded(tiny(seed=seed, num_layers=3))
+    return build_engine(model, EngineConfig(**engine)), "a tiny random model"
 
 
 class Clockwork:
@@ -33,3 +41,28 @@ class Clockwork:
 def scripted_engine(engine):
     """An engine that needs no torch, and so starts at once."""
     return Engine(Clockwork(), EngineConfig(**engine), eos_ids=[96]), "clockwork"
+
+
+class ThreadReplica:
+    """A replica without a process: it is there at once, and cannot be killed."""
+
+    def __init__(self):
+        self.connection, theirs = socket.socketpair()
+        self._theirs, self._thread = theirs, threading.Thread(target=worker.serve, args=(theirs,), daemon=True)
+        self._thread.start()
+
+    def end(self, *, now=False):
+        self.connection.close()
+        self._thread.join()
+        self._theirs.close()
+        return "the thread is over"
+
+
+class ThreadLauncher:
+    """Replicas as threads, except those of `processes`."""
+
+    def __init__(self, processes=()):
+        self._processes = processes
+
+    def launch(self, index):
+        return LocalLauncher().launch(index) if index in self._processes else ThreadReplica()

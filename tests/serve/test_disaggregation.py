@@ -3,11 +3,12 @@
 import os
 import random
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from fleet_models import tiny_engine
+from fleet_models import ThreadLauncher, tiny_engine
 from fleet_world import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,12 @@ from pydantic import ValidationError
 from test_dispatcher import prompts
 from test_fleet import ENGINE, make, run, same, those, wait
 
+from armillary.serve.fleet import kv_files
 from armillary.serve.fleet.config import FleetConfig
+from armillary.serve.fleet.handover import SharedFolder
 
 POOL = {**ENGINE, "kv_blocks": 60}  # small: decode workers preempt
+SPLIT = {"replicas": 1, "prefill_workers": 1, "decode_workers": 1, "silence": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +29,24 @@ def alone():
     return tiny_engine({**POOL, "prefix_cache": "off"})[0]
 
 
-@pytest.fixture(scope="module")
-def workers():
-    made = make(engine={"kv_blocks": 60}, replicas=1, prefill_workers=1, decode_workers=1, silence=5.0)
+@contextmanager
+def split(processes=(), transfer="memory", **engine):
+    made = make(engine={"kv_blocks": 60, **engine}, launcher=ThreadLauncher(processes), transfer=transfer, **SPLIT)
     made.start()
     folder = made._folder
-    yield made
-    made.stop()
-    assert not folder.exists()
+    try:
+        yield made
+        assert folder is None or not any(folder.iterdir())
+        assert all(not member.held_bytes for member in made.dispatcher.members)
+    finally:
+        made.stop()
+    assert folder is None or not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with split() as made:
+        yield made
 
 
 def counted(workers, action):
@@ -47,8 +61,6 @@ def test_answers_are_those_of_one_engine_and_each_cache_is_moved_once(workers, a
         found, transfers = counted(workers, lambda name=name: run(workers, *those(name)))
         same(found, run(alone, *those(name)))
         assert transfers == sum(len(output) > 1 for output, *_ in found)
-    assert not any(workers._folder.iterdir())
-    assert all(not member.held_bytes for member in workers.dispatcher.members)
     words = workers.explain("a0")
     assert any("holds its keys and values" in line for line in words)
     assert any("has fetched its keys and values" in line for line in words)
@@ -64,19 +76,63 @@ def test_decode_workers_that_run_out_of_memory_preempt_and_compute_again(workers
     wait(lambda: not workers.snapshot()["blocks"]["used"])
 
 
-def test_a_killed_prefill_workers_requests_go_elsewhere(workers, alone):
+def test_between_machines_the_answers_are_the_same(alone):
+    with split(transfer="network") as workers:
+        found, transfers = counted(workers, lambda: run(workers, *those("n")))
+        same(found, run(alone, *those("n")))
+        assert transfers == sum(len(output) > 1 for output, *_ in found)
+
+
+def test_what_cannot_be_fetched_is_computed_where_it_goes_on(alone, monkeypatch):
+    def unreachable(*arguments):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(kv_files.FetchFile, "into", unreachable)
+    with split() as workers:
+        found, transfers = counted(workers, lambda: run(workers, *those("f")))
+        same(found, run(alone, *those("f")))
+        assert transfers == 0
+        assert any("gave it back" in line for line in workers.explain("f0"))
+
+
+@pytest.mark.parametrize("transfer", ["memory", "network"])
+def test_a_killed_prefill_workers_requests_go_elsewhere(alone, transfer):
+    """Process 0 is the prefill worker; until it is back the decode worker does its work."""
     expected = run(alone, *those("k"))
-    process = workers._processes[0]
     killed = []
+    with split(processes=(0,), transfer=transfer) as workers:
 
-    def kill():
-        if not killed:
-            killed.append(process.pid)
-            os.kill(process.pid, signal.SIGKILL)
+        def kill():
+            if not killed:
+                killed.append(workers._processes[0].pid)
+                os.kill(killed[0], signal.SIGKILL)
 
-    same(run(workers, *those("k", at=1, then=kill)), expected)
-    assert killed
-    assert workers.dispatcher.stats.deaths == 1
+        same(run(workers, *those("k", at=1, then=kill)), expected)
+        assert killed
+        assert workers.dispatcher.stats.deaths == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "engine"),
+    [
+        ("sarathi", {"prefix_cache": "off", "max_batch_tokens": 7}),
+        ("vllm", {"prefix_cache": "off", "max_batch_tokens": 7}),
+        ("orca", {"speculate": "ngram", "backend": "torch"}),
+        ("sarathi", {"speculate": "ngram"}),
+        ("request-level", {"speculate": "layers", "draft_layers": 0.67, "prefix_cache": "off"}),
+        ("vllm", {"speculate": "layers", "draft_layers": 0.67}),
+        ("sarathi", {"quantize": "int8", "kv_dtype": "int8"}),
+        ("orca", {"quantize": "int4", "kv_dtype": "fp16", "deterministic": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_the_split_composes(policy, engine):
+    engine = {"policy": policy, "max_running": 4, **engine}
+    alone = tiny_engine({**POOL, **engine})[0]
+    with split(**engine) as workers:
+        found, transfers = counted(workers, lambda: run(workers, *those("c")))
+        same(found, run(alone, *those("c")))
+        assert transfers == sum(len(output) > 1 for output, *_ in found)
 
 
 @settings(max_examples=30)
@@ -94,7 +150,7 @@ def every_cache_is_read_once(seed, folder):
         delay=lambda: rng.randrange(200),
         tick=1000,
         token_bytes=4,
-        exchange=folder,
+        exchange=SharedFolder(folder),
     )
     requests = [world.submit(i, prompt, rng.randint(1, 8), at=rng.randrange(20_000)) for i, prompt in enumerate(prompts(25, seed))]
     died = None

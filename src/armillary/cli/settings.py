@@ -163,6 +163,10 @@ class FleetFlags:
     transfer_memory: Annotated[
         str | None, _flag("Memory of a prefill worker for prompts that wait for a decode worker (default 1 GB).", _FLEET)
     ] = None
+    transfer: Annotated[
+        str | None,
+        _flag("How keys and values get to decode workers: memory (default, this machine's) or network (torch.distributed).", _FLEET),
+    ] = None
     ray: Annotated[
         bool | None,
         Parameter(

@@ -12,14 +12,19 @@ from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.fleet import Blueprint, Fleet
 from armillary.serve.fleet.worker import FROM_MODEL
 from armillary.serve.kv_pool import available_memory, kv_bytes_per_token, settle
+from armillary.serve.speculation.build import draft_bytes_per_token, load_draft
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
     from armillary.models.load import LoadedModel
 
 
-def share(config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: int | None, cores: int) -> EngineConfig:
+def share(
+    config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: int | None, cores: int, draft_bytes: int = 0
+) -> EngineConfig:
     """What each replica gets of `config`'s threads and KV pool, which are the whole fleet's; with Ray, each gets all of them.
+
+    `draft_bytes`: what a token takes in a draft model's pool.
 
     Raises as `kv_pool.settle`, and InputError when a replica is left without a KV block.
     """
@@ -30,7 +35,7 @@ def share(config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: 
             field="kv_policy",
         )
     count = 1 if fleet.ray else len(fleet.roles)
-    whole = settle(config.model_copy(update={"max_running": min(1 << 16, count * config.max_running)}), model, memory)
+    whole = settle(config.model_copy(update={"max_running": min(1 << 16, count * config.max_running)}), model, memory, draft_bytes)
     assert whole.kv_blocks is not None
     if whole.kv_blocks < count:
         raise InputError(
@@ -51,13 +56,14 @@ def cores() -> int:
 
 def build_fleet(loaded: LoadedModel, config: EngineConfig, fleet: FleetConfig, *, trace: Trace | None = None) -> Fleet:
     """A fleet that serves `loaded`, each replica reading the model from its files; not started yet."""
-    each = share(config, loaded.config, fleet, available_memory(), cores())
+    drafting = draft_bytes_per_token(config, loaded, load_draft(config, loaded))
+    each = share(config, loaded.config, fleet, available_memory(), cores(), drafting)
     launcher = None
     if fleet.ray:
         from armillary.serve.fleet.ray import RayLauncher
 
         assert each.threads is not None
-        launcher = RayLauncher(fleet.replicas, each.threads)
+        launcher = RayLauncher(len(fleet.roles), each.threads)
     return Fleet(
         Blueprint(FROM_MODEL, {"model": str(loaded.source_path), "engine": each.model_dump(mode="json")}),
         each,

@@ -31,6 +31,9 @@ class FleetConfig(Config):
     """Seconds without a sign of life after which a replica's requests are given to others."""
     transfer_memory: Bytes = 1_000_000_000
     """Memory of each prefill worker for prompts that no decode worker has fetched yet."""
+    transfer: Literal["memory", "network"] = Field(
+        "memory", description="how keys and values get to decode workers: this machine's shared memory, or torch.distributed (gloo)"
+    )
     ray: bool = False
     """Replicas are Ray actors instead of processes of this machine."""
 
@@ -55,11 +58,11 @@ class FleetConfig(Config):
                 "give replicas, or prefill_workers and decode_workers",
                 field="replicas",
             )
-        if self.prefill_workers and self.ray:
+        if self.prefill_workers and self.ray and self.transfer == "memory":
             raise InputError(
                 "keys and values go through this machine's memory, and Ray may place workers on others",
-                "leave ray out, or serve replicas",
-                field="ray",
+                "give --transfer network, or leave ray out",
+                field="transfer",
             )
         if self.tail != "none" and self.alone:
             raise InputError(f"tail is {self.tail!r} with one replica: there is no second", "give --replicas 2 or more", field="tail")

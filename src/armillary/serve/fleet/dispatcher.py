@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from armillary.core.clock import Clock
@@ -16,7 +15,7 @@ from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend
 from armillary.serve.fleet.config import FleetConfig, Role
-from armillary.serve.fleet.handover import Handover
+from armillary.serve.fleet.handover import Exchange, Handover
 from armillary.serve.fleet.latencies import Latencies
 from armillary.serve.fleet.member import Attempt, Link, Member, Stage, Ticket
 from armillary.serve.fleet.messages import Message, pack_request, unpack_error, unpack_token
@@ -74,7 +73,7 @@ class Dispatcher:
         hedging: Hedging | None = None,
         look: int = LOOK,
         token_bytes: int = 0,
-        exchange: Path | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.config, self.engine, self.limits = config, engine, limits
         self.clock = clock
@@ -183,7 +182,7 @@ class Dispatcher:
         if ticket.held is not None:
             return "decode", able("decode")
         prefill = able("prefill")
-        if not prefill and not exclude:
+        if ticket.together or (not prefill and not exclude):
             return "whole", able("decode")  # slower, but an answer
         cost, room = ticket.request.known * self._token_bytes, self.config.transfer_memory
         return "prefill", [member for member in prefill if not member.held_bytes or member.held_bytes + cost <= room]
@@ -202,10 +201,10 @@ class Dispatcher:
         if stage == "prefill":
             attempt.kv_bytes = request.known * self._token_bytes
             left = request.sampling.max_tokens - len(request.output)
-            message["leave"] = self.handover.path(attempt) if left > 1 else None
+            message["leave"] = self.handover.place(attempt) if left > 1 else None
             message["request"]["sampling"]["max_tokens"] = len(request.output) + min(left, 1)
         elif ticket.held is not None:
-            message["fetch"] = {"path": ticket.held.path, "tokens": ticket.held.tokens, "bytes": ticket.held.size}
+            message["fetch"] = {"place": ticket.held.place, "tokens": ticket.held.tokens, "bytes": ticket.held.size}
         self._attempts[attempt.number] = attempt
         ticket.attempts.append(attempt)
         ticket.first_sent = ticket.first_sent if ticket.first_sent is not None else now
@@ -286,6 +285,8 @@ class Dispatcher:
             return
         if message["reason"] == "cancelled":  # not by us: the replica is stopping
             self._forget(attempt)
+            self._drop_held(ticket)
+            ticket.together = attempt.stage == "decode" and not attempt.fetched
             self._again(ticket, f"replica {attempt.member.index} gave it back")
             return
         if message["notes"] is not None:
@@ -339,8 +340,8 @@ class Dispatcher:
             return
         if ticket.held is not None:
             self._forget(attempt)
-            self.handover.release(ticket.held)
-            ticket.held = None
+            self._drop_held(ticket)
+            ticket.together = True
             self._again(ticket, f"replica {attempt.member.index} could not fetch its keys and values ({error})")
             return
         self._end(ticket, "error", error=error, ended=True)
@@ -359,11 +360,17 @@ class Dispatcher:
 
     def _fetched(self, attempt: Attempt) -> None:
         ticket = attempt.ticket
+        attempt.fetched = True
         if ticket.held is not None:
             self.handover.fetched(ticket.held)
             ticket.held = None
             self._tell(ticket, f"replica {attempt.member.index} has fetched its keys and values")
             self._house()
+
+    def _drop_held(self, ticket: Ticket) -> None:
+        if ticket.held is not None:
+            self.handover.release(ticket.held)
+            ticket.held = None
 
     # -- late, slow, silent, dead ------------------------------------------------------------------------------------
 
@@ -411,7 +418,10 @@ class Dispatcher:
         member.deaths += 1
         self.stats.deaths += 1
         member.prefixes.clear()
-        self.handover.sweep(member, {ticket.held.path for ticket in self.tickets.values() if ticket.held is not None})
+        holding = [ticket for ticket in self.tickets.values() if ticket.held is not None and ticket.held.member is member]
+        if self.handover.died(member, {ticket.held.place for ticket in holding if ticket.held is not None}):
+            for ticket in holding:  # who was to fetch it cannot, and gives the request back
+                self._drop_held(ticket)
         for attempt in member.attempts.values():
             attempt.ticket.deaths += 1
         self._move(member, f"replica {member.index} died ({why})")
@@ -486,9 +496,7 @@ class Dispatcher:
             ticket.attempts[0].member.prefixes.sent(known_names(request, self.limits.block_size))
         for attempt in list(ticket.attempts):
             self._forget(attempt) if ended else self._withdraw(attempt)
-        if ticket.held is not None:
-            self.handover.release(ticket.held)
-            ticket.held = None
+        self._drop_held(ticket)
         request.block_names.clear()
         request.finish_reason, request.finished = reason, now
         del self.tickets[request.id]

@@ -25,6 +25,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.fleet.channel import Channel
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.dispatcher import Dispatcher
+from armillary.serve.fleet.handover import Network, SharedFolder
 from armillary.serve.fleet.live import Live
 from armillary.serve.fleet.member import Member
 from armillary.serve.fleet.messages import Message, unpack_error
@@ -104,7 +105,8 @@ class Fleet:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(self._changed)
-        self._folder = _shared_folder() if fleet.prefill_workers else None
+        shared = bool(fleet.prefill_workers) and fleet.transfer == "memory"
+        self._folder = _shared_folder() if shared else None
         self.dispatcher = Dispatcher(
             fleet,
             config,
@@ -113,7 +115,7 @@ class Fleet:
             self._outbox.put,
             eos_ids=self.eos_ids,
             token_bytes=token_bytes,
-            exchange=self._folder,
+            exchange=SharedFolder(self._folder) if self._folder is not None else Network() if fleet.prefill_workers else None,
         )
         self._processes = [_Process(member) for member in self.dispatcher.members]
         self._live = Live(self.dispatcher, trace)
@@ -308,7 +310,16 @@ class Fleet:
         process.started, process.channel, process.since = started, Channel(started.connection), time.monotonic()
         selector.register(started.connection, selectors.EVENT_READ, process)
         pulse = min(PULSE, self.fleet_config.silence / 4)
-        process.send({"op": "serve", "build": self._blueprint.build, "arguments": self._blueprint.arguments, "pulse": pulse})
+        process.send(
+            {
+                "op": "serve",
+                "build": self._blueprint.build,
+                "arguments": self._blueprint.arguments,
+                "pulse": pulse,
+                "role": process.member.role,
+                "transfer": self.fleet_config.transfer,
+            }
+        )
 
     def _read(self, selector: selectors.BaseSelector, process: _Process) -> None:
         assert process.channel is not None
@@ -339,6 +350,7 @@ class Fleet:
         if op == "ready":
             if message["limits"] != asdict(self.limits):
                 raise ArmillaryError(f"replica {process.member.index} has other limits than asked for: {message['limits']}")
+            process.member.address = str(message["address"])
             process.pid, process.words = int(message["pid"]), str(message["words"])
             self.dispatcher.joined(process.member, process)
         elif op == "failed":

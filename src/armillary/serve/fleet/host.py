@@ -37,9 +37,13 @@ class Fetch(Protocol):
 class Files(Protocol):
     """How keys and values leave and enter this replica's pool."""
 
-    def leave(self, path: str) -> Leave: ...
+    def leave(self, place: str) -> Leave: ...
 
-    def fetch(self, path: str, tokens: int, size: int) -> Fetch: ...
+    def fetch(self, place: str, tokens: int, size: int) -> Fetch: ...
+
+    def free(self, place: str) -> None:
+        """What was left there is not wanted any more."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +55,7 @@ class Hosted:
     leave: Leave | None = None
     fetch: Fetch | None = None
     started: bool = False
+    unfetched: bool = False
     scored: bool = False
 
 
@@ -82,6 +87,8 @@ class ReplicaHost:
                 self._begin(self._claimed.pop(attempt))
             elif op == "cancel":
                 self._cancel(attempt)
+        if op == "free" and self._files is not None:
+            self._files.free(message["place"])
         if op == "explain":
             self._send({"op": "explained", "ask": message["ask"], "attempt": -1, "words": self.engine.explain(message["id"])})
 
@@ -122,7 +129,7 @@ class ReplicaHost:
         if leave is not None:
             hosted.leave = self._files.leave(leave)
         if fetch is not None:
-            hosted.fetch = self._files.fetch(fetch["path"], fetch["tokens"], fetch["bytes"])
+            hosted.fetch = self._files.fetch(fetch["place"], fetch["tokens"], fetch["bytes"])
             hosted.request.delivered = hosted.fetch.tokens
 
     def _begin(self, hosted: Hosted) -> None:
@@ -193,6 +200,9 @@ class ReplicaHost:
             hosted.scored = True
             scores = [None if score is None else pack_token(score) for score in request.prompt_logprobs]
         token = None
+        reason = event.finish_reason
+        if reason == "error" and hosted.unfetched:  # not the request's fault: it may begin anew elsewhere
+            reason = "cancelled"
         if event.token is not None:
             token = [event.token] if event.logprob is None else pack_token(event.logprob)
         self._send(
@@ -201,7 +211,7 @@ class ReplicaHost:
                 "attempt": hosted.attempt,
                 "token": token,
                 "scores": scores,
-                "reason": event.finish_reason,
+                "reason": reason,
                 "error": None if event.error is None else pack_error(event.error),
                 "notes": None if event.finish_reason is None else [request.preemptions, request.drafted, request.accepted],
                 "left": None if hosted.leave is None or event.finish_reason is None else hosted.leave.left,
@@ -239,6 +249,7 @@ class Watched:
                     self._host.fetched(held)
                 except (ArmillaryError, OSError, ValueError) as error:
                     failed.append((index, error))
+                    held.unfetched = True
                 held.fetch.close()
                 held.fetch = None
         outcome = self.inner.run(plan)

@@ -16,15 +16,20 @@ from armillary.serve.executors.forward import Forward
 class KVFiles:
     """`host.Files` for a model's pool of blocks of `block_size` tokens."""
 
+    address = ""  # a path says it all
+
     def __init__(self, forward: Forward, block_size: int) -> None:
         self._forward, self._block_size = forward, block_size
 
-    def leave(self, path: str) -> LeaveFile:
-        return LeaveFile(self._forward, self._block_size, Path(path))
+    def leave(self, place: str) -> LeaveFile:
+        return LeaveFile(self._forward, self._block_size, Path(place))
 
-    def fetch(self, path: str, tokens: int, size: int) -> FetchFile:
+    def fetch(self, place: str, tokens: int, size: int) -> FetchFile:
         """Raises OSError when it is not there, InputError when it is not what was announced."""
-        return FetchFile(self._forward, -(-tokens // self._block_size), Path(path), tokens, size)
+        return FetchFile(self._forward, -(-tokens // self._block_size), Path(place), tokens, size)
+
+    def free(self, place: str) -> None:
+        """Files are removed by the router."""
 
 
 class LeaveFile:

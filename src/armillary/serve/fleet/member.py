@@ -38,6 +38,7 @@ class Attempt:
     tokens: int  # that its request knew when it was sent
     tied: bool = False
     granted: bool = False
+    fetched: bool = False
     started: bool = False
     kv_bytes: int = 0  # that a prefill worker needs for it
 
@@ -53,6 +54,7 @@ class Ticket:
     second: bool = False  # a hedge or a tie was sent
     refused: bool = False  # a hedge, which has been told
     deaths: int = 0
+    together: bool = False  # prompt and answer in one place, after a transfer that failed
     held: Held | None = None  # its cache, computed by a prefill worker and not fetched yet
 
 
@@ -62,6 +64,7 @@ class Member:
     def __init__(self, index: int, role: Role, seats: int, blocks: int) -> None:
         self.index, self.role, self.seats = index, role, seats
         self.link: Link | None = None
+        self.address = ""  # where it gives away keys and values
         self.health: Health = "starting"
         self.prefixes = PrefixIndex(blocks)
         self.attempts: dict[int, Attempt] = {}

@@ -13,11 +13,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from armillary.serve.fleet.channel import Channel
-from armillary.serve.fleet.host import Files, ReplicaHost
+from armillary.serve.fleet.host import ReplicaHost
 from armillary.serve.fleet.messages import Message, pack_error
 
 if TYPE_CHECKING:
     from armillary.serve.engine import Engine
+    from armillary.serve.fleet.kv_files import KVFiles
+    from armillary.serve.fleet.kv_network import KVNetwork
 
 FROM_MODEL = "armillary.serve.fleet.worker:from_model"
 
@@ -45,9 +47,12 @@ def serve(connection: socket.socket) -> None:
         channel.send({"op": "failed", "error": pack_error(error)})
         return
     outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    host = ReplicaHost(engine, outgoing.put, _files(engine))
+    files = _files(engine, str(first["role"]), str(first["transfer"]), connection)
+    host = ReplicaHost(engine, outgoing.put, files)
     engine.start()
-    outgoing.put({"op": "ready", "pid": os.getpid(), "limits": asdict(engine.limits), "words": words})
+    outgoing.put(
+        {"op": "ready", "pid": os.getpid(), "limits": asdict(engine.limits), "words": words, "address": files.address if files else ""}
+    )
     over = threading.Event()
     threads = [
         threading.Thread(target=_send, args=(channel, outgoing), name="replica-send", daemon=True),
@@ -65,14 +70,19 @@ def serve(connection: socket.socket) -> None:
         engine.stop()
 
 
-def _files(engine: Engine) -> Files | None:
-    """The way in and out of the pool of an engine that has one."""
+def _files(engine: Engine, role: str, transfer: str, connection: socket.socket) -> KVFiles | KVNetwork | None:
+    """The way in and out of the pool of a prefill or decode worker. Others find it where the router does."""
     forward = getattr(engine.executor, "forward", None)
-    if forward is None:
+    if forward is None or role == "both":
         return None
-    from armillary.serve.fleet.kv_files import KVFiles
+    if transfer == "memory":
+        from armillary.serve.fleet.kv_files import KVFiles
 
-    return KVFiles(forward, engine.limits.block_size)
+        return KVFiles(forward, engine.limits.block_size)
+    from armillary.serve.fleet.kv_network import KVNetwork
+
+    here = "127.0.0.1" if connection.family == socket.AF_UNIX else str(connection.getsockname()[0])
+    return KVNetwork(forward, engine.limits.block_size, here if role == "prefill" else None)
 
 
 def _send(channel: Channel, outgoing: queue.SimpleQueue[Message | None]) -> None:
