@@ -18,6 +18,7 @@ from armillary.models.rope import inverse_frequencies
 from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.executors.native_forward import NativeForward
 from armillary.serve.executors.torch_forward import TorchForward
+from armillary.serve.kv_policies import Options, build
 
 needs_native = pytest.mark.skipif(not cpu_library.available(), reason="the native kernels need g++")
 
@@ -94,7 +95,8 @@ BACKENDS = ("torch", pytest.param("native", marks=needs_native))
 def streaming(backend: str, decoder: Decoder, blocks: int, block_size: int, seen: Seen) -> Forward:
     if backend == "native":
         return NativeForward(decoder, num_blocks=blocks, block_size=block_size, threads=2, seen=seen)
-    return TorchForward(decoder, num_blocks=blocks, block_size=block_size, seen=seen)
+    options = Options(block_size, 512, sinks=seen.sinks, window=seen.rolling, budget=0, dense_layers=0)
+    return TorchForward(decoder, num_blocks=blocks, block_size=block_size, kv=build("streaming", options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

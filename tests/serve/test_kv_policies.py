@@ -76,6 +76,24 @@ def test_a_window_that_holds_everything_is_full_attention() -> None:
     assert answers(asked, 50, **wide) == answers(asked, 50, backend="native")
 
 
+H2O = {"kv_policy": "h2o", "kv_budget": 24, "kv_window": 24, "prefix_cache": "off", "backend": "torch"}
+
+
+def test_heavy_hitters_hold_their_budget_under_every_schedule() -> None:
+    """Blocks in use stay at the budget's and one; chunks, company and lost blocks change no token; a budget of all is dense."""
+    asked = prompts(5, 120, 30, 77)
+    roomy = answers(asked, 30, **H2O, max_batch_tokens=64)
+    assert answers(asked, 30, **H2O, policy="vllm", kv_blocks=8, max_batch_tokens=40) == roomy
+    assert answers(asked, 30, **{**H2O, "kv_budget": 300}) == answers(asked, 30, backend="torch") != roomy
+    config = EngineConfig(**H2O, kv_blocks=4, block_size=16)
+    assert config.kv.most_blocks == 4
+    engine = build_engine(loaded(DECODER), config, keep_weights=True)
+    request = Request("long", tuple(prompts(6, 200)[0]), SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True))
+    engine.submit(request)
+    engine.run_until_idle()
+    assert len(request.output) == 40
+
+
 QUEST = {"kv_policy": "quest", "kv_budget": 32, "kv_dense_layers": 1, "backend": "native"}
 
 
@@ -114,6 +132,9 @@ def test_a_later_prompt_does_not_take_an_answers_selected_keys() -> None:
         ({"kv_policy": "streaming"}, "the prefix cache keeps whole beginnings"),
         ({**STREAMING, "kv_sinks": 600}, "kv_sinks is 600"),
         ({**STREAMING, "policy": "orca"}, "policy orca computes a prompt in one iteration"),
+        ({"kv_policy": "h2o", "backend": "native"}, "kv_policy h2o has no kernels in the native backend"),
+        ({**H2O, "backend": "auto", "kv_dtype": "int8"}, "kv_dtype needs the native backend, and kv_policy h2o"),
+        ({**H2O, "speculate": "ngram"}, "cannot take back what a refused draft has left"),
         ({**STREAMING, "speculate": "layers"}, "speculate layers fills a cache of its own"),
     ],
 )

@@ -50,7 +50,7 @@ class EngineConfig(Config):
         "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
     )
     kv_policy: str = "dense"
-    """What is kept of keys and values, and read: dense, streaming or quest."""
+    """What is kept of keys and values, and read: dense, streaming, h2o or quest."""
     kv_sinks: int = Field(4, ge=0, le=4096)
     """First tokens that a bounded KV policy always keeps."""
     kv_window: int = Field(1024, ge=1, le=1 << 24)
@@ -130,6 +130,16 @@ class EngineConfig(Config):
         if self.backend != "auto" and self.backend not in kv.backends:
             raise InputError(
                 f"{name} has no kernels in the {self.backend} backend", f"serve with --backend {kv.backends[0]}", field="kv_policy"
+            )
+        if "native" not in kv.backends and (wanted := self.native_only):
+            raise InputError(
+                f"{wanted[0]} needs the native backend, and {name} has kernels in the torch backend only",
+                f"leave {wanted[0]} out, or choose another kv_policy",
+                field=wanted[0],
+            )
+        if self.speculate != "off" and not kv.takes_drafts:
+            raise InputError(
+                f"{name} cannot take back what a refused draft has left in it", "serve with --speculate off", field="speculate"
             )
         if kv.positional:
             return self

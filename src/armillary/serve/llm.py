@@ -123,8 +123,7 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
         )
     if wanted := config.native_only:
         raise InputError(f"{wanted[0]} needs the native backend, but {why}", f"leave {wanted[0]} out", field=wanted[0])
-    seen = config.kv.seen
-    return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place, seen=seen)
+    return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place, kv=config.kv)
 
 
 class LLM:

@@ -10,17 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from armillary.core.errors import InputError
-from armillary.kernels.attention import Attend, AttentionSpec
 from armillary.kernels.low_rank import Layer
 from armillary.kernels.packed_linear import choose_library, pack
-from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span
-from armillary.kernels.rolling_attention import RollingAttend
-from armillary.kernels.seen import Seen
+from armillary.kernels.paged_attention import PagedCache
 from armillary.models.decoder import Decoder
-from armillary.models.rope import inverse_frequencies
 from armillary.serve.executors.forward import FlatBatch, Logits
 from armillary.serve.executors.torch_adapters import Adapted, TorchAdapter
+from armillary.serve.executors.torch_attention import attention_of
+from armillary.serve.kv_policies import DENSE, KVPolicy
 
 FAR = 1 << 16  # a position from which on a float32 angle is too coarse
 
@@ -29,8 +26,8 @@ class TorchForward:
     """`Forward` on the decoder itself.
 
     `decoder` stays as it is: its weights are packed into a copy that shares the embedding and the norms, unless `in_place`
-    says that nobody else needs the plain ones (half the memory). `library` as in `kernels.packed_linear`. `seen` bounds what
-    queries read, as for `NativeForward`. Raises InputError where it asks for pages to be selected, which only that can.
+    says that nobody else needs the plain ones (half the memory). `library` as in `kernels.packed_linear`. `kv` says
+    what is kept of keys and values, and read. Raises InputError where torch has no kernels for that.
     """
 
     def __init__(
@@ -41,10 +38,8 @@ class TorchForward:
         block_size: int,
         library: str | None = None,
         in_place: bool = False,
-        seen: Seen = Seen(),  # noqa: B008
+        kv: KVPolicy = DENSE,
     ) -> None:
-        if seen.pages:
-            raise InputError("queries cannot select pages in the torch backend", "serve with --backend native", field="kv_policy")
         config = decoder.config
         weight = decoder.embed_tokens.weight
         self.library = choose_library() if library is None else library
@@ -54,12 +49,13 @@ class TorchForward:
         self.packed_bytes = pack(model, self.library)
         self.prepared = f"packed in {time.perf_counter() - begin:.2f} s"
         self.decoder = model.eval()
-        self._seen = seen
+        self._far = kv.unbounded
         self._adapted: Adapted | None = None  # since the first adapter
         self.cache = PagedCache(
             config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim, weight.dtype, weight.device
         )
-        self.cache_bytes = self.cache.nbytes
+        self._attend, beside = attention_of(kv, self.cache, config)
+        self.cache_bytes = self.cache.nbytes + beside
 
     @property
     def weight_bytes(self) -> int:
@@ -69,7 +65,7 @@ class TorchForward:
     def logits(self, batch: FlatBatch) -> Logits:
         device = self.decoder.embed_tokens.weight.device
         tokens, positions = _index(batch.tokens).to(device), _index(batch.positions).to(device)
-        if self._seen.rolling and max(batch.positions, default=0) >= FAR:
+        if self._far and max(batch.positions, default=0) >= FAR:
             positions = positions.double()
         attend = self._attend(batch.spans)
         if self._adapted is not None:
@@ -80,16 +76,6 @@ class TorchForward:
             return Logits(torch.empty(0, self.decoder.config.vocab_size))
         every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
         return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
-
-    def _attend(self, spans: Sequence[Span]) -> Attend:
-        if self._seen.rolling:
-            return RollingAttend(self.cache, spans, self._seen, self._frequencies)
-        return PagedAttend(self.cache, spans)
-
-    def _frequencies(self, spec: AttentionSpec) -> Tensor:
-        config = self.decoder.config
-        local = spec.window is not None and config.local_rope is not None
-        return inverse_frequencies(config.local_rope if local and config.local_rope is not None else config.rope, config.head_dim)
 
     def pack_adapter(self, layers: Sequence[Layer]) -> TorchAdapter:
         if self._adapted is None:
@@ -112,6 +98,7 @@ class TorchForward:
             placed = dict(zip(kept, tensors, strict=True))
             tensors[:] = [placed.get(layer, tensors[0]) for layer in range(config.num_layers)]
         other.cache = own
+        other._attend, _ = attention_of(DENSE, own, config)
         return other
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:

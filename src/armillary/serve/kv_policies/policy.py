@@ -41,6 +41,11 @@ class KVPolicy(Protocol):
     def positional(self) -> bool: ...
 
     @property
+    def takes_drafts(self) -> bool:
+        """Whether tokens that turn out wrong leave no trace."""
+        ...
+
+    @property
     def unbounded(self) -> bool:
         """Whether a sequence may be longer than the model's context: what is read never is."""
         ...
@@ -76,6 +81,7 @@ class Dense:
     backends: ClassVar[tuple[Backend, ...]] = ("native", "torch")
     positional: ClassVar[bool] = True
     unbounded: ClassVar[bool] = False
+    takes_drafts: ClassVar[bool] = True
 
     def __init__(self, options: Options) -> None:
         self.options = options
