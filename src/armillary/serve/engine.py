@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.clock import Clock, RealClock
@@ -19,7 +18,6 @@ from armillary.serve import live, policies
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend, keep_prompt_scores
-from armillary.serve.forks import Forks
 from armillary.serve.history import EngineStats, History
 from armillary.serve.iteration_times import IterationTimes
 from armillary.serve.lookahead import Foreseen, foresee
@@ -27,6 +25,7 @@ from armillary.serve.outbox import Outbox
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
 from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
+from armillary.serve.seats import Seats
 from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import ScheduleError, verify, verify_outcome
@@ -79,12 +78,9 @@ class Engine:
         self._index = 0
         self._numbers = count()
         self._requests: dict[str, Request] = {}  # every one that has not ended
-        self._waiting: deque[Request] = deque()  # queue order
-        self._forks = Forks()
-        self._running: list[Request] = []  # admission order
+        self._seats = Seats()
         self._foreseen: Foreseen | None = None
         self._worker: ThreadPoolExecutor | None = None
-        self._parked: list[tuple[Request, FinishReason, Event]] = []  # ended, returned when the batch ends
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(self._changed)
@@ -107,7 +103,7 @@ class Engine:
                 raise CapacityError("the engine is stopping", "send the request to another server, or start() it again")
             if request.id in self._requests:
                 raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
-            if self._queued >= self.config.max_queue:
+            if self._seats.queued >= self.config.max_queue:
                 raise CapacityError(
                     f"the queue holds its bound of {self.config.max_queue:,} requests", "retry later or serve with a larger --max-queue"
                 )
@@ -115,11 +111,8 @@ class Engine:
                 request.arrival = self.clock.now()
             request.number = next(self._numbers)
             self._requests[request.id] = request
-            self._history.arrived(request, request.arrival, self._queued)
-            if self._awaits_prompt(request):
-                self._forks.add(request)
-            else:
-                self._waiting.append(request)
+            self._history.arrived(request, request.arrival, self._seats.queued)
+            self._seats.enter(request, as_fork=self._awaits_prompt(request))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
@@ -132,7 +125,7 @@ class Engine:
             request = self._requests.get(request_id)
             if request is None:
                 return False
-            self._drop(request)
+            self._seats.drop(request)
             self._finish(request, "cancelled", self.clock.now())
             self._return_batch()
             self._changed.notify_all()
@@ -207,16 +200,16 @@ class Engine:
         """
         with self._lock:
             pool = self._memory.pool
-            waiting = islice(chain(self._waiting, self._forks), WAITING_ROWS)
+            waiting = islice(self._seats.queue(), WAITING_ROWS)
             requests = live.rows(
-                self._running, (request for request, _, _ in self._parked), waiting, self._history.held, self.policy.behind
+                self._seats.running, (request for request, _, _ in self._seats.parked), waiting, self._history.held, self.policy.behind
             )
             return {
                 "policy": self.policy.name,
                 "now": self.clock.now(),
                 "iteration": self._index,
-                "running": len(self._running),
-                "waiting": self._queued,
+                "running": len(self._seats.running),
+                "waiting": self._seats.queued,
                 "limits": asdict(self.limits),
                 "blocks": {"used": pool.used_count, "kept": pool.idle_count, "total": pool.total, "block_size": pool.block_size},
                 "requests": requests,
@@ -249,7 +242,7 @@ class Engine:
         if self.drafter is not None:
             self._propose(self.drafter)
         with self._lock:
-            if not self._running and not self._waiting:
+            if not self._seats.running and not self._seats.waiting:
                 return False
             began = self.clock.now()
             schedule, scheduled = self._decide()
@@ -273,8 +266,8 @@ class Engine:
         return True
 
     def _state(self) -> State:
-        running, free = tuple(self._running), self._memory.pool.free_count
-        return State(self._index, self._waiting, running, free, self.limits, self._memory, self.clock.now(), self._times.recent())
+        running, free = tuple(self._seats.running), self._memory.pool.free_count
+        return State(self._index, self._seats.waiting, running, free, self.limits, self._memory, self.clock.now(), self._times.recent())
 
     def _decide(self) -> tuple[Schedule, dict[str, Request]]:
         """The next schedule and whom it names: the one made ahead where it still fits, otherwise the policy's for the state as it is."""
@@ -311,7 +304,7 @@ class Engine:
     def _propose(self, drafter: Drafter) -> None:
         """Have tokens proposed for every sequence that decodes and has more than one to come."""
         with self._lock:
-            wanting = [request for request in self._running if is_decode(request) and request.max_length - request.known > 1]
+            wanting = [request for request in self._seats.running if is_decode(request) and request.max_length - request.known > 1]
             most = [request.max_length - request.known - 1 for request in wanting]
         if not wanting:
             return
@@ -324,19 +317,17 @@ class Engine:
         """Carry out what the schedule says about memory and seats; give the batch."""
         now = self.clock.now()
         self._index += 1
-        running = {request.id for request in self._running}
+        running = {request.id for request in self._seats.running}
         admitted = [scheduled[entry.request_id] for entry in schedule.entries if entry.request_id not in running]
-        self._leave_queue({request.id for request in admitted})
         for preemption in schedule.preempted:
             request = self._requests[preemption.request_id]
             self._history.preempted(request, preemption, now)
-            self._running.remove(request)
+            self._seats.preempt(request)
             self._memory.release(request)
             request.computed = request.kept = 0
             request.drafts = ()
             request.preemptions += 1
-            self._waiting.appendleft(request)
-        self._running.extend(admitted)
+        self._seats.admit(admitted)
         hits: dict[str, Hit] = {}
         for entry in schedule.entries:  # before anybody is given what others have left
             if entry.request_id not in running:
@@ -369,12 +360,6 @@ class Engine:
             request.reused = start
         return hit
 
-    def _leave_queue(self, ids: set[str]) -> None:
-        while ids and self._waiting[0].id in ids:
-            ids.remove(self._waiting.popleft().id)
-        if ids:  # a policy that admits from the middle of the queue
-            self._waiting = deque(request for request in self._waiting if request.id not in ids)
-
     def _collect(self, plan: Plan, outcome: Outcome) -> None:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
@@ -402,7 +387,7 @@ class Engine:
                     self._end(request, "length", Event(request.id, None, "", None, "length", outcome.end))
             except Exception as error:  # its logits or its text stream: only this request ends
                 log.exception("request '%s' failed alone", request.id)
-                self._drop(request)
+                self._seats.drop(request)
                 self._finish(request, "error", outcome.end, error)
 
     def _accept(self, request: Request, drafts: int, sampled: Sequence[TokenLogprob], at: int) -> None:
@@ -422,7 +407,7 @@ class Engine:
                 self._end(request, event.finish_reason, event)
                 return
             self._outbox.put(request, event)
-        self._release_forks(request)
+        self._seats.release_forks(request)
 
     def _fail(self, plan: Plan, error: Exception, start: int) -> None:
         """The executor raised: the requests of the iteration end, everything else goes on."""
@@ -430,36 +415,26 @@ class Engine:
         self._history.failed(plan, error, start, now)
         for request in plan.requests:
             if self._requests.get(request.id) is request:
-                self._drop(request)
+                self._seats.drop(request)
                 self._finish(request, "error", now, error)
 
     # -- how requests end --------------------------------------------------------------------------------------------
 
     def _end(self, request: Request, reason: FinishReason, event: Event) -> None:
         """A running sequence is complete: return it now, or with its batch when the policy serves whole batches."""
-        self._running.remove(request)
         if self.policy.returns_together:
-            self._parked.append((request, reason, event))
+            self._seats.park(request, reason, event)
         else:
+            self._seats.drop(request)
             self._finish(request, reason, event.at, event=event)
 
     def _return_batch(self) -> None:
-        if self._parked and not self._running:
-            at = max(event.at for _, _, event in self._parked)
-            for request, reason, event in self._parked:
+        parked = self._seats.parked
+        if parked and not self._seats.running:
+            at = max(event.at for _, _, event in parked)
+            for request, reason, event in parked:
                 self._finish(request, reason, at, event=event)
-            self._parked.clear()
-
-    def _drop(self, request: Request) -> None:
-        """Take a request out of wherever it is."""
-        if request in self._running:
-            self._running.remove(request)
-        elif any(request is parked for parked, _, _ in self._parked):
-            self._parked = [parked for parked in self._parked if parked[0] is not request]
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        else:
-            self._forks.remove(request)
+            parked.clear()
 
     def _awaits_prompt(self, request: Request) -> bool:
         """Whether to wait for the parent's prompt. Policies that serve whole batches would hold a late-comer until the next."""
@@ -472,18 +447,6 @@ class Engine:
             and request.sampling.prompt_logprobs is None
         )
 
-    def _release_forks(self, parent: Request) -> None:
-        """Those that waited for the parent's prompt take the place in the queue that they had before those who came later."""
-        forks = self._forks.release(parent)
-        if forks:
-            place = next((i for i, request in enumerate(self._waiting) if request.number > forks[0].number), len(self._waiting))
-            for fork in reversed(forks):
-                self._waiting.insert(place, fork)
-
-    @property
-    def _queued(self) -> int:
-        return len(self._waiting) + len(self._forks)
-
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         """The end, whatever the cause: memory back, listener told."""
         if request.retained and reason in ("stop", "length"):
@@ -494,17 +457,14 @@ class Engine:
         request.finish_reason = reason
         request.finished = at
         del self._requests[request.id]
-        self._release_forks(request)
+        self._seats.release_forks(request)
         if self.drafter is not None:
             self.drafter.forget(request)
         self._history.finished(request, at, error)
         self._outbox.put(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
-        self._running.clear()
-        self._waiting.clear()
-        self._parked.clear()
-        self._forks.clear()
+        self._seats.clear()
         self._memory.let_go()
         for request in list(self._requests.values()):
             self._finish(request, reason, self.clock.now(), error)
@@ -517,7 +477,7 @@ class Engine:
             with self._changed:
                 if not self._requests:
                     self._check_idle()
-                while not (self._stopping or self._running or self._waiting or self._outbox.waiting):
+                while not (self._stopping or self._seats.running or self._seats.waiting or self._outbox.waiting):
                     self._changed.wait()
                 if self._stopping:
                     return
@@ -527,7 +487,7 @@ class Engine:
                 log.exception("the scheduler failed; all %d requests end with an error", len(self._requests))
                 with self._changed:
                     self._end_all("error", error)
-            if self._worker is None or not self._running:  # else while the next iteration runs
+            if self._worker is None or not self._seats.running:  # else while the next iteration runs
                 self._outbox.deliver()
 
     # -- small print -------------------------------------------------------------------------------------------------
