@@ -88,6 +88,54 @@ def test_ctrl_c_during_an_answer_stops_it(tiny_model: Path) -> None:
         assert "Traceback" not in errors
 
 
+def test_it_is_run_as_it_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Keys with limits, an access log, stories, the trace; and SIGTERM lets the answer in flight be finished."""
+    keys, log = tmp_path / "keys.toml", tmp_path / "access.jsonl"
+    keys.write_text('[alice]\nkey = "from the file"\nrequests_per_minute = 3\n')
+    options = ("--keys", keys, "--api-key", "one", "--api-key", "two", "--access-log", log, "--explain", "--allow-debug", "--max-wait", 60)
+    with serving("serve", tiny_model, "--port", "0", "--threads", "1", *options) as (process, url):
+        assert [ask(f"{url}/v1/models", key=key)[0] for key in ("one", "two", "from the file", "three")] == [200, 200, 200, 401]
+        assert ask(f"{url}/debug/trace?seconds=0.01", key="one")[0] == 200
+        body: dict[str, object] = {"prompt": "x", "max_tokens": 3, "ignore_eos": True}
+        statuses = [ask(f"{url}/v1/completions", body, key="from the file")[0] for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]
+        answers: list[tuple[int, str]] = []
+        long = {**body, "max_tokens": 1500}
+        client = threading.Thread(target=lambda: answers.append(ask(f"{url}/v1/completions", long, key="two")))
+        client.start()
+        while not any(row["state"] == "running" for row in json.loads(ask(f"{url}/requests", key="one")[1])["data"]):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        client.join(timeout=60)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED
+    assert [status for status, _ in answers] == [200]
+    assert json.loads(answers[0][1])["usage"]["completion_tokens"] == 1500
+    assert "draining: 1 requests in flight, at most 30 s" in errors
+    assert errors.count("in short: waited") >= 3  # the last one may end with the process
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["status"] for line in lines if line["key"] == "alice"] == [200, 200, 200, 200, 429]
+    assert "from the file" not in log.read_text() + errors
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--keys", "/nowhere/keys.toml"), "/nowhere/keys.toml"),
+        (("--access-log", "/nowhere/log"), "the access log /nowhere/log cannot be written"),
+        (("--api-key", "a", "--api-key", "a"), "are the same"),
+        (("--drain-seconds", "-1"), "drain_seconds"),
+    ],
+)
+def test_what_is_wrong_with_how_it_is_run_is_told_before_torch_is_loaded(
+    armillary: Command, tiny_model: Path, option: tuple[str, ...], said: str
+) -> None:
+    ran = armillary("serve", tiny_model, *option)
+    assert ran.returncode == MISUSED
+    assert said in ran.stderr
+    assert "loading" not in ran.stderr
+
+
 def test_a_key_from_the_environment_is_required_of_clients(tiny_model: Path) -> None:
     with serving("serve", tiny_model, "--port", "0", "--threads", "1", ARMILLARY_SERVER__API_KEY="open sesame") as (_, url):
         assert ask(f"{url}/v1/models")[0] == 401

@@ -284,6 +284,30 @@ def test_each_running_request_has_a_row_of_its_own_and_rows_are_reused(browser):
     assert browser.execute_async_script(script) == [0, True, 120, True, True]
 
 
+def test_each_part_that_tells_of_itself_has_a_card(browser, world):
+    """Ratios as percent with a bar, things of a kind as rows; names and values only ever become text."""
+    state = {"proposer": "<b>n-gram</b>", "acceptance": 0.5, "lengths": [3, 4], "nothing": None, "memory_bytes": 2_500_000}
+    world.engine.features["speculation"] = lambda: state
+    world.engine.features["fleet"] = lambda: {"hedges": 3, "replicas": [{"index": 1, "health": "slow", "running": 2, "features": {}}]}
+    try:
+        until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ".feature")) == 3)
+        cards = {card.text.splitlines()[0]: card for card in browser.find_elements(By.CSS_SELECTOR, ".feature")}
+        assert set(cards) == {"Prefix cache", "Speculation", "Fleet"}
+        assert "50 %" in cards["Speculation"].text
+        assert "proposer <b>n-gram</b> · lengths 3 4 · 2.5 MB memory" in cards["Speculation"].text
+        assert float(cards["Speculation"].find_element(By.TAG_NAME, "progress").get_attribute("value")) == 0.5
+        assert "1 · slow" in cards["Fleet"].text
+        assert "2 running" in cards["Fleet"].text
+        state["acceptance"] = 0.75
+        until(browser, lambda: "75 %" in browser.find_element(By.ID, "features").text)
+        say(browser, "and what the prefix cache has found")
+        done(browser)
+        until(browser, lambda: "tokens sought" in browser.find_element(By.ID, "features").text)
+    finally:
+        world.engine.features.clear()
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ".feature")) == 1)
+
+
 def test_themes_and_panels_by_keyboard(browser):
     engine = browser.find_element(By.ID, "engine")
     assert engine.is_displayed()

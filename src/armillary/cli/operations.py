@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,15 +52,22 @@ def observers(server: Any, service: Service) -> tuple[Observer, ...]:
 
 
 class Stories:
-    """Tells on stderr of every request that ends why it took as long as it did."""
+    """Tells on stderr of every request that ends why it took as long as it did; on a thread, for replicas are asked about it."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._ended: SimpleQueue[str] = SimpleQueue()
+        Thread(target=self._tell, name="armillary-stories", daemon=True).start()
 
     def submitted(self, request: Request) -> None: ...
 
     def event(self, request: Request, event: Event) -> None:
+        if event.finish_reason is not None:
+            self._ended.put(request.id)
+
+    def _tell(self) -> None:
         from armillary.cli.terminal import note
 
-        if event.finish_reason is not None:
-            note(f"{request.id}: {(self._service.engine.explain(request.id) or ['its story is lost'])[-1]}")
+        while True:
+            request_id = self._ended.get()
+            note(f"{request_id}: {(self._service.engine.explain(request_id) or ['its story is lost'])[-1]}")

@@ -204,6 +204,7 @@ class Engine:
             requests = live.rows(
                 self._seats.running, (request for request, _, _ in self._seats.parked), waiting, self._history.held, self.policy.behind
             )
+            own = live.features(self.config, self.stats, pool.idle_count)
             return {
                 "policy": self.policy.name,
                 "now": self.clock.now(),
@@ -215,7 +216,7 @@ class Engine:
                 "requests": requests,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
-                "features": {name: dict(state()) for name, state in self.features.items()},
+                "features": own | {name: dict(state()) for name, state in self.features.items()},
             }
 
     def explain(self, request_id: str) -> list[str] | None:

@@ -1,10 +1,12 @@
-"""What people who watch an engine see of its requests: one row each, as plain values."""
+"""What people who watch an engine see, as plain values: a row for each of its requests, a card for each part that is switched on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from armillary.serve.config import EngineConfig
+from armillary.serve.history import EngineStats
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Request
 from armillary.serve.schedule import Reason
@@ -30,6 +32,35 @@ def rows(
         if row["held"] is None and place and not request.computed:
             row["held"] = str(behind)
         found.append(row)
+    return found
+
+
+def features(config: EngineConfig, stats: EngineStats, kept_blocks: int) -> dict[str, dict[str, Any]]:
+    """The engine's own parts by name; others register theirs in `Engine.features`.
+
+    A value is a number, a text, None, a list of numbers, or objects of such; names that end in ratio, rate, share or acceptance are 0 to 1.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if config.prefix_cache == "on":
+        found["prefix cache"] = {
+            "hit_ratio": stats.reused_tokens / stats.sought_tokens if stats.sought_tokens else None,
+            "tokens_sought": stats.sought_tokens,
+            "tokens_found": stats.reused_tokens,
+            "blocks_kept": kept_blocks,
+        }
+    if stats.forked_tokens:
+        found["forks"] = {"prompt_tokens_shared": stats.forked_tokens}
+    if stats.drafted_tokens:
+        found["drafts"] = {
+            "acceptance": stats.accepted_tokens / stats.drafted_tokens,
+            "verified": stats.drafted_tokens,
+            "right": stats.accepted_tokens,
+        }
+    if config.async_scheduling == "on":
+        found["asynchronous scheduling"] = {
+            "foreseen_share": stats.foreseen_schedules / stats.iterations if stats.iterations else None,
+            "schedules": stats.iterations,
+        }
     return found
 
 

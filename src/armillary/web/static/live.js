@@ -1,6 +1,7 @@
 // Asks for the engine's state while somebody looks, and shows it.
 
 import { getJson } from "./api.js";
+import { showFeatures } from "./features.js";
 import { History } from "./history.js";
 import { blocksShown, colour, drawBlocks, drawIterations, iterationAt } from "./picture.js";
 import { tell } from "./story.js";
@@ -63,6 +64,7 @@ function show(state) {
   picture.setAttribute("aria-label", `${history.iterations.length} iterations; ${state.running} requests running, ${state.waiting} waiting`);
   picture.dataset.columns = history.iterations.length;
   draw();
+  showFeatures(state.features);
   list(state);
 }
 
