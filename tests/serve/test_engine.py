@@ -16,7 +16,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.scripted import ScriptedExecutor, replay
 from armillary.serve.request import Request, SamplingParams, TokenLogprob
-from armillary.serve.schedule import Limits, Outcome, Schedule, State
+from armillary.serve.schedule import Limits, Outcome, Reason, Schedule, State
 from armillary.serve.verify import ScheduleError
 
 
@@ -322,7 +322,7 @@ def test_a_listener_may_submit_and_cancel_but_not_step():
 
 
 class Idle:
-    name, returns_together = "idle", False
+    name, returns_together, behind = "idle", False, Reason.QUEUE_ORDER
 
     def step(self, state):
         return Schedule(state.index)

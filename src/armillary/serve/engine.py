@@ -111,7 +111,7 @@ class Engine:
                 request.arrival = self.clock.now()
             request.number = next(self._numbers)
             self._requests[request.id] = request
-            self._history.arrived(request, request.arrival, self._seats.queued)
+            self._history.arrived(request, request.arrival, self._seats.queued, self.policy.behind)
             self._seats.enter(request, as_fork=self._awaits_prompt(request))
             self._changed.notify_all()
 

@@ -64,10 +64,11 @@ class History:
         self._ended: OrderedDict[str, Story] = OrderedDict()
         self._left_out: set[str] = set()  # running, but not in the last iteration
 
-    def arrived(self, request: Request, at: int, ahead: int) -> None:
+    def arrived(self, request: Request, at: int, ahead: int, behind: Reason) -> None:
+        """`behind` is why it waits as long as no schedule names it, when there are requests `ahead`."""
         story = Story(at, at)
         self._stories[request.id] = story
-        story.arrived(request, ahead)
+        story.arrived(request, ahead, behind)
 
     def tell(self, request_id: str, at: int, words: str) -> None:
         """Add to the story of a request that has not ended what the schedule does not say."""

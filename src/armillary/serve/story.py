@@ -38,9 +38,9 @@ class Story:
             self.cut += 1
         self.words.append(f"+{format_duration(at - self.arrival)}: {words}")
 
-    def arrived(self, request: Request, ahead: int) -> None:
+    def arrived(self, request: Request, ahead: int, behind: Reason) -> None:
         self._since = self.arrival
-        self._reason = str(Reason.QUEUE_ORDER) if ahead else NEXT_ITERATION
+        self._reason = str(behind) if ahead else NEXT_ITERATION
         self.tell(self.arrival, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
 
     def hold(self, reason: Reason, at: int) -> None:
