@@ -95,6 +95,19 @@ class EngineFlags:
     draft_model: Annotated[str | None, _flag("The model that proposes, with --speculate model.", _ENGINE)] = None
     draft_tokens: Annotated[int | None, _flag("Most tokens proposed at a time (default 8); fewer where more do not pay.", _ENGINE)] = None
     draft_layers: Annotated[float | None, _flag("Share of the layers that propose, with --speculate layers (default 0.5).", _ENGINE)] = None
+    offload: Annotated[
+        str | None,
+        _flag(
+            "A model larger than the accelerator: auto, or percentages of weights, KV cache and activations in its memory, in RAM and on disk, "
+            'such as "weights=20/80/0,cache=0/100/0,hidden=0/100/0,batches=3".',
+            _ENGINE,
+        ),
+    ] = None
+    offload_memory: Annotated[
+        str | None,
+        _flag('Memory of the accelerator (stood for by part of this machine\'s), such as "2GB" (default: what --offload needs).', _ENGINE),
+    ] = None
+    offload_folder: Annotated[str | None, _flag("Folder of the disk tier's files (default: the cache folder).", _ENGINE)] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 

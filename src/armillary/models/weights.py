@@ -30,8 +30,7 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
 
     Raises FormatError when `names` lacks a tensor, has one that the model has no place for, or a shape is wrong.
     """
-    with torch.device("meta"), NoInit():
-        decoder = Decoder(config)
+    decoder = skeleton(config)
     wanted = hf_parameters(decoder)
     if missing := [name for name in wanted if name not in names]:
         raise FormatError(
@@ -63,6 +62,12 @@ def assemble(config: ModelConfig, names: Collection[str], read: Callable[[str], 
                 "lm_head.weight differs from model.embed_tokens.weight", "the config says they are tied: set tie_word_embeddings to false"
             )
     return decoder
+
+
+def skeleton(config: ModelConfig) -> Decoder:
+    """A decoder without memory: every parameter is on the meta device."""
+    with torch.device("meta"), NoInit():
+        return Decoder(config)
 
 
 class NoInit(TorchFunctionMode):

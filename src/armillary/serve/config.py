@@ -10,6 +10,7 @@ from armillary.core.config import Bytes, Config, Duration
 from armillary.core.errors import InputError
 from armillary.core.units import GB, S
 from armillary.serve import kv_policies, policies
+from armillary.serve.offload.policy import OffloadPolicy
 
 DEFAULT_KV_MEMORY: Final = 1 * GB
 
@@ -72,6 +73,12 @@ class EngineConfig(Config):
     """Most tokens proposed for a sequence; fewer where more would not pay."""
     draft_layers: float = Field(0.5, gt=0, lt=1)
     """Share of the layers that propose, with speculate "layers"."""
+    offload: str | None = None
+    """What of the model lies in the accelerator's memory, in RAM and on disk: "auto" or a policy (see `serve.offload.policy`); none keeps all here."""
+    offload_memory: Bytes | None = None
+    """Bytes of the accelerator's memory; none is what the policy needs."""
+    offload_folder: str | None = None
+    """Where the disk tier's files are; none is the cache folder."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
@@ -167,6 +174,36 @@ class EngineConfig(Config):
     def _draft_model_is_asked_for(self) -> EngineConfig:
         if (self.speculate == "model") != (self.draft_model is not None):
             raise InputError('speculate "model" and draft_model go together', "give both of them, or neither", field="draft_model")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_can(self) -> EngineConfig:
+        if self.offload is None:
+            if self.offload_memory is not None or self.offload_folder is not None:
+                raise InputError(
+                    "offload_memory and offload_folder say nothing without offload", "give offload, such as auto", field="offload"
+                )
+            return self
+        if self.offload == "auto":
+            if self.offload_memory is None:
+                raise InputError("offload is auto, of an unknown size", "give offload_memory, such as 2GB", field="offload_memory")
+        else:
+            OffloadPolicy.parse(self.offload)
+        if self.kv_policy != "dense":
+            raise InputError(
+                f"offload moves whole sequences, and kv_policy {self.kv_policy} keeps or reads parts of them",
+                "serve with --kv-policy dense",
+                field="kv_policy",
+            )
+        if self.speculate == "layers":
+            raise InputError(
+                "speculate layers would load the weights of every drafted token", "use ngram, or a draft_model", field="speculate"
+            )
+        if self.backend == "native" or self.native_only:
+            what = "backend native" if self.backend == "native" else self.native_only[0]
+            raise InputError(
+                f"offload streams fp32 weights through torch; {what} needs the native kernels", f"leave {what} out", field="offload"
+            )
         return self
 
     @property

@@ -13,6 +13,7 @@ import torch
 
 from armillary.core.clock import Clock
 from armillary.core.errors import ArmillaryError, InputError
+from armillary.core.paths import cache_dir
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
 from armillary.models.load import LoadedModel, load
@@ -23,8 +24,11 @@ from armillary.serve.engine import Engine
 from armillary.serve.executors.forward import Forward
 from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward, unsupported
+from armillary.serve.executors.offload_forward import OffloadForward
 from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.kv_pool import available_memory, settle
+from armillary.serve.offload.layout import Bounds, fit
+from armillary.serve.offload.policy import OffloadPolicy
 from armillary.serve.request import Event, FinishReason, Request, SamplingParams, TokenLogprob
 from armillary.serve.speculation.build import build_drafter, draft_bytes_per_token, load_draft
 from armillary.serve.text import TextStream
@@ -74,7 +78,8 @@ def build_engine(
     assert config.kv_blocks is not None
     threads = config.threads if config.threads is not None else torch.get_num_threads()
     forward = build_forward(loaded, config, threads, in_place=not keep_weights)
-    drafter = build_drafter(config, loaded, forward, draft, lambda model: build_forward(model, config, threads, in_place=True), clock)
+    beside = config.model_copy(update={"offload": None})  # a draft model is small: all of it stays in this machine's memory
+    drafter = build_drafter(config, loaded, forward, draft, lambda model: build_forward(model, beside, threads, in_place=True), clock)
     executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
     log.info(
         "%s: %s, weights %s (%s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
@@ -102,6 +107,8 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
     Raises InputError when `config` asks for what only the native kernels have, and they cannot run here.
     """
     assert config.kv_blocks is not None
+    if config.offload is not None:
+        return _offloaded(loaded, config, config.offload, in_place)
     why = unsupported(loaded.config)
     backends = config.kv.backends
     if config.backend == "auto" and why is not None and "torch" not in backends:
@@ -124,6 +131,22 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
     if wanted := config.native_only:
         raise InputError(f"{wanted[0]} needs the native backend, but {why}", f"leave {wanted[0]} out", field=wanted[0])
     return TorchForward(loaded.decoder, num_blocks=config.kv_blocks, block_size=config.block_size, in_place=in_place, kv=config.kv)
+
+
+def _offloaded(loaded: LoadedModel, config: EngineConfig, policy: str, in_place: bool) -> OffloadForward:
+    """FlexGen's way: part of the model in an arena of limited size, the rest streamed through it."""
+    assert config.kv_blocks is not None
+    bounds = Bounds(
+        config.kv_blocks, config.block_size, config.max_running, config.max_batch_tokens, config.context or loaded.config.max_context
+    )
+    if policy == "auto":
+        assert config.offload_memory is not None
+        memory = available_memory()
+        chosen = fit(loaded.config, bounds, config.offload_memory, memory=None if memory is None else memory // 2)
+    else:
+        chosen = OffloadPolicy.parse(policy)
+    folder = Path(config.offload_folder).expanduser() if config.offload_folder is not None else cache_dir() / "offload"
+    return OffloadForward(loaded.current_weights, chosen, bounds, folder=folder, memory=config.offload_memory, release=in_place)
 
 
 class LLM:
