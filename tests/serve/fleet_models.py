@@ -22,7 +22,7 @@ def tiny_engine(engine, seed=0):
 
     with BUILDING:
         model = loaded(tiny(seed=seed, num_layers=3))
-    return build_engine(model, EngineConfig(**engine)), "a tiny random model"
+    return worker.Replica(build_engine(model, EngineConfig(**engine)), "a tiny random model", worker.grammars(model))
 
 
 class Clockwork:
@@ -40,7 +40,7 @@ class Clockwork:
 
 def scripted_engine(engine):
     """An engine that needs no torch, and so starts at once."""
-    return Engine(Clockwork(), EngineConfig(**engine), eos_ids=[96]), "clockwork"
+    return worker.Replica(Engine(Clockwork(), EngineConfig(**engine), eos_ids=[96]), "clockwork")
 
 
 class ThreadReplica:

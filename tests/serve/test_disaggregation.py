@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from test_dispatcher import prompts
 from test_fleet import ENGINE, make, run, same, those, wait
 
+from armillary.core.errors import InputError
 from armillary.serve.fleet import kv_files
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.handover import SharedFolder
@@ -26,7 +27,7 @@ SPLIT = {"replicas": 1, "prefill_workers": 1, "decode_workers": 1, "silence": 5.
 
 @pytest.fixture(scope="module")
 def alone():
-    return tiny_engine({**POOL, "prefix_cache": "off"})[0]
+    return tiny_engine({**POOL, "prefix_cache": "off"}).engine
 
 
 @contextmanager
@@ -122,13 +123,15 @@ def test_a_killed_prefill_workers_requests_go_elsewhere(alone, transfer):
         ("request-level", {"speculate": "layers", "draft_layers": 0.67, "prefix_cache": "off"}),
         ("vllm", {"speculate": "layers", "draft_layers": 0.67}),
         ("sarathi", {"quantize": "int8", "kv_dtype": "int8"}),
+        ("vllm", {"async_scheduling": "on"}),
+        ("sarathi", {"order": "sjf", "victim": "cost"}),
         ("orca", {"quantize": "int4", "kv_dtype": "fp16", "deterministic": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_the_split_composes(policy, engine):
     engine = {"policy": policy, "max_running": 4, **engine}
-    alone = tiny_engine({**POOL, **engine})[0]
+    alone = tiny_engine({**POOL, **engine}).engine
     with split(**engine) as workers:
         found, transfers = counted(workers, lambda: run(workers, *those("c")))
         same(found, run(alone, *those("c")))
@@ -171,6 +174,8 @@ def every_cache_is_read_once(seed, folder):
 
 
 def test_half_a_split_is_refused():
+    with pytest.raises(InputError, match="keeps parts of a sequence"):
+        make(engine={"kv_policy": "streaming", "prefix_cache": "off"}, **SPLIT)
     with pytest.raises(ValidationError, match="decode_workers"):
         FleetConfig(prefill_workers=1)
     with pytest.raises(ValidationError, match="give replicas, or"):

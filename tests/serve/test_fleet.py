@@ -15,6 +15,8 @@ from armillary.core.errors import InputError, NotFoundError
 from armillary.serve.config import EngineConfig
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.fleet import Blueprint, Fleet
+from armillary.serve.grammar.compiler import GrammarCompiler
+from armillary.serve.grammar.grammar import regex
 from armillary.serve.http.app import create_app
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.service import Service
@@ -41,7 +43,7 @@ def fleet():
 
 @pytest.fixture(scope="module")
 def alone():
-    return tiny_engine(ENGINE)[0]
+    return tiny_engine(ENGINE).engine
 
 
 class Listener:
@@ -62,10 +64,14 @@ class Listener:
         return "".join(event.text for event in self.events)
 
 
-def asked(name, prompt, listener, **sampling):
+COMPILER = GrammarCompiler(TOKENIZER, 97)
+
+
+def asked(name, prompt, listener, grammar=None, **sampling):
     sampling = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True} | sampling
     text = TextStream(TOKENIZER, tuple(sampling.get("stop", ())))
-    return Request(str(name), tuple(prompt), SamplingParams(**sampling), text=text, on_event=listener)
+    constraint = None if grammar is None else COMPILER.compile(grammar).matcher()
+    return Request(str(name), tuple(prompt), SamplingParams(**sampling), text=text, on_event=listener, constraint=constraint)
 
 
 def run(engine, listeners, requests):
@@ -89,6 +95,7 @@ KINDS = [
     {"logprobs": 3, "temperature": 1.0, "seed": 9},
     {"max_tokens": 1},
     {"stop_token_ids": tuple(range(0, 97, 4)), "temperature": 1.0, "seed": 11},
+    {"grammar": regex("[A-M]{3,30}(YES|NO)"), "ignore_eos": False, "temperature": 1.0, "seed": 12},
 ]
 
 
@@ -123,6 +130,7 @@ def test_answers_are_the_single_engines(fleet, alone):
         [s.logprob for s in requests[1].prompt_logprobs[1:]], abs=1e-4
     )
     state = fleet.snapshot()
+    assert alone.snapshot().keys() == state.keys()
     assert (state["running"], state["waiting"], state["requests"]) == (0, 0, [])
     assert sum(replica["index"] for replica in state["features"]["fleet"]["replicas"]) == 1
     words = fleet.explain("a1")
@@ -201,7 +209,7 @@ def test_a_model_that_cannot_be_built_is_said_at_the_start():
 
 
 def test_the_api_of_a_fleet_is_that_of_an_engine(fleet):
-    one = tiny_engine(ENGINE)[0]
+    one = tiny_engine(ENGINE).engine
     one.start()
     asks = [
         {"prompt": "abc", "max_tokens": 20, "seed": 3, "n": 3, "logprobs": 2, "stop": ["e", "5"]},

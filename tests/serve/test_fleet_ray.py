@@ -18,7 +18,7 @@ def test_actors_answer_like_one_engine_and_one_that_is_killed_is_replaced(monkey
     from armillary.serve.fleet.ray import RayLauncher
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    alone = scripted_engine(ENGINE)[0]
+    alone = scripted_engine(ENGINE).engine
     try:
         with pytest.raises(CapacityError, match="want 999 CPUs"):
             RayLauncher(999, 1)

@@ -108,8 +108,6 @@ class Dispatcher:
     def submit(self, request: Request) -> None:
         """Raises as `Engine.submit`."""
         admissible(request, self.engine, self.limits)
-        if request.constraint is not None:
-            raise InputError("a grammar does not go to replicas", "leave it out, or serve with one replica", field="response_format")
         if request.id in self.tickets:
             raise InputError(f"a request '{request.id}' is already being served", "give each request its own id", field="id")
         if self.waiting >= self.engine.max_queue:
@@ -117,6 +115,7 @@ class Dispatcher:
                 f"the queue holds its bound of {self.engine.max_queue:,} requests", "retry later or serve with a larger --max-queue"
             )
         now = self.clock.now()
+        pack_request(request, now)  # raises before it is one of ours
         if request.arrival is None:
             request.arrival = now
         ticket = Ticket(request, known_names(request, self.limits.block_size))
@@ -197,7 +196,7 @@ class Dispatcher:
         matched = member.prefixes.matched(ticket.names) * self.limits.block_size
         kind = Latencies.class_of(request.known - matched)
         attempt = Attempt(next(self._numbers), ticket, member, stage, now, kind, request.known, tied)
-        message: Message = {"op": "submit", "attempt": attempt.number, "tied": tied, "request": pack_request(request)}
+        message: Message = {"op": "submit", "attempt": attempt.number, "tied": tied, "request": pack_request(request, now)}
         if stage == "prefill":
             attempt.kv_bytes = request.known * self._token_bytes
             left = request.sampling.max_tokens - len(request.output)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from armillary.core.contract import Executor
 from armillary.core.errors import ArmillaryError, InputError
+from armillary.serve.constraint import Constraint
 from armillary.serve.engine import Engine
 from armillary.serve.fleet.messages import Message, pack_error, pack_token, unpack_request
 from armillary.serve.request import Event, Request
@@ -54,6 +55,8 @@ class Hosted:
     request: Request
     leave: Leave | None = None
     fetch: Fetch | None = None
+    tied: bool = False
+    ready: bool = False
     started: bool = False
     unfetched: bool = False
     scored: bool = False
@@ -64,10 +67,19 @@ class ReplicaHost:
 
     A tied request stays outside the engine until the next iteration could take it; then this replica claims it, and runs it only
     if the router grants that: it grants it once, so that it never runs twice, however long messages take.
+
+    `files`: how keys and values leave and enter, for prefill and decode workers. `constrain` compiles a grammar.
     """
 
-    def __init__(self, engine: Engine, send: Callable[[Message], None], files: Files | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        send: Callable[[Message], None],
+        files: Files | None = None,
+        constrain: Callable[[Message], Constraint] | None = None,
+    ) -> None:
         self.engine = engine
+        self._constrain = constrain
         self._files = files
         self._send = send
         self._hosted: dict[int, Hosted] = {}
@@ -98,7 +110,7 @@ class ReplicaHost:
         return {
             "op": "pulse",
             "iterations": state["iterations"][-64:],
-            **{name: state[name] for name in ("iteration", "blocks", "stats", "now")},
+            **{name: state[name] for name in ("iteration", "blocks", "stats", "features")},
         }
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -106,13 +118,38 @@ class ReplicaHost:
     def _submit(self, message: Message) -> None:
         attempt = int(message["attempt"])
         try:
-            hosted = Hosted(attempt, unpack_request(message["request"]))
+            hosted = Hosted(attempt, unpack_request(message["request"], self.engine.clock.now()), tied=bool(message["tied"]))
             self._connect(hosted, message)
         except (ArmillaryError, OSError) as error:
             self._send({"op": "refused", "attempt": attempt, "error": pack_error(error)})
             return
         self._hosted[attempt] = hosted
-        if message["tied"]:
+        grammar = message["request"]["grammar"]
+        if grammar is None:
+            self._ready(hosted)
+        else:  # it may take seconds
+            threading.Thread(target=self._compile, args=(hosted, grammar), name=f"grammar-{attempt}", daemon=True).start()
+
+    def _compile(self, hosted: Hosted, grammar: Message) -> None:
+        try:
+            if self._constrain is None:
+                raise InputError("this replica follows no grammars", "serve a model with a tokenizer", field="grammar")
+            constraint = self._constrain(grammar)
+            for token in hosted.request.output:  # it was begun elsewhere
+                constraint.accept(token)
+            hosted.request.constraint = constraint
+        except Exception as error:
+            with self._lock:
+                if self._hosted.pop(hosted.attempt, None) is not None:
+                    self._send({"op": "refused", "attempt": hosted.attempt, "error": pack_error(error)})
+            return
+        with self._lock:
+            if hosted.attempt in self._hosted:
+                self._ready(hosted)
+
+    def _ready(self, hosted: Hosted) -> None:
+        hosted.ready = True
+        if hosted.tied:
             self._tied.append(hosted)
             self._claim()
         else:
@@ -155,7 +192,9 @@ class ReplicaHost:
         hosted = self._hosted.get(attempt) if attempt is not None else None
         if hosted is None:
             return
-        if hosted in self._tied:
+        if not hosted.ready:
+            del self._hosted[hosted.attempt]
+        elif hosted in self._tied:
             self._tied.remove(hosted)
             del self._hosted[hosted.attempt]
         elif self._claimed.pop(hosted.attempt, None) is not None:
@@ -182,7 +221,9 @@ class ReplicaHost:
     def begins(self, request: Request) -> Hosted | None:
         """The engine's thread: `request` is in the iteration that is about to run."""
         hosted = self._by_id.get(request.id)
-        if hosted is None or hosted.request is not request or hosted.started:
+        if hosted is None or hosted.request is not request:
+            return None  # cancelled; another attempt of the same request may be here already
+        if hosted.started:
             return hosted
         with self._lock:
             hosted.started = True

@@ -14,8 +14,11 @@ _ERRORS: Final = {kind.__name__: kind for kind in (ArmillaryError, CapacityError
 _TUPLES: Final = ("stop", "stop_token_ids")
 
 
-def pack_request(request: Request) -> Message:
-    """What a replica needs to go on with `request` where its output ends. Its text is made by whoever holds the stream."""
+def pack_request(request: Request, now: int) -> Message:
+    """What a replica needs to go on with `request` where its output ends. Its text is made by whoever holds the stream.
+
+    Instants are sent as durations from `now` (ns), for clocks of two machines have nothing to do with each other.
+    """
     sampling = {field.name: getattr(request.sampling, field.name) for field in fields(SamplingParams)}
     if request.output:  # the prompt's scores were sent with the first token
         sampling["prompt_logprobs"] = None
@@ -25,13 +28,27 @@ def pack_request(request: Request) -> Message:
         "output": list(request.output),
         "sampling": {**sampling, "stop": []},  # found in the text, which is not the replica's
         "priority": request.priority,
+        "age": now - (request.arrival if request.arrival is not None else now),
+        "due": None if request.deadline is None else request.deadline - now,
         "cache_salt": request.cache_salt,
         "adapter": request.adapter,
+        "grammar": None if request.constraint is None else _grammar(request),
     }
 
 
-def unpack_request(message: Message) -> Request:
-    """Raises FormatError for what is no request: the other end is a process of ours, but may be of another version."""
+def _grammar(request: Request) -> Message:
+    """Raises InputError for a constraint that is not known as a grammar."""
+    grammar = getattr(request.constraint, "grammar", None)
+    if grammar is None:
+        raise InputError(f"the constraint of request '{request.id}' cannot be sent to a replica", "give a grammar", field="constraint")
+    return {"kind": grammar.kind, "source": grammar.source, "spaces": grammar.spaces, "field": grammar.field}
+
+
+def unpack_request(message: Message, now: int) -> Request:
+    """`now`: by the clock of this side. The grammar is its reader's to compile.
+
+    Raises FormatError for what is no request: the other end is a process of ours, but may be of another version.
+    """
     try:
         sampling = dict(message["sampling"])
         for name in _TUPLES:
@@ -41,7 +58,9 @@ def unpack_request(message: Message) -> Request:
             id=str(message["id"]),
             prompt=tuple(map(int, message["prompt"])),
             sampling=SamplingParams(**sampling),
+            arrival=now - int(message["age"]),
             priority=int(message["priority"]),
+            deadline=None if message["due"] is None else now + int(message["due"]),
             cache_salt=str(message["cache_salt"]),
             adapter=str(message["adapter"]),
         )

@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from armillary.serve.fleet.channel import Channel
@@ -17,6 +18,8 @@ from armillary.serve.fleet.host import ReplicaHost
 from armillary.serve.fleet.messages import Message, pack_error
 
 if TYPE_CHECKING:
+    from armillary.models.load import LoadedModel
+    from armillary.serve.constraint import Constraint
     from armillary.serve.engine import Engine
     from armillary.serve.fleet.kv_files import KVFiles
     from armillary.serve.fleet.kv_network import KVNetwork
@@ -24,16 +27,36 @@ if TYPE_CHECKING:
 FROM_MODEL = "armillary.serve.fleet.worker:from_model"
 
 
-def from_model(model: str, engine: dict[str, Any]) -> tuple[Engine, str]:
-    """The engine of a model by name or path, and what computes, in words."""
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What a build gives: an engine, what computes in words, and how a grammar (`messages.pack_request`) becomes a constraint."""
+
+    engine: Engine
+    words: str
+    constrain: Callable[[Message], Constraint] | None = None
+
+
+def from_model(model: str, engine: dict[str, Any]) -> Replica:
+    """The engine of a model by name or path."""
     from armillary.core.units import format_bytes
     from armillary.models.load import load
     from armillary.serve.config import EngineConfig
     from armillary.serve.llm import build_engine
 
-    built = build_engine(load(model), EngineConfig.model_validate(engine))
+    loaded = load(model)
+    built = build_engine(loaded, EngineConfig.model_validate(engine))
     forward = built.executor.forward  # type: ignore[attr-defined]
-    return built, f"{forward.name}, weights {format_bytes(forward.weight_bytes)} in memory"
+    words = f"{forward.name}, weights {format_bytes(forward.weight_bytes)} in memory"
+    return Replica(built, words, grammars(loaded))
+
+
+def grammars(loaded: LoadedModel) -> Callable[[Message], Constraint]:
+    """Compiles grammars for a model; each once, as long as it is remembered."""
+    from armillary.serve.grammar.compiler import GrammarCompiler
+    from armillary.serve.grammar.grammar import Grammar
+
+    compiler = GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size)
+    return lambda grammar: compiler.compile(Grammar(**grammar)).matcher()
 
 
 def serve(connection: socket.socket) -> None:
@@ -42,16 +65,23 @@ def serve(connection: socket.socket) -> None:
     (first, *_) = channel.receive()
     module, _, function = str(first["build"]).partition(":")
     try:
-        engine, words = getattr(importlib.import_module(module), function)(**first["arguments"])
+        built: Replica = getattr(importlib.import_module(module), function)(**first["arguments"])
+        engine = built.engine
     except Exception as error:
         channel.send({"op": "failed", "error": pack_error(error)})
         return
     outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     files = _files(engine, str(first["role"]), str(first["transfer"]), connection)
-    host = ReplicaHost(engine, outgoing.put, files)
+    host = ReplicaHost(engine, outgoing.put, files, built.constrain)
     engine.start()
     outgoing.put(
-        {"op": "ready", "pid": os.getpid(), "limits": asdict(engine.limits), "words": words, "address": files.address if files else ""}
+        {
+            "op": "ready",
+            "pid": os.getpid(),
+            "limits": asdict(engine.limits),
+            "words": built.words,
+            "address": files.address if files else "",
+        }
     )
     over = threading.Event()
     threads = [

@@ -40,7 +40,7 @@ class Compiled:
 
     def matcher(self) -> Matcher:
         """A new walk from the beginning: one for each sequence."""
-        return Matcher(library().GrammarMatcher(self._handle), self._vocab_size, self._stops)
+        return Matcher(library().GrammarMatcher(self._handle), self._vocab_size, self._stops, self.grammar)
 
 
 class GrammarCompiler:

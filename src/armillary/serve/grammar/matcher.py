@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError
+from armillary.serve.grammar.grammar import Grammar
 
 
 class Matcher:
     """A `Request.constraint`. Only `accept` moves it: the engine calls it once for each token that it appends to the answer."""
 
-    def __init__(self, matcher: Any, vocab_size: int, stops: Tensor) -> None:
-        """`stops`: int32 [ceil(vocab / 32)], the bits of the tokens that end a text."""
+    def __init__(self, matcher: Any, vocab_size: int, stops: Tensor, grammar: Grammar) -> None:
+        """`stops`: int32 [ceil(vocab / 32)], the bits of the tokens that end a text. `grammar`: what is followed, for who has to follow it elsewhere."""
+        self.grammar = grammar
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
         self._stops = stops
@@ -70,7 +72,7 @@ class Matcher:
     def fork(self) -> Matcher:
         """Another walk from where this one stands."""
         copy = object.__new__(Matcher)
-        copy._matcher, copy._words, copy._stops = self._matcher.fork(), self._words, self._stops
+        copy._matcher, copy._words, copy._stops, copy.grammar = self._matcher.fork(), self._words, self._stops, self.grammar
         return copy
 
 
