@@ -3,11 +3,14 @@
 Run as a program it writes the table of docs/composition.md; `--model smollm2` does the same with the real model.
 """
 
+import argparse
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, loaded, tiny
@@ -18,6 +21,7 @@ from armillary.serve.engine import Engine
 from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
 
+PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
 TOKENS = 14
 BLOCK = 4
 
@@ -67,12 +71,18 @@ FEATURES = (
     Feature("vllm", lambda engine, _: engine.policy.name == "vllm", {"policy": "vllm"}),
     Feature("orca", lambda engine, _: engine.policy.name == "orca", {"policy": "orca"}),
     Feature("request-level", lambda engine, _: engine.policy.name == "request-level", {"policy": "request-level"}),
+    Feature("shortest job first", lambda engine, _: engine.config.order == "sjf", {"order": "sjf"}),
+    Feature("victim by cost", lambda engine, _: engine.config.victim == "cost", {"victim": "cost"}),
     Feature("prefix hit", lambda engine, _: engine.stats.reused_tokens > 0, {"prefix_cache": "on"}),
     Feature("chunking", _told("(chunk)"), {"max_batch_tokens": 7}),
-    Feature("preemption", lambda engine, _: engine.stats.preemptions > 0, {"kv_blocks": 18}),
+    Feature("preemption", lambda engine, _: engine.stats.preemptions > 0, {"kv_tokens": 72}),
     Feature("n-gram drafts", _drafted, {"speculate": "ngram", "draft_tokens": 3}),
     Feature("layers' drafts", _drafted, {"speculate": "layers", "draft_layers": 0.5, "draft_tokens": 3}),
     Feature("n > 1", lambda engine, _: engine.stats.forked_tokens > 0, arrange=_choices),
+    Feature("StreamingLLM, wide", lambda engine, _: not engine.config.kv.positional, {"kv_policy": "streaming", "kv_window": 200}),
+    Feature(
+        "Quest, all pages", lambda engine, _: engine.config.kv_policy == "quest", {"kv_policy": "quest", "kv_budget": 256, "block_size": 16}
+    ),
     Feature("abort", lambda _, requests: any(request.finish_reason == "cancelled" for request in requests), during=_abort),
     Feature("async", lambda engine, _: engine.stats.foreseen_schedules > 0, {"async_scheduling": "on"}),
     Feature("int4", lambda engine, _: engine.config.quantize == "int4", numerics={"quantize": "int4", "deterministic": True}),
@@ -86,7 +96,27 @@ NEVER = {  # pairs of which one rules the other out, and why
         "memory is reserved, nobody is preempted": [("orca", "preemption"), ("request-level", "preemption")],
         "prompts are not cut": [("orca", "chunking"), ("request-level", "chunking")],
         "a batch is served whole, forks would wait for the next": [("request-level", "n > 1")],
+        "its blocks hold no whole beginning to be shared": [("StreamingLLM, wide", "n > 1")],
+        "one KV policy is served": [("StreamingLLM, wide", "Quest, all pages")],
         "a draft follows the token that is being drawn": [("async", "n-gram drafts"), ("async", "layers' drafts")],
+    }.items()
+    for pair in pairs
+}
+REFUSED = {  # pairs that are an error before anything is loaded, in these words
+    frozenset(pair): words
+    for words, pairs in {
+        "reserves memory and never preempts, so it has no victims to choose": [
+            ("orca", "victim by cost"),
+            ("request-level", "victim by cost"),
+        ],
+        "computes a prompt in one iteration, and kv_policy streaming holds no more than max_batch_tokens of it": [
+            ("orca", "StreamingLLM, wide"),
+            ("request-level", "StreamingLLM, wide"),
+        ],
+        "gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings": [
+            ("prefix hit", "StreamingLLM, wide")
+        ],
+        "whose middle kv_policy streaming takes away": [("layers' drafts", "StreamingLLM, wide")],
     }.items()
     for pair in pairs
 }
@@ -112,13 +142,14 @@ def workload() -> list[Request]:
 
 def plain_options(features: tuple[Feature, ...]) -> dict[str, Any]:
     numerics = {name: value for feature in features for name, value in feature.numerics.items()}
-    return {"block_size": BLOCK, "kv_blocks": 120, "max_batch_tokens": 64, "prefix_cache": "off", "seed": 0, "threads": 1, **numerics}
+    return {"block_size": BLOCK, "kv_tokens": 480, "max_batch_tokens": 64, "prefix_cache": "off", "seed": 0, "threads": 1, **numerics}
 
 
 def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine:
     options = plain_options(features)
     for feature in () if plain else features:
         options |= feature.options
+    options["kv_blocks"] = options.pop("kv_tokens") // options["block_size"]
     # Drafts are as long as measured times say that they pay: here all pay.
     return build_engine(model(), EngineConfig(**options), keep_weights=True, clock=VirtualClock())
 
@@ -164,5 +195,74 @@ def check(*features: Feature) -> None:
     engine.stop()
 
 
+def names(pair: tuple[Feature, ...]) -> frozenset[str]:
+    return frozenset(feature.name for feature in pair)
+
+
 def pairs() -> list[tuple[Feature, Feature]]:
-    return [pair for pair in itertools.combinations(FEATURES, 2) if frozenset((pair[0].name, pair[1].name)) not in NEVER]
+    """Those that are served together."""
+    return [pair for pair in itertools.combinations(FEATURES, 2) if names(pair) not in NEVER and names(pair) not in REFUSED]
+
+
+def together() -> tuple[Feature, ...]:
+    """As many features at once as have no quarrel with each other, taken from the end of the table."""
+    chosen: list[Feature] = []
+    for feature in reversed(FEATURES):
+        if all(names((feature, other)) not in NEVER and names((feature, other)) not in REFUSED for other in chosen):
+            chosen.append(feature)
+    return tuple(reversed(chosen))
+
+
+def table() -> str:
+    """docs/composition.md."""
+    notes = list(dict.fromkeys((*NEVER.values(), *REFUSED.values())))
+    head = ["", *(str(place + 1) for place in range(len(FEATURES)))]
+    lines = [
+        "# What works with what",
+        "",
+        "Every feature of the serving engine beside every other, on a small random model: six requests, greedy and seeded, three of which begin alike, half",
+        "of them arriving while the others are served. `=`: all tokens are those of each request alone on an engine with nothing switched on, and",
+        "both features had an effect. A letter: they do not meet, and why. **Bold**: asking for both is an error that says so before anything is loaded.",
+        "`tests/serve/test_composition.py` runs every cell, and as many features at once as go together;",
+        "`python tests/serve/composition.py --model smollm2` does it with the real model; `python tests/serve/composition.py` writes this page.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row, feature in enumerate(FEATURES):
+        cells = [f"{row + 1} {feature.name}"]
+        for column, other in enumerate(FEATURES):
+            pair = names((feature, other))
+            letter = chr(97 + notes.index(NEVER.get(pair) or REFUSED[pair])) if pair in NEVER or pair in REFUSED else "="
+            cells.append("" if column > row else "·" if column == row else f"**{letter}**" if pair in REFUSED else letter)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {chr(97 + place)}: {note}" for place, note in enumerate(notes))]
+    lines += ["", f"At once: {', '.join(feature.name for feature in together())}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="check every pair with this model instead of writing the table")
+    options = parser.parse_args()
+    if options.model is None:
+        PAGE.write_text(table())
+        return 0
+    from armillary.models.load import load
+
+    served = load(options.model)
+    served.decoder  # noqa: B018 (the weights are needed again and again)
+    globals()["model"] = lambda: served
+    wrong = 0
+    for pair in pairs():
+        try:
+            check(*pair)
+        except AssertionError as error:
+            wrong += 1
+            print(f"WRONG {error}", flush=True)
+    print(f"{len(pairs()) - wrong} of {len(pairs())} pairs: tokens equal, both had an effect")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
