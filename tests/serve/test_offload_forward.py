@@ -96,8 +96,7 @@ def test_bytes_moved_are_the_closed_forms_and_a_load_of_weights_serves_every_bat
             [1] * len(positions), positions, [Span(start, count, table) for table in tables], range(count - 1, len(positions), count)
         )
         logits(forward, [batch])
-    for lane in forward._lanes.values():
-        lane.shutdown()  # the load ahead for a pass that never comes
+    forward.close()  # the load ahead for a pass that never comes
     units = Counter(dict.fromkeys(Tier, 0))
     for size, tier in zip(forward.layout.unit_bytes, forward.layout.weight_tiers, strict=True):
         units[tier] += size

@@ -166,6 +166,11 @@ class OffloadForward:
             home = self._homes[batch, tier] = as_floats(raw, self._shape)
         return home
 
+    def close(self) -> None:
+        """Wait for what still moves, and end the lanes: nothing can be computed any more."""
+        for lane in self._lanes.values():
+            lane.shutdown()
+
     def __del__(self) -> None:
         for lane in getattr(self, "_lanes", {}).values():
             lane.shutdown(wait=False)
