@@ -56,7 +56,7 @@ def main() -> None:
         "# A stream's perplexity by its sinks",
         "",
         f"SmolLM2-135M in fp32, {len(tokens):,} tokens of {options.corpus} as one sequence (the model's context is {context:,}),"
-        f" `--kv-policy streaming`. `python bench/streaming.py`.",
+        f" `--kv-policy streaming`. `python bench/streaming.py --tokens {options.tokens} --window {options.window}`.",
         "",
         f"| sinks + window | perplexity after token {options.window:,} | of the last 2,048 |",
         "|---|---:|---:|",

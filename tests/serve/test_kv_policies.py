@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from models import VOCABULARY, loaded, tiny
 
-from armillary.core.errors import InputError
+from armillary.core.errors import FormatError, InputError
 from armillary.kernels import cpu_library
 from armillary.kernels.seen import Seen
 from armillary.serve import kv_policies
 from armillary.serve.config import EngineConfig
+from armillary.serve.executors.pattern_search import find_patterns, load_patterns, save_patterns
 from armillary.serve.fleet.build import share
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.llm import LLM, build_engine
@@ -94,6 +96,33 @@ def test_heavy_hitters_hold_their_budget_under_every_schedule() -> None:
     assert len(request.output) == 40
 
 
+def test_sparse_prompts_follow_the_patterns_of_a_file(tmp_path: Path) -> None:
+    """Found on a text, saved, served: a budget of everything is dense, a small one is not, and company changes nothing."""
+    (text,) = prompts(7, 200)
+    kinds, recalls = find_patterns(DECODER, text, sinks=4, local=16, budget=64)
+    assert [len(layer) for layer in kinds] == [DECODER.config.num_heads] * DECODER.config.num_layers
+    assert all(0 < recall <= 1 + 1e-5 for layer in recalls for recall in layer)
+    file = tmp_path / "patterns.json"
+    save_patterns(file, kinds)
+    assert load_patterns(file, DECODER.config) == kinds
+    options = {
+        "kv_policy": "minference",
+        "kv_sinks": 2,
+        "kv_window": 4,
+        "prefix_cache": "off",
+        "backend": "torch",
+        "kv_patterns": str(file),
+    }
+    asked = prompts(8, 180, 90, 150)
+    sparse = answers(asked, 20, **options, kv_budget=64, max_batch_tokens=512)
+    assert [answers([one], 20, **options, kv_budget=64, max_batch_tokens=512)[0] for one in asked[:1]] == sparse[:1]
+    dense = answers(asked, 20, backend="torch")
+    assert answers(asked, 20, **options, kv_budget=300) == dense != sparse
+    file.write_text('{"patterns": [["spiral"]]}')
+    with pytest.raises(FormatError, match=f"is not of {DECODER.config.num_layers} layers"):
+        load_patterns(file, DECODER.config)
+
+
 QUEST = {"kv_policy": "quest", "kv_budget": 32, "kv_dense_layers": 1, "backend": "native"}
 
 
@@ -134,6 +163,8 @@ def test_a_later_prompt_does_not_take_an_answers_selected_keys() -> None:
         ({**STREAMING, "policy": "orca"}, "policy orca computes a prompt in one iteration"),
         ({"kv_policy": "h2o", "backend": "native"}, "kv_policy h2o has no kernels in the native backend"),
         ({**H2O, "backend": "auto", "kv_dtype": "int8"}, "kv_dtype needs the native backend, and kv_policy h2o"),
+        ({"kv_policy": "minference"}, "so its keys are no other prompt's"),
+        ({"kv_patterns": "x.json"}, "has no use for kv_patterns"),
         ({**H2O, "speculate": "ngram"}, "cannot take back what a refused draft has left"),
         ({**STREAMING, "speculate": "layers"}, "speculate layers fills a cache of its own"),
     ],

@@ -51,7 +51,7 @@ class EngineConfig(Config):
         "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
     )
     kv_policy: str = "dense"
-    """What is kept of keys and values, and read: dense, streaming, h2o or quest."""
+    """What is kept of keys and values, and read: dense, streaming, h2o, quest or minference."""
     kv_sinks: int = Field(4, ge=0, le=4096)
     """First tokens that a bounded KV policy always keeps."""
     kv_window: int = Field(1024, ge=1, le=1 << 24)
@@ -60,6 +60,8 @@ class EngineConfig(Config):
     """Tokens that a KV policy chooses to read, or to keep."""
     kv_dense_layers: int = Field(2, ge=0, le=1 << 16)
     """First layers that read everything, with kv_policy "quest"."""
+    kv_patterns: str | None = None
+    """File of each head's attention pattern, with kv_policy "minference"; none is vertical-slash for all."""
     weight_cache: Literal["on", "off"] = Field("on", description="keep the native backend's laid-out weights on disk for the next start")
     deterministic: bool = False
     """An answer depends on its prompt, parameters and seed alone, never on its company; only the native backend can promise it."""
@@ -127,13 +129,15 @@ class EngineConfig(Config):
     def kv(self) -> kv_policies.KVPolicy:
         """What is kept of keys and values, and read."""
         options = kv_policies.Options(
-            self.block_size, self.max_batch_tokens, self.kv_sinks, self.kv_window, self.kv_budget, self.kv_dense_layers
+            self.block_size, self.max_batch_tokens, self.kv_sinks, self.kv_window, self.kv_budget, self.kv_dense_layers, self.kv_patterns
         )
         return kv_policies.build(self.kv_policy, options)
 
     @model_validator(mode="after")
     def _kv_policy_composes(self) -> EngineConfig:
         kv, name = self.kv, f"kv_policy {self.kv_policy}"
+        if self.kv_patterns is not None and self.kv_policy != "minference":
+            raise InputError(f"{name} has no use for kv_patterns", "leave it out, or choose minference", field="kv_patterns")
         if self.backend != "auto" and self.backend not in kv.backends:
             raise InputError(
                 f"{name} has no kernels in the {self.backend} backend", f"serve with --backend {kv.backends[0]}", field="kv_policy"
@@ -148,14 +152,14 @@ class EngineConfig(Config):
             raise InputError(
                 f"{name} cannot take back what a refused draft has left in it", "serve with --speculate off", field="speculate"
             )
-        if kv.positional:
-            return self
-        if self.prefix_cache == "on":
+        if self.prefix_cache == "on" and kv.unshareable is not None:
             raise InputError(
-                f"{name} gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings",
+                f"{name} {kv.unshareable}",
                 "serve with --prefix-cache off",
                 field="prefix_cache",
             )
+        if kv.positional:
+            return self
         if self.policy in ("orca", "request-level"):
             raise InputError(
                 f"policy {self.policy} computes a prompt in one iteration, and {name} holds no more than max_batch_tokens of it beside what it keeps",

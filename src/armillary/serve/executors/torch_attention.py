@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -11,10 +12,13 @@ from armillary.kernels.attention import Attend, AttentionSpec
 from armillary.kernels.heavy_hitters import Budget, HeavyHitters
 from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span
 from armillary.kernels.rolling_attention import RollingAttend
+from armillary.kernels.sparse_prefill import Kind, Pattern, SparsePrefill, Work
 from armillary.models.config import ModelConfig
 from armillary.models.rope import inverse_frequencies
+from armillary.serve.executors.pattern_search import load_patterns
 from armillary.serve.kv_policies import KVPolicy
 from armillary.serve.kv_policies.h2o import H2O
+from armillary.serve.kv_policies.minference import MInference
 
 Attention = Callable[[Sequence[Span]], Attend]
 
@@ -26,6 +30,8 @@ def attention_of(kv: KVPolicy, cache: PagedCache, config: ModelConfig) -> tuple[
     if isinstance(kv, H2O):
         state = HeavyHitters(cache, Budget(kv.heavy, kv.recent))
         return state.attend, state.nbytes
+    if isinstance(kv, MInference):
+        return _sparse_prefill(kv, cache, config), 0
     if kv.seen.rolling:
 
         def frequencies(spec: AttentionSpec) -> Tensor:
@@ -34,3 +40,11 @@ def attention_of(kv: KVPolicy, cache: PagedCache, config: ModelConfig) -> tuple[
 
         return lambda spans: RollingAttend(cache, spans, kv.seen, frequencies), 0
     return lambda spans: PagedAttend(cache, spans), 0
+
+
+def _sparse_prefill(kv: MInference, cache: PagedCache, config: ModelConfig) -> Attention:
+    every: list[list[Kind]] = [["vertical-slash"] * config.num_heads] * config.num_layers
+    kinds = every if kv.patterns is None else load_patterns(Path(kv.patterns), config)
+    sizes, work = (kv.options.sinks, kv.options.window, kv.options.budget), Work()
+    patterns = [[Pattern(kind, *sizes) for kind in layer] for layer in kinds]
+    return lambda spans: SparsePrefill(cache, spans, lambda layer, head: patterns[layer][head], work)

@@ -17,6 +17,7 @@ class H2O(Dense):
     name: ClassVar[str] = "h2o"
     backends: ClassVar[tuple[Backend, ...]] = ("torch",)
     positional: ClassVar[bool] = False
+    unshareable: ClassVar[str | None] = "gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings"
     takes_drafts: ClassVar[bool] = False
 
     def __init__(self, options: Options) -> None:

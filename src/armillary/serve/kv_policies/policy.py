@@ -20,6 +20,7 @@ class Options:
     window: int
     budget: int
     dense_layers: int
+    patterns: str | None = None  # a file's path
 
 
 class KVPolicy(Protocol):
@@ -39,6 +40,11 @@ class KVPolicy(Protocol):
 
     @property
     def positional(self) -> bool: ...
+
+    @property
+    def unshareable(self) -> str | None:
+        """Why nothing that it computes may be another sequence's, in words that follow its name; None where the beginning may."""
+        ...
 
     @property
     def takes_drafts(self) -> bool:
@@ -82,6 +88,7 @@ class Dense:
     positional: ClassVar[bool] = True
     unbounded: ClassVar[bool] = False
     takes_drafts: ClassVar[bool] = True
+    unshareable: ClassVar[str | None] = None
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -19,6 +19,7 @@ class Streaming(Dense):
 
     name: ClassVar[str] = "streaming"
     positional: ClassVar[bool] = False
+    unshareable: ClassVar[str | None] = "gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings"
     unbounded: ClassVar[bool] = True
 
     def __init__(self, options: Options) -> None:
