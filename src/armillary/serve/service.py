@@ -145,6 +145,8 @@ class Service:
         n: int = 1,
         arrival: int | None = None,
         cache_salt: str = "",
+        priority: int = 0,
+        deadline: int | None = None,
     ) -> AsyncStream:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
@@ -171,6 +173,7 @@ class Service:
             for index in range(n * len(prompts))
         ]
         for index, request in enumerate(requests):
+            request.priority, request.deadline = priority, deadline
             if index % n:
                 request.parent = requests[index - index % n]
         if self.gate is not None:

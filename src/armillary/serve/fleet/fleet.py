@@ -104,7 +104,7 @@ class Fleet:
         self.config, self.fleet_config = config, fleet
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self.clock = clock if clock is not None else RealClock()
-        self.policy = policies.get(config.policy)
+        self.policy = policies.get(config.policy, *config.composition)
         self.eos_ids = frozenset(eos_ids)
         self._blueprint = blueprint
         self._launcher = launcher if launcher is not None else LocalLauncher()

@@ -63,7 +63,9 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             logprobs=body.logprobs,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        stream = service.start(answer.id, [prompt], [sampling], n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
+        stream = service.start(
+            answer.id, [prompt], [sampling], n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival)
+        )
         return await _respond(request, body, stream, answer)
 
     @routes.post("/v1/completions", openapi_extra=documented(CompletionBody))
@@ -85,7 +87,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             echoes=[echo for echo in echoes for _ in range(body.n)] if body.echo else None,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "")
+        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
         return await _respond(request, body, stream, answer)
 
     @routes.post("/tokenize", openapi_extra=documented(TokenizeBody))

@@ -37,7 +37,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         prompt = await tokens(body)
         sampling = body.sampling(service.room(len(prompt), body.max_tokens, "messages"))
         message_id = service.new_id("msg")
-        stream = service.start(message_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "")
+        stream = service.start(message_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
         answer = MessageAnswer(message_id, service.model_name, stream.requests[0])
         headers = {"request-id": message_id, "x-request-id": message_id, **ignored(body)}
         return EventStream(stream, answer, headers) if body.stream else await whole(request, stream, answer, headers)

@@ -55,7 +55,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
 
         answer = ResponseAnswer(service, response_id, body, len(prompt), ended)
         stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer))
-        stream = service.start(response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "")
+        stream = service.start(response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
         (answer.request,) = stream.requests
         if body.store:
             store.keep(stored)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from armillary.core.errors import InputError
 from armillary.serve.http.body import Body
 from armillary.serve.http.schemas.sampling import MAX_STOP_LENGTH, MAX_TOKENS
+from armillary.serve.http.schemas.turn import TurnBody
 from armillary.serve.http.schemas.written import TEXT, either, some, typed
 from armillary.serve.request import SamplingParams
 
@@ -127,7 +128,7 @@ def _add(messages: list[Json], role: str, block: Json) -> None:
         last.setdefault("tool_calls", []).append({"id": block["id"], "type": "function", "function": function})
 
 
-class MessagesBody(CountBody):
+class MessagesBody(TurnBody, CountBody):
     """`max_tokens` has no default in Anthropic's API, and none here."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from armillary.serve.http.body import Body
+from armillary.serve.http.schemas.turn import TurnBody
 from armillary.serve.http.schemas.written import BIASES, either, some
 from armillary.serve.request import SamplingParams
 
@@ -25,7 +25,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class DrawingBody(Body):
+class DrawingBody(TurnBody):
     """How tokens are drawn. `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch those filters off."""
 
     IGNORED: ClassVar[frozenset[str]] = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata"})
