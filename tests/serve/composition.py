@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, loaded, tiny
+from split_world import Split
 
 from armillary.core.clock import VirtualClock
 from armillary.serve.config import EngineConfig
@@ -40,6 +41,7 @@ class Feature:
     numerics: dict[str, Any] = field(default_factory=dict)
     arrange: Callable[[list[Request]], list[Request]] = lambda requests: requests
     during: Callable[[Engine, list[Request]], None] = lambda engine, requests: None
+    split: bool = False  # prompts are computed by one engine, answers by another
 
 
 def _choices(requests: list[Request]) -> list[Request]:
@@ -78,6 +80,7 @@ FEATURES = (
     Feature("preemption", lambda engine, _: engine.stats.preemptions > 0, {"kv_tokens": 72}),
     Feature("n-gram drafts", _drafted, {"speculate": "ngram", "draft_tokens": 3}),
     Feature("layers' drafts", _drafted, {"speculate": "layers", "draft_layers": 0.5, "draft_tokens": 3}),
+    Feature("disaggregation", lambda engine, _: engine.dispatcher.handover.transfers > 0, split=True),  # type: ignore[attr-defined]
     Feature("n > 1", lambda engine, _: engine.stats.forked_tokens > 0, arrange=_choices),
     Feature("StreamingLLM, wide", lambda engine, _: not engine.config.kv.positional, {"kv_policy": "streaming", "kv_window": 200}),
     Feature(
@@ -98,6 +101,7 @@ NEVER = {  # pairs of which one rules the other out, and why
         "a batch is served whole, forks would wait for the next": [("request-level", "n > 1")],
         "its blocks hold no whole beginning to be shared": [("StreamingLLM, wide", "n > 1")],
         "one KV policy is served": [("StreamingLLM, wide", "Quest, all pages")],
+        "choices are requests of their own there": [("n > 1", "disaggregation")],
         "a draft follows the token that is being drawn": [("async", "n-gram drafts"), ("async", "layers' drafts")],
     }.items()
     for pair in pairs
@@ -117,6 +121,10 @@ REFUSED = {  # pairs that are an error before anything is loaded, in these words
             ("prefix hit", "StreamingLLM, wide")
         ],
         "whose middle kv_policy streaming takes away": [("layers' drafts", "StreamingLLM, wide")],
+        "keeps or marks parts of a sequence, and prefill workers hand over plain keys and values": [
+            ("StreamingLLM, wide", "disaggregation"),
+            ("Quest, all pages", "disaggregation"),
+        ],
     }.items()
     for pair in pairs
 }
@@ -150,8 +158,12 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
     for feature in () if plain else features:
         options |= feature.options
     options["kv_blocks"] = options.pop("kv_tokens") // options["block_size"]
+
     # Drafts are as long as measured times say that they pay: here all pay.
-    return build_engine(model(), EngineConfig(**options), keep_weights=True, clock=VirtualClock())
+    def build() -> Engine:
+        return build_engine(model(), EngineConfig(**options), keep_weights=True, clock=VirtualClock())
+
+    return Split(build) if not plain and any(feature.split for feature in features) else build()
 
 
 @cache

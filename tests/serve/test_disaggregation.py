@@ -174,7 +174,7 @@ def every_cache_is_read_once(seed, folder):
 
 
 def test_half_a_split_is_refused():
-    with pytest.raises(InputError, match="keeps parts of a sequence"):
+    with pytest.raises(InputError, match="keeps or marks parts of a sequence"):
         make(engine={"kv_policy": "streaming", "prefix_cache": "off"}, **SPLIT)
     with pytest.raises(ValidationError, match="decode_workers"):
         FleetConfig(prefill_workers=1)

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from armillary.core.config import Bytes, Config
 from armillary.core.errors import InputError
+from armillary.serve.config import EngineConfig
 from armillary.serve.policies import routing
 
 
@@ -83,3 +84,13 @@ class FleetConfig(Config):
 
 
 Role = Literal["both", "prefill", "decode"]
+
+
+def go_together(engine: EngineConfig, fleet: FleetConfig) -> None:
+    """Raises InputError for what one engine can do and several cannot do together."""
+    if fleet.prefill_workers and engine.kv_policy != "dense":
+        raise InputError(
+            f"kv_policy {engine.kv_policy} keeps or marks parts of a sequence, and prefill workers hand over plain keys and values",
+            "leave kv_policy out, or serve replicas",
+            field="kv_policy",
+        )

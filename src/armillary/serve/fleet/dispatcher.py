@@ -14,7 +14,7 @@ from armillary.core.units import format_duration
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend
-from armillary.serve.fleet.config import FleetConfig, Role
+from armillary.serve.fleet.config import FleetConfig, Role, go_together
 from armillary.serve.fleet.handover import Exchange, Handover
 from armillary.serve.fleet.latencies import Latencies
 from armillary.serve.fleet.member import Attempt, Link, Member, Stage, Ticket
@@ -75,6 +75,7 @@ class Dispatcher:
         token_bytes: int = 0,
         exchange: Exchange | None = None,
     ) -> None:
+        go_together(engine, config)
         self.config, self.engine, self.limits = config, engine, limits
         self.clock = clock
         self.members = [Member(i, role, limits.max_running, limits.total_blocks) for i, role in enumerate(config.roles)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from armillary.core.clock import Clock, RealClock
-from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.core.errors import ArmillaryError, CapacityError
 from armillary.core.trace import Trace
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
@@ -95,12 +95,6 @@ class Fleet:
     ) -> None:
         if config.kv_blocks is None:
             raise ArmillaryError("the size of a replica's KV pool is not settled", "divide it first (fleet.build)")
-        if fleet.prefill_workers and config.kv_policy != "dense":
-            raise InputError(
-                f"kv_policy {config.kv_policy} keeps parts of a sequence, and prefill workers hand over all of it",
-                "leave kv_policy out, or serve replicas",
-                field="kv_policy",
-            )
         self.config, self.fleet_config = config, fleet
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self.clock = clock if clock is not None else RealClock()
