@@ -123,6 +123,16 @@ def test_sparse_prompts_follow_the_patterns_of_a_file(tmp_path: Path) -> None:
         load_patterns(file, DECODER.config)
 
 
+def test_looked_up_units_carry_a_sequence_past_the_context() -> None:
+    """Twice the model's context is served, company changes nothing, and a window of everything is dense."""
+    options = {"kv_policy": "infllm", "kv_window": 128, "kv_budget": 128, "prefix_cache": "off", "backend": "torch"}
+    asked = prompts(9, 520, 140, 300)
+    found = answers(asked, 12, **options, max_batch_tokens=1024)
+    assert answers(asked[:1], 12, **options, max_batch_tokens=1024) == found[:1]
+    near = prompts(10, 200, 60)
+    assert answers(near, 20, **{**options, "kv_window": 256}) == answers(near, 20, backend="torch")
+
+
 QUEST = {"kv_policy": "quest", "kv_budget": 32, "kv_dense_layers": 1, "backend": "native"}
 
 
@@ -163,6 +173,8 @@ def test_a_later_prompt_does_not_take_an_answers_selected_keys() -> None:
         ({**STREAMING, "policy": "orca"}, "policy orca computes a prompt in one iteration"),
         ({"kv_policy": "h2o", "backend": "native"}, "kv_policy h2o has no kernels in the native backend"),
         ({**H2O, "backend": "auto", "kv_dtype": "int8"}, "kv_dtype needs the native backend, and kv_policy h2o"),
+        ({"kv_policy": "infllm"}, "looks up what a piece of a prompt reads"),
+        ({"kv_policy": "infllm", "prefix_cache": "off", "block_size": 24}, "KV blocks of 24 do not fill one"),
         ({"kv_policy": "minference"}, "so its keys are no other prompt's"),
         ({"kv_patterns": "x.json"}, "has no use for kv_patterns"),
         ({**H2O, "speculate": "ngram"}, "cannot take back what a refused draft has left"),

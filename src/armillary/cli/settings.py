@@ -66,7 +66,8 @@ class EngineFlags:
         str | None, _flag("Keys and values in memory: fp32 (default), fp16 or int8; the latter two need the native backend.", _ENGINE)
     ] = None
     kv_policy: Annotated[
-        str | None, _flag("What is kept of keys and values, and read: dense (default), streaming, h2o, quest or minference.", _ENGINE)
+        str | None,
+        _flag("What is kept of keys and values, and read: dense (default), streaming, h2o, quest, minference or infllm.", _ENGINE),
     ] = None
     kv_sinks: Annotated[int | None, _flag("First tokens that a bounded KV policy always keeps (default 4).", _ENGINE)] = None
     kv_window: Annotated[int | None, _flag("Last tokens that a bounded KV policy always keeps (default 1024).", _ENGINE)] = None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from armillary.core.errors import InputError
 from armillary.kernels.attention import AttentionSpec
-from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span, slots_below
+from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span, lazy_zeros, slots_below
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class HeavyHitters:
             raise InputError("H2O keeps no recent token", "a query sees itself: give a window of at least 1", field="kv_window")
         slots, heads, _ = cache.keys[0].shape
         self.cache, self.budget = cache, budget
-        self.mass = [torch.zeros(slots, heads) for _ in cache.keys]
-        self.positions = [torch.zeros(slots, heads, dtype=torch.int32) for _ in cache.keys]
+        self.mass = [lazy_zeros((slots, heads), torch.float32, "cpu") for _ in cache.keys]
+        self.positions = [lazy_zeros((slots, heads), torch.int32, "cpu") for _ in cache.keys]
 
     @property
     def nbytes(self) -> int:

@@ -67,8 +67,8 @@ class PagedCache:
         shape = (num_blocks * block_size, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     @property
     def nbytes(self) -> int:
@@ -302,7 +302,7 @@ def reference_paged_attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tens
     return out
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """On the CPU, pages that the system zeroes when they are first touched: `torch.zeros` writes every one (9 s for 4 GB)."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

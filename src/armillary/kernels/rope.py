@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from armillary.kernels.training_library import call, operator, plain, require, takes
 
+FAR = 1 << 16  # a position from which on a float32 product of position and frequency is too coarse an angle
+
 
 def rope_angles(positions: Tensor, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of every position, once a forward pass for all layers.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from armillary.core.errors import InputError
 
 PAGE = 16  # tokens of a page that queries select: a tile of the native cache (cpu/page_select.h)
+UNIT = 128  # tokens of a unit that is looked up (block_memory.py) ...
+REPRESENTATIVES = 4  # ... by as many of its keys
 MAX_SINKS = 512  # kSegment of cpu/attention.h
 
 

@@ -51,7 +51,7 @@ class EngineConfig(Config):
         "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
     )
     kv_policy: str = "dense"
-    """What is kept of keys and values, and read: dense, streaming, h2o, quest or minference."""
+    """What is kept of keys and values, and read: dense, streaming, h2o, quest, minference or infllm."""
     kv_sinks: int = Field(4, ge=0, le=4096)
     """First tokens that a bounded KV policy always keeps."""
     kv_window: int = Field(1024, ge=1, le=1 << 24)

@@ -10,7 +10,6 @@ from typing import Final, Literal
 from armillary.cluster.cgroup import cgroup_limits
 from armillary.core.errors import CapacityError, InputError
 from armillary.core.units import format_bytes
-from armillary.kernels.seen import PAGE, page_bound_bytes
 from armillary.models.config import ModelConfig
 from armillary.serve.config import EngineConfig
 
@@ -56,8 +55,7 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_b
             field="context",
         )
     per_token = kv_bytes_per_token(model, config.kv_dtype) + draft_bytes
-    if config.kv.seen.pages:
-        per_token += model.num_layers * model.num_kv_heads * page_bound_bytes(model.head_dim) // PAGE
+    per_token += model.num_layers * model.num_kv_heads * config.kv.beside(model.head_dim)
     if config.kv_blocks is None and config.kv_memory is None:
         each = -(-context // config.block_size)
         most = config.max_running * (each if config.kv.most_blocks is None else min(each, config.kv.most_blocks))

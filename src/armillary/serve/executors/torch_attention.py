@@ -9,6 +9,7 @@ from torch import Tensor
 
 from armillary.core.errors import InputError
 from armillary.kernels.attention import Attend, AttentionSpec
+from armillary.kernels.block_memory import BlockMemory
 from armillary.kernels.heavy_hitters import Budget, HeavyHitters
 from armillary.kernels.paged_attention import PagedAttend, PagedCache, Span
 from armillary.kernels.rolling_attention import RollingAttend
@@ -18,6 +19,7 @@ from armillary.models.rope import inverse_frequencies
 from armillary.serve.executors.pattern_search import load_patterns
 from armillary.serve.kv_policies import KVPolicy
 from armillary.serve.kv_policies.h2o import H2O
+from armillary.serve.kv_policies.infllm import InfLLM
 from armillary.serve.kv_policies.minference import MInference
 
 Attention = Callable[[Sequence[Span]], Attend]
@@ -32,12 +34,15 @@ def attention_of(kv: KVPolicy, cache: PagedCache, config: ModelConfig) -> tuple[
         return state.attend, state.nbytes
     if isinstance(kv, MInference):
         return _sparse_prefill(kv, cache, config), 0
+
+    def frequencies(spec: AttentionSpec) -> Tensor:
+        local = config.local_rope if spec.window is not None else None
+        return inverse_frequencies(local if local is not None else config.rope, config.head_dim)
+
+    if isinstance(kv, InfLLM):
+        memory = BlockMemory(cache, kv.near, kv.units, frequencies)
+        return memory.attend, memory.nbytes
     if kv.seen.rolling:
-
-        def frequencies(spec: AttentionSpec) -> Tensor:
-            local = config.local_rope if spec.window is not None else None
-            return inverse_frequencies(local if local is not None else config.rope, config.head_dim)
-
         return lambda spans: RollingAttend(cache, spans, kv.seen, frequencies), 0
     return lambda spans: PagedAttend(cache, spans), 0
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from armillary.kernels.low_rank import Layer
 from armillary.kernels.packed_linear import choose_library, pack
 from armillary.kernels.paged_attention import PagedCache
+from armillary.kernels.rope import FAR
 from armillary.models.decoder import Decoder
 from armillary.serve.executors.forward import FlatBatch, Logits
 from armillary.serve.executors.torch_adapters import Adapted, TorchAdapter
 from armillary.serve.executors.torch_attention import attention_of
 from armillary.serve.kv_policies import DENSE, KVPolicy
-
-FAR = 1 << 16  # a position from which on a float32 angle is too coarse
 
 
 class TorchForward:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from armillary.serve.kv_policies.h2o import H2O
+from armillary.serve.kv_policies.infllm import InfLLM
 from armillary.serve.kv_policies.minference import MInference
 from armillary.serve.kv_policies.policy import Dense, KVPolicy, Options
 from armillary.serve.kv_policies.quest import Quest
@@ -19,6 +20,7 @@ _POLICIES: Final[dict[str, Callable[[Options], KVPolicy]]] = {
     "h2o": H2O,
     "quest": Quest,
     "minference": MInference,
+    "infllm": InfLLM,
 }
 DENSE: Final = Dense(Options(block_size=16, max_batch_tokens=512, sinks=0, window=0, budget=0, dense_layers=0))
 

@@ -27,3 +27,6 @@ class H2O(Dense):
     @property
     def most_blocks(self) -> int:
         return -(-(self.heavy + self.recent) // self.options.block_size) + 1
+
+    def beside(self, head_dim: int) -> int:
+        return 8  # its position and what it was attended

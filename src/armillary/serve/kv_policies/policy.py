@@ -71,6 +71,10 @@ class KVPolicy(Protocol):
         """What a query reads."""
         ...
 
+    def beside(self, head_dim: int) -> int:
+        """Bytes that a token takes beside its key and value, for each layer and key/value head."""
+        ...
+
     def dropped(self, computed: int) -> int:
         """How many blocks after the sinks' no query from position `computed` on reads."""
         ...
@@ -104,6 +108,9 @@ class Dense:
     @property
     def seen(self) -> Seen:
         return Seen()
+
+    def beside(self, head_dim: int) -> int:
+        return 0
 
     def dropped(self, computed: int) -> int:
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from armillary.core.errors import InputError
-from armillary.kernels.seen import PAGE, Seen
+from armillary.kernels.seen import PAGE, Seen, page_bound_bytes
 from armillary.serve.kv_policies.policy import Backend, Dense, Options
 
 
@@ -38,6 +38,9 @@ class Quest(Dense):
     @property
     def seen(self) -> Seen:
         return Seen(pages=self.options.budget // PAGE, dense_layers=self.options.dense_layers)
+
+    def beside(self, head_dim: int) -> int:
+        return -(-page_bound_bytes(head_dim) // PAGE)
 
     def shareable(self, prompt: int, computed: int) -> int:
         return min(prompt, computed)
