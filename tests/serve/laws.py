@@ -103,6 +103,9 @@ class Guesser:
         assert tokens > 0
         assert duration >= 0
 
+    def laws(self, request):
+        return ()
+
     def forget(self, request):
         assert request.finish_reason is not None
 

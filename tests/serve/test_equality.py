@@ -88,6 +88,9 @@ class Prompter:
     def ran(self, tokens, duration):
         pass
 
+    def laws(self, request):
+        return ()
+
     def forget(self, request):
         pass
 

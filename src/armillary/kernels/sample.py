@@ -46,6 +46,13 @@ def draw(row: Tensor, peak: float, temperature: float, top_k: int, top_p: float,
 
 def reference(row: Tensor, peak: float, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
     """The same in plain torch, on the row's device."""
+    mass = weights_of(row, peak, temperature, top_k, top_p, min_p).cumsum(0)
+    total = int(mass[-1])
+    return int(torch.searchsorted(mass, min(int(u * total), total - 1), right=True))
+
+
+def weights_of(row: Tensor, peak: float, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """What each token weighs in the draw: int64 [vocabulary]. Over their sum they are its distribution."""
     size = _vocabulary(row)
     x = (row.float() - peak) / temperature  # in this order: a tiny temperature must not turn large logits into infinities
     weights = (x.double().exp() * ONE).round().long()
@@ -68,9 +75,7 @@ def reference(row: Tensor, peak: float, temperature: float, top_k: int, top_p: f
         weights = torch.zeros_like(weights).index_copy(0, tokens, weights[tokens])
     if min_p > 0.0:
         weights = weights.where(weights >= math.ceil(min_p * ONE), 0)
-    mass = weights.cumsum(0)
-    total = int(mass[-1])
-    return int(torch.searchsorted(mass, min(int(u * total), total - 1), right=True))
+    return weights
 
 
 def _vocabulary(row: Tensor) -> int:

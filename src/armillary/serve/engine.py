@@ -313,6 +313,7 @@ class Engine:
         with self._lock:
             for request, tokens, bound in zip(wanting, proposed, most, strict=True):
                 request.drafts = tuple(tokens[:bound])
+                request.draft_laws = drafter.laws(request) if request.drafts else ()
 
     def _apply(self, schedule: Schedule, scheduled: dict[str, Request]) -> Plan:
         """Carry out what the schedule says about memory and seats; give the batch."""

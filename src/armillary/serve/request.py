@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from armillary.serve.constraint import Constraint
     from armillary.serve.text import TextStream
 
@@ -89,6 +91,7 @@ class Request:
     number: int = 0  # in the order of submission
     output: list[int] = field(default_factory=list)
     drafts: tuple[int, ...] = ()  # proposed for what follows the known tokens, to be verified in the next iteration
+    draft_laws: tuple[Tensor, ...] = ()  # what each draft was drawn from [vocabulary]; empty where they were named outright
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # block table
     dropped: int = 0  # blocks that its KV policy has taken out of the table's middle

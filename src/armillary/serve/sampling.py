@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError
-from armillary.kernels.sample import draw, reference
+from armillary.kernels.sample import draw, reference, weights_of
 from armillary.serve.request import Request, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # as in vLLM: below this temperature the division would only add rounding errors
@@ -117,12 +117,29 @@ def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[To
     ]
 
 
-def uniform(request: Request, position: int, seed: int | None = None) -> float:
-    """The number in [0, 1) that decides `request`'s draw of the token at `position`: a hash of (seed, position), 53 bits."""
+def law(logits: Tensor, row: Row) -> Tensor:
+    """The distribution from which `row`'s token is drawn, float64 [vocab], from its logits [vocab] (temperature over 0).
+
+    Raises SamplingError where nothing can be drawn.
+    """
+    params = row.request.sampling
+    values = reshape(logits, row) if row.reshaped else logits
+    peak = float(values.max())
+    if not math.isfinite(peak):
+        raise _unusable(row, peak)
+    weights = weights_of(values, peak, params.temperature, params.top_k, params.top_p, params.min_p).double()
+    return weights / weights.sum()
+
+
+def uniform(request: Request, position: int, seed: int | None = None, purpose: str = "") -> float:
+    """The number in [0, 1) that decides `request`'s draw of the token at `position`: a hash of (seed, position), 53 bits.
+
+    Numbers for another `purpose` are independent of it.
+    """
     own = request.sampling.seed
     shared = _SALT.hex() if seed is None else f"engine {seed}"
     key = f"{shared} {request.id}" if own is None else f"seed {own}"
-    digest = hashlib.blake2b(f"{key} {position}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{key} {position}{purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 

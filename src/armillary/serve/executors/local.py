@@ -12,6 +12,7 @@ from armillary.serve.executors.forward import FlatBatch, Forward, Span
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.sampling import Row, SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
+from armillary.serve.speculation.verification import accept
 
 
 class LocalExecutor:
@@ -67,9 +68,13 @@ class LocalExecutor:
         scores: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
         failed: list[tuple[int, Exception]] = []
         peaks = (computed.peak[:count], computed.best[:count]) if computed.peak is not None and computed.best is not None else None
-        results = iter(sample(logits[:count], [row for i in drawn for row in _rows(requests[i], entries[i])], self._seed, peaks))
+        draws = [row for i in drawn for row in _rows(requests[i], entries[i])]
+        results = sample(logits[:count], draws, self._seed, peaks)
+        first = 0
         for i in drawn:
-            found = _accepted(entries[i], requests[i], [next(results) for _ in range(1 + entries[i].drafts)])
+            part = slice(first, first + 1 + entries[i].drafts)
+            found = accept(draws[part], results[part], logits[part], self._seed)
+            first = part.stop
             if isinstance(found, SamplingError):
                 failed.append((i, found))
             else:
@@ -104,15 +109,3 @@ def _rows(request: Request, entry: Entry) -> list[Row]:
     drafts = request.drafts[: entry.drafts]
     masks = request.constraint.mask(drafts) if request.constraint is not None else [None] * (1 + len(drafts))
     return [Row(request, drafts[:ahead], mask) for ahead, mask in enumerate(masks)]
-
-
-def _accepted(entry: Entry, request: Request, drawn: Sequence[TokenLogprob | SamplingError]) -> tuple[TokenLogprob, ...] | SamplingError:
-    """Of the tokens drawn after 0, 1, ... drafts those whose drafts were right. What cannot be drawn now is tried without drafts."""
-    tokens: list[TokenLogprob] = []
-    for ahead, result in enumerate(drawn):
-        if isinstance(result, SamplingError):
-            return tuple(tokens) if tokens else result
-        tokens.append(result)
-        if ahead < entry.drafts and result.token != request.drafts[ahead]:
-            break
-    return tuple(tokens)

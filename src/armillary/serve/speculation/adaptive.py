@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from armillary.core.clock import Clock, RealClock
 from armillary.serve.request import Request
 from armillary.serve.speculation.drafter import Proposer
@@ -85,6 +87,9 @@ class Adaptive:
             if not tokens:
                 one.accepted, one.tried = one.accepted * RECOVERY, one.tried * RECOVERY
         return proposed
+
+    def laws(self, request: Request) -> tuple[Tensor, ...]:
+        return self._proposer.laws(request)
 
     def state(self) -> dict[str, Any]:
         """What people who watch see: who proposes, how many tokens at last, what is believed of acceptance and cost."""

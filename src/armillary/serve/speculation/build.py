@@ -60,7 +60,15 @@ def build_drafter(
     else:
         name, drafting, context = draft.name, draft_forward(draft), draft.config.max_context
     assert config.kv_blocks is not None
-    model = DraftModel(name, drafting, num_blocks=config.kv_blocks, block_size=config.block_size, context=context, seed=config.seed)
+    model = DraftModel(
+        name,
+        drafting,
+        num_blocks=config.kv_blocks,
+        block_size=config.block_size,
+        context=context,
+        seed=config.seed,
+        deterministic=config.deterministic,
+    )
     return Adaptive(model, config.draft_tokens, clock)
 
 

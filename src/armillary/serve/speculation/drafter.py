@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from armillary.serve.request import Request
 
 
@@ -21,17 +23,23 @@ class Proposer(Protocol):
         """Up to `most[i]` tokens that may follow what `requests[i]`, which is decoding, knows; none is no loss."""
         ...
 
+    def laws(self, request: Request) -> tuple[Tensor, ...]:
+        """What each token last proposed for `request` was drawn from [vocabulary]; none where they were named outright."""
+        ...
+
     def forget(self, request: Request) -> None:
         """The request has ended; it may never have been proposed for."""
         ...
 
 
 class Drafter(Protocol):
-    """What an engine asks, and tells what came of it; `propose` and `forget` are a proposer's."""
+    """What an engine asks, and tells what came of it; `propose`, `laws` and `forget` are a proposer's."""
 
     name: str
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> Sequence[tuple[int, ...]]: ...
+
+    def laws(self, request: Request) -> tuple[Tensor, ...]: ...
 
     def forget(self, request: Request) -> None: ...
 

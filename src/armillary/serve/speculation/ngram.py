@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from armillary.serve.request import Request
 
 WORD = array("i").itemsize
@@ -27,6 +29,9 @@ class NGram:
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[tuple[int, ...]]:
         return [self._continued(request, bound) if bound else () for request, bound in zip(requests, most, strict=True)]
+
+    def laws(self, request: Request) -> tuple[Tensor, ...]:
+        return ()
 
     def forget(self, request: Request) -> None:
         self._known.pop(request.id, None)
