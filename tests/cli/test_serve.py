@@ -92,7 +92,20 @@ def test_it_is_run_as_it_is_told(tiny_model: Path, tmp_path: Path) -> None:
     """Keys with limits, an access log, stories, the trace; and SIGTERM lets the answer in flight be finished."""
     keys, log = tmp_path / "keys.toml", tmp_path / "access.jsonl"
     keys.write_text('[alice]\nkey = "from the file"\nrequests_per_minute = 3\n')
-    options = ("--keys", keys, "--api-key", "one", "--api-key", "two", "--access-log", log, "--explain", "--allow-debug", "--max-wait", 60)
+    options = (
+        "--keys",
+        keys,
+        "--api-key",
+        "one",
+        "--api-key",
+        "two",
+        "--access-log",
+        log,
+        "--explain",
+        "--allow-debug",
+        "--shed-after",
+        60,
+    )
     with serving("serve", tiny_model, "--port", "0", "--threads", "1", *options) as (process, url):
         assert [ask(f"{url}/v1/models", key=key)[0] for key in ("one", "two", "from the file", "three")] == [200, 200, 200, 401]
         assert ask(f"{url}/debug/trace?seconds=0.01", key="one")[0] == 200

@@ -19,7 +19,7 @@ def test_options_that_an_encoder_carries_out_pass(monkeypatch: pytest.MonkeyPatc
     [
         ({"policy": "orca"}, {}, "policy"),
         ({"quantize": "int4"}, {}, "quantize"),
-        ({}, {"max_wait": 3.0}, "max_wait"),
+        ({}, {"shed_after": 3.0}, "shed_after"),
         ({}, {"explain": True}, "explain"),
     ],
 )

@@ -25,6 +25,8 @@ def test_every_option_of_the_configuration_has_its_flag() -> None:
     assert {field.name for field in fields(EngineFlags)} == set(EngineConfig.model_fields)
     assert {field.name for field in fields(ServerFlags)} == set(ServerConfig.model_fields)
     assert {field.name for field in fields(FleetFlags)} == set(FleetConfig.model_fields)
+    names = [field.name for flags in (EngineFlags, ServerFlags, FleetFlags) for field in fields(flags)]
+    assert len(names) == len(set(names)), "a verb takes them all, so no flag may stand for two options"
 
 
 def test_default_then_file_then_environment_then_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def operations(server: Any, trace: Trace | None) -> Operations:
         check_installed()
     return Operations(
         max_queued_kv=server.max_queued_kv,
-        max_wait=server.max_wait,
+        shed_after=server.shed_after,
         access_log=AccessLog.open(server.access_log) if server.access_log is not None else None,
         debug_trace=trace if server.allow_debug else None,
     )

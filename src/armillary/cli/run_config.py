@@ -27,7 +27,7 @@ class ServerConfig(Config):
     """Listen on other addresses than this machine's own without a key."""
     drain_seconds: float = Field(30.0, ge=0, le=86_400)
     """How long SIGTERM lets the answers in flight go on, while new requests are refused."""
-    max_wait: float | None = Field(None, gt=0, le=86_400)
+    shed_after: float | None = Field(None, gt=0, le=86_400)
     """Seconds that a request may be expected to wait; more is refused (429). None takes any."""
     max_queued_kv: float = Field(64.0, gt=0, le=1e9)
     """What the waiting requests may need of the KV cache, in pools; more is refused (429)."""

@@ -135,7 +135,7 @@ class ServerFlags:
         bool | None, Parameter(negative=(), group=_SERVER, show_default=False, help="Listen on other addresses without a key.")
     ] = None
     drain_seconds: Annotated[float | None, _flag("How long SIGTERM lets answers in flight go on (default 30).", _SERVER)] = None
-    max_wait: Annotated[
+    shed_after: Annotated[
         float | None, _flag("Seconds that a request may be expected to wait; more is refused with 429 (default: any).", _SERVER)
     ] = None
     max_queued_kv: Annotated[

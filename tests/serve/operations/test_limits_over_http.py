@@ -125,7 +125,7 @@ def test_every_answer_has_a_request_id(limited):
 
 
 def test_a_wait_that_would_be_too_long_is_refused_with_its_numbers(tmp_path):
-    world = World(tmp_path, config={"max_running": 1}, operations=Operations(max_wait=0.05))
+    world = World(tmp_path, config={"max_running": 1}, operations=Operations(shed_after=0.05))
     world.typist.delay = 0.02
     for _ in range(3):
         assert world.http.post(CHAT, json={**HELLO, "max_tokens": 5}).status_code == 200

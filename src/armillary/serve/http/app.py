@@ -54,7 +54,7 @@ def create_app(
     keys = KeyRing.of([api_key]) if isinstance(api_key, str) else api_key
     limits = RateLimits(keys) if keys is not None else None
     engine, drain = service.engine, operations.drain
-    bounds = Bounds(engine.config.max_queue, engine.snapshot()["blocks"]["total"], operations.max_queued_kv, operations.max_wait)
+    bounds = Bounds(engine.config.max_queue, engine.snapshot()["blocks"]["total"], operations.max_queued_kv, operations.shed_after)
     occupancy = Occupancy(engine.clock, engine.limits.block_size, bounds)
     recent = RecentRequests(engine.clock)
     app = FastAPI(title="Armillary", version=__version__, docs_url=None, redoc_url=None)

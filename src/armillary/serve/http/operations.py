@@ -12,13 +12,13 @@ from armillary.serve.streams import Observer
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """`max_queued_kv`: KV pools' worth that may wait; `max_wait`: seconds that a request may be expected to, None for any.
+    """`max_queued_kv`: KV pools' worth that may wait; `shed_after`: seconds that a request may be expected to, None for any.
 
     `debug_trace` is what `/debug/trace` shows; without it that path refuses.
     """
 
     max_queued_kv: float = 64.0
-    max_wait: float | None = None
+    shed_after: float | None = None
     access_log: AccessLog | None = None
     drain: Drain = field(default_factory=Drain)
     debug_trace: Trace | None = None

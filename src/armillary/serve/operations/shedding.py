@@ -58,7 +58,7 @@ def refusal(load: Load, requests: int, blocks: int, bounds: Bounds) -> Refused |
         return _refused(
             f"{load.waiting:,} requests wait and {load.completions_per_second:.3g} end a second, so the wait would be "
             f"{load.expected_wait:.1f} s; the bound is {bounds.wait:g} s",
-            "--max-wait",
+            "--shed-after",
             load,
             load.waiting - int(bounds.wait * (load.completions_per_second or 0.0)),
         )
