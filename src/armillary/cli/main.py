@@ -30,6 +30,7 @@ _VERBS = {
     "chat": "Talk to a model in the terminal.",
     "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
     "train": "Pre-train a new model, or fine-tune one, from a TOML file.",
+    "batch": "Answer a file of requests (JSON lines) without a server.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
     "models": "Models by name: list, pull, show, export, cache.",

@@ -25,6 +25,7 @@ def key_ring(server: Any) -> KeyRing | None:
 def operations(server: Any, trace: Trace | None) -> Operations:
     """All that needs no model, so that what is wrong with it is told before one is loaded. Raises InputError or MissingDependencyError."""
     from armillary.serve.http.access_log import AccessLog
+    from armillary.serve.http.file_store import FileStore
     from armillary.serve.http.operations import Operations
 
     if server.otel is not None:
@@ -36,6 +37,7 @@ def operations(server: Any, trace: Trace | None) -> Operations:
         shed_after=server.shed_after,
         access_log=AccessLog.open(server.access_log) if server.access_log is not None else None,
         debug_trace=trace if server.allow_debug else None,
+        files=FileStore(server.files_limit, server.files),
     )
 
 

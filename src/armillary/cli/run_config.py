@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from armillary.core.config import Config
+from armillary.core.config import Bytes, Config
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
 from armillary.serve.fleet.config import FleetConfig
@@ -37,6 +37,10 @@ class ServerConfig(Config):
     """Answer /debug/trace."""
     otel: str | None = Field(None, min_length=1, max_length=2048)
     """Where to send OpenTelemetry spans (OTLP over HTTP), such as http://localhost:4318/v1/traces."""
+    files: Path | None = None
+    """Folder that keeps uploaded files and batches over a restart; none keeps them in memory."""
+    files_limit: Bytes = Field(64 << 20, ge=1)
+    """Bytes of all uploaded files and results of batches."""
     explain: bool = False
     """Tell on stderr of every request that ends why it took as long as it did."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CARRIED_OUT = {
     "engine": ("context", "max_batch_tokens", "max_queue", "threads"),
-    "server": ("host", "port", "api_key", "keys", "allow_public", "drain_seconds", "access_log"),
+    "server": ("host", "port", "api_key", "keys", "allow_public", "drain_seconds", "access_log", "files", "files_limit"),
 }
 
 
@@ -46,11 +46,11 @@ def check_options(settled: Resolved[Any]) -> None:
 
     for key, source in settled.provenance.items():
         section, _, name = key.partition(".")
-        known = CARRIED_OUT.get(section)
-        if known is not None and source != "default" and name not in known:
+        known = CARRIED_OUT.get(section, ())
+        if name and source != "default" and name not in known:
             raise InputError(
                 f"{name} ({source}) means nothing to {settled.value.model}, which is an encoder",
-                f"leave it out; of these options an encoder knows {', '.join(known)}",
+                f"leave it out; of these options an encoder knows {', '.join(known) or 'none'}",
                 field=key,
             )
 

@@ -145,6 +145,10 @@ class ServerFlags:
     allow_debug: Annotated[
         bool | None, Parameter(negative=(), group=_SERVER, show_default=False, help="Answer /debug/trace?seconds=5 with a Perfetto trace.")
     ] = None
+    files: Annotated[Path | None, _flag("Folder that keeps uploaded files and batches over a restart (default: in memory).", _SERVER)] = (
+        None
+    )
+    files_limit: Annotated[str | None, _flag('All uploaded files and results of batches (default "64 MiB").', _SERVER)] = None
     otel: Annotated[
         str | None, _flag("Send OpenTelemetry spans there, such as http://localhost:4318/v1/traces (extra: otel).", _SERVER)
     ] = None

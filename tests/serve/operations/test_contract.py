@@ -53,7 +53,11 @@ def answered(operation, known: dict[str, str]) -> set[int]:
 def test_every_answer_is_described(world, schema):
     """Status, content type and body of each answer."""
     real = world.http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 3}).json()["id"]
-    known = {"model": "typist", "model_id": "typist", "response_id": real, "request_id": real}
+    file = world.http.post("/v1/files", data={"purpose": "batch"}, files={"file": b"{}"}).json()["id"]
+    batch = world.http.post("/v1/batches", json={"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}).json()[
+        "id"
+    ]
+    known = {"model": "typist", "model_id": "typist", "response_id": real, "request_id": real, "file_id": file, "batch_id": batch}
     statuses: dict[str, set[int]] = {}
     for operation in (found.ok() for found in schema.get_all_operations()):
         name = f"{operation.method.upper()} {operation.path}"

@@ -10,10 +10,11 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
-from armillary.serve.http import debug, endpoints, errors, messages, requests, responses
+from armillary.serve.http import batches, debug, endpoints, errors, files, messages, requests, responses
 from armillary.serve.http.drain import DrainGuard
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.exchange import Exchanges, Linked
+from armillary.serve.http.file_store import FileStore
 from armillary.serve.http.guards import LOOPBACK_HOSTS, HostGuard, KeyGuard
 from armillary.serve.http.metrics import Metrics
 from armillary.serve.http.openapi import describe
@@ -29,7 +30,17 @@ from armillary.serve.streams import Observers
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 OPEN_PATHS = ("/health",)
+GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by lines of batches too
 RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
+
+
+def endpoints_alone(service: Service, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The endpoints that generate, without guards and limits: for this process's own use, such as the lines of batches."""
+    inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    errors.install(inner)
+    for endpoints_of in (endpoints, responses, messages):
+        inner.include_router(endpoints_of.router(service, max_body_bytes))
+    return inner
 
 
 def create_app(
@@ -69,8 +80,11 @@ def create_app(
             limits.admit(group)  # last: what is not taken is not charged
 
     service.gate = gate
-    for endpoints_of in (endpoints, responses, messages):
-        app.include_router(endpoints_of.router(service, max_body_bytes))
+    inner = endpoints_alone(service, max_body_bytes)
+    app.include_router(inner.router)
+    store = operations.files if operations.files is not None else FileStore()
+    app.include_router(files.router(store))
+    app.include_router(batches.router(inner, store, GENERATING))
     app.include_router(requests.router(service, recent))
     app.include_router(debug.router(service, operations.debug_trace))
 

@@ -13,17 +13,27 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from armillary import __version__
 from armillary.core.errors import InputError
 from armillary.serve.embedder import EncoderService
-from armillary.serve.http import embeddings, errors
+from armillary.serve.http import batches, embeddings, errors, files
 from armillary.serve.http.app import MAX_BODY_BYTES, OPEN_PATHS
 from armillary.serve.http.drain import DrainGuard
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.exchange import Exchanges
+from armillary.serve.http.file_store import FileStore
 from armillary.serve.http.guards import LOOPBACK_HOSTS, HostGuard, KeyGuard
 from armillary.serve.http.operations import Operations
 from armillary.serve.http.rate_limits import RateGuard, RateLimits
 from armillary.serve.operations.keys import KeyRing
 
+EMBEDDING = ("/v1/embeddings", "/v1/rerank")  # by lines of batches too
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+
+
+def endpoints_alone(service: EncoderService, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The endpoints that embed, without guards: for this process's own use, such as the lines of batches."""
+    inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    errors.install(inner)
+    inner.include_router(embeddings.router(service, max_body_bytes))
+    return inner
 
 
 def create_encoder_app(
@@ -41,7 +51,11 @@ def create_encoder_app(
     drain = operations.drain
     app = FastAPI(title="Armillary", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
-    app.include_router(embeddings.router(service, max_body_bytes))
+    inner = endpoints_alone(service, max_body_bytes)
+    app.include_router(inner.router)
+    store = operations.files if operations.files is not None else FileStore()
+    app.include_router(files.router(store))
+    app.include_router(batches.router(inner, store, EMBEDDING))
     registry = CollectorRegistry()
     registry.register(_Metrics(service))
 

@@ -42,6 +42,13 @@ def current() -> Exchange | None:
     return _current.get()
 
 
+def begin_apart(path: str) -> None:
+    """From here on this task runs for an exchange of its own, with the key of the one that it came from."""
+    parent = _current.get()
+    key = parent.key if parent is not None else None
+    _current.set(Exchange(f"req-{secrets.token_hex(12)}", "POST", path, Headers(), time.perf_counter_ns(), key))
+
+
 class Exchanges:
     """The outermost layer: begins an exchange, gives its answer an `x-request-id`, and tells `listeners` when it is over."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from armillary.core.trace import Trace
 from armillary.serve.http.access_log import AccessLog
 from armillary.serve.http.drain import Drain
+from armillary.serve.http.file_store import FileStore
 from armillary.serve.streams import Observer
 
 
@@ -23,3 +24,4 @@ class Operations:
     drain: Drain = field(default_factory=Drain)
     debug_trace: Trace | None = None
     observers: tuple[Observer, ...] = ()
+    files: FileStore | None = None  # None: in memory, within its default bound
