@@ -1,9 +1,8 @@
-"""What the serving features buy, ours beside a peer that has them, in one run. So far: the prefix cache.
+"""What the serving features buy: every case in turn, each a program of its own that prints a table.
 
-    python bench/serving.py --publish [--force]      # wants a quiet machine; a few minutes
+    python bench/serving.py --publish [--force] [--only drafts,quest]      # wants a quiet machine; half an hour
 
-16 requests share their first 1,024 tokens and end in 16 of their own; one after another, each until its first token. Every side is a
-process of its own. vLLM runs where bench/peers/setup.sh vllm has set it up ($ARMILLARY_PEER_VLLM, or .venv-peers/vllm).
+A case that is named with `--only` replaces its part of bench/results/serving.md, the others stay as they were measured.
 """
 
 from __future__ import annotations
@@ -11,102 +10,93 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+import time
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-from cases import TEXT
-from peers.prefix import Prefix
-from prefix_ours import VARIANTS
-from sides import HERE, hf_folder, peer_python, run_side
+from sides import HERE
 
 from armillary.cluster.machine import describe
-from armillary.models.load import load
 
 QUIET = 0.5  # load average above which timings mean nothing
-REQUESTS, SHARED, OWN = 16, 1024, 16
-BARS = (  # ours, against, at least
-    (("armillary", "fp32"), ("armillary", "fp32, no prefix cache"), 10.0),
-    (("armillary", "int4"), ("armillary", "int4, no prefix cache"), 10.0),
-    (("armillary", "fp32"), ("vllm", "fp32"), 1.5),
-    (("armillary", "int4"), ("vllm", "fp32"), 1.5),
-)
+WAIT = 300  # seconds that a case waits for the machine to be quiet after the one before
+CASES = {  # title, program and arguments
+    "prefix": ("Prefix cache", ["prefix.py"]),
+    "drafts": ("Speculative decoding", ["drafts.py"]),
+    "quest": ("Quest: decoding at a long context", ["quest.py"]),
+}
+TIMEOUT = 1800  # seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every side (default: all cores)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a side may take")
-    parser.add_argument("--publish", action="store_true", help="write bench/results/serving.{json,md}; wants a quiet machine")
-    parser.add_argument("--force", action="store_true", help="publish although the machine is not quiet")
+    parser.add_argument("--only", default=",".join(CASES), help=f"cases, separated by commas: {', '.join(CASES)}")
+    parser.add_argument("--publish", action="store_true", help="write bench/results/serving.{json,md}")
+    parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
-    before = os.getloadavg()[0]
-    if before > QUIET and options.publish and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
-        return 2
-    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "prefix.json"
-        prepare(options.threads).save(path)
-        sides = [("armillary", variant, sys.executable, ["prefix_ours", str(path), variant]) for variant in VARIANTS]
-        python = peer_python("vllm")
-        if python is None:
-            print("vllm: not set up here, left out (bench/peers/setup.sh vllm)")
-        else:
-            sides.append(("vllm", "fp32", python, ["peers.vllm_prefix", str(path)]))
-        for side, variant, interpreter, arguments in sides:
-            for result in run_side(f"{side} {variant}", interpreter, arguments, options.timeout):
-                found[side, variant] = result
-    text = page(found, options.threads, before)
-    print(f"\n{text}")
-    if options.publish:
-        (HERE / "results" / "serving.md").write_text(text)
-        (HERE / "results" / "serving.json").write_text(json.dumps({"prefix": list(found.values()), "load": before}, indent=1) + "\n")
-    return 0 if {("armillary", variant) for variant in VARIANTS} <= found.keys() else 1
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"no case is called {unknown[0]!r}: choose from {', '.join(CASES)}")
+    stored = HERE / "results" / "serving.json"
+    found: dict[str, dict[str, object]] = json.loads(stored.read_text()) if stored.exists() else {}
+    failed: list[str] = []
+    for name in names:
+        if not options.force and not quiet():
+            print(f"{name}: not measured, the load average is {os.getloadavg()[0]:.2f}", file=sys.stderr)
+            return 2
+        title, (program, *arguments) = CASES[name]
+        before = os.getloadavg()[0]
+        print(f"## {title}", flush=True)
+        command = [sys.executable, str(HERE / program), *arguments, "--force"]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False, cwd=HERE.parent)
+        print(result.stdout, flush=True)
+        if result.returncode:
+            failed.append(name)
+            continue
+        load = [round(before, 2), round(os.getloadavg()[0], 2)]
+        found[name] = {
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "load": load,
+            "command": f"python bench/{' '.join(CASES[name][1])}",
+            "text": result.stdout,
+        }
+        if options.publish:
+            stored.write_text(json.dumps(found, indent=1) + "\n")
+            (HERE / "results" / "serving.md").write_text(page(found))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
-def prepare(threads: int) -> Prefix:
-    loaded = load("smollm2")
-    tokens = loaded.tokenizer.encode(TEXT.read_text(), special=False)
-    shared, rest = tokens[:SHARED], tokens[SHARED:]
-    assert len(rest) >= OWN * REQUESTS, "the text is too short"
-    prompts = tuple((*shared, *rest[OWN * index : OWN * (index + 1)]) for index in range(REQUESTS))
-    warm = tuple(tokens[::-1][: SHARED + OWN])
-    return Prefix(prompts, warm, SHARED, str(hf_folder(loaded)), str(loaded.source_path), threads)
+def quiet() -> bool:
+    """Waits for the work of the case before to leave the one-minute load average."""
+    until = time.monotonic() + WAIT
+    while os.getloadavg()[0] > QUIET:
+        if time.monotonic() > until:
+            return False
+        time.sleep(5)
+    return True
 
 
-def page(found: Mapping[tuple[str, str], Mapping[str, Any]], threads: int, load_before: float) -> str:
-    first = {key: result["seconds"][0] for key, result in found.items()}
-    later = {key: statistics.median(result["seconds"][1:]) for key, result in found.items()}
+def page(found: dict[str, dict[str, object]]) -> str:
     lines = [
         "# What the serving features buy",
         "",
-        f"{describe().cpu}, {threads} threads, SmolLM2-135M. `python bench/serving.py`, {datetime.now(UTC):%Y-%m-%d}.",
-        f"Load average {load_before:.2f} before, {os.getloadavg()[0]:.2f} after (the bench's own threads included).",
+        f"{describe().cpu}, {len(os.sched_getaffinity(0))} threads, SmolLM2-135M. `python bench/serving.py`.",
         "",
-        "## Prefix cache",
-        "",
-        f"{REQUESTS} requests that share their first {SHARED:,} tokens and end in {OWN} of their own, one after another. Time to first token;"
-        " that of the first request is a single measurement.",
-        "",
-        "| | first request | the others, median | slowest of the others |",
-        "|---|---:|---:|---:|",
     ]
-    for key, result in found.items():
-        name = f"{'Armillary' if key[0] == 'armillary' else 'vLLM, compiled, with its prefix cache'}, {key[1]}"
-        lines.append(f"| {name} | {1e3 * first[key]:,.0f} ms | {1e3 * later[key]:,.1f} ms | {1e3 * max(result['seconds'][1:]):,.1f} ms |")
-    lines += ["", "| the others, median | against | times as fast | bar | met |", "|---|---|---:|---:|---|"]
-    for ours, other, least in BARS:
-        if ours in later and other in later:
-            ratio = later[other] / later[ours]
-            lines.append(f"| {', '.join(ours)} | {', '.join(other)} | {ratio:.1f} | {least:g} | {'yes' if ratio >= least else 'no'} |")
-    exact = {tuple(result["tokens"]) for key, result in found.items() if key[1].startswith("fp32")}
-    lines += ["", f"First tokens of all fp32 sides are {'the same' if len(exact) == 1 else 'NOT the same'}.", ""]
+    for name, (title, _) in CASES.items():
+        if name in found:
+            case = found[name]
+            lines += [
+                f"## {title}",
+                "",
+                f"`{case['command']}`, {case['date']}; load average before and after: {case['load']}.",
+                "",
+                str(case["text"]).strip(),
+                "",
+            ]
     return "\n".join(lines)
 
 
