@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import socket
 import threading
@@ -117,6 +118,18 @@ def test_a_client_that_leaves_is_logged_as_such(limited):
     (line,) = logged(limited, 1)
     assert line["client_left"]
     assert line["finish_reasons"] == ["cancelled"]
+
+
+def test_answers_are_counted_by_their_status(limited):
+    def count(status: int) -> float:
+        text = limited.http.get("/metrics", headers=bearer("free-key")).text
+        found = re.findall(rf'^armillary_http_answers_total{{.*status="{status}"}} (\S+)$', text, re.MULTILINE)
+        return float(found[0]) if found else 0.0
+
+    before = count(404), count(401)
+    limited.http.get("/nowhere", headers=bearer("free-key"))
+    limited.http.get("/nowhere")
+    assert (count(404) - before[0], count(401) - before[1]) == (1, 1)
 
 
 def test_every_answer_has_a_request_id(limited):

@@ -119,5 +119,6 @@ def create_app(
             expose_headers=["x-request-id", "x-armillary-ignored", "retry-after", *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(HostGuard, allowed=allowed_hosts)
-    app.add_middleware(Exchanges, listeners=[operations.access_log] if operations.access_log is not None else [])
+    logs = [operations.access_log] if operations.access_log is not None else []
+    app.add_middleware(Exchanges, listeners=[metrics.answered, *logs])
     return app

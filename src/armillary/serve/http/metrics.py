@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from armillary.serve.http.exchange import Exchange
 from armillary.serve.http.fleet_metrics import fleet_metrics
 from armillary.serve.request import Event, Request
 
@@ -67,9 +68,20 @@ class Metrics:
         self._decode = histogram("request_decode_seconds", "From the first token to the last", SECONDS)
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a finished request", TOKENS)
         self._generated = histogram("request_generated_tokens", "Generated tokens of a finished request", TOKENS)
+        self._answers = Counter(
+            "armillary_http_answers",
+            "HTTP requests that ended, by status; none: the client went first",
+            ["model_name", "status"],
+            registry=own,
+        )
+        self._model = service.model_name
         self._last: dict[Request, int] = {}  # when each unfinished request's latest token came
         own.register(_EngineState(service))
         self._registry.register(_Both(own, vllm_names))
+
+    def answered(self, exchange: Exchange) -> None:
+        """An HTTP request is over."""
+        self._answers.labels(self._model, str(exchange.status or "none")).inc()
 
     def submitted(self, request: Request) -> None: ...
 
