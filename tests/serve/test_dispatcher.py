@@ -101,7 +101,7 @@ def test_the_loser_of_a_hedge_is_cancelled_and_none_of_its_tokens_is_streamed():
 
 def test_nothing_is_hedged_when_the_seats_are_taken_or_the_budget_is_spent():
     world = slow_world(tail="hedged")
-    world.dispatcher._hedging = Hedging(budget=0.0)
+    world.dispatcher.watch.hedging = Hedging(budget=0.0)
     world.replicas[1].slow = 1000.0
     world.submit("a", [1] * 8, 2)
     world.submit("b", [2] * 8, 2)
@@ -219,7 +219,7 @@ def sessions(router, rounds=12, count=24):
         history = [rng.randrange(50) for _ in range(64)]
         world.submit("probe", history, 0)
         ticket = world.dispatcher.tickets["probe"]
-        state = world.dispatcher._state(ticket, world.dispatcher.members)
+        state = world.dispatcher.state(ticket, world.dispatcher.members)
         world.dispatcher.cancel("probe")
         if pinned.step(state).replica == 0 or len(histories) % 4 == 3:
             histories.append(history)

@@ -1,4 +1,4 @@
-"""Where each request runs, and what becomes of it when its replica is late, slow, silent or dead."""
+"""Where each request runs, and what becomes of it when its replica is gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Final
 
 from armillary.core.clock import Clock
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
-from armillary.core.units import format_duration
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend
@@ -20,18 +19,16 @@ from armillary.serve.fleet.latencies import Latencies
 from armillary.serve.fleet.member import Attempt, Link, Member, Stage, Ticket
 from armillary.serve.fleet.messages import Message, pack_request, unpack_error, unpack_token
 from armillary.serve.fleet.stories import Stories
+from armillary.serve.fleet.watch import LOOK, Watch
 from armillary.serve.policies import routing
-from armillary.serve.policies.routing.hedging import HedgeState, Hedging
-from armillary.serve.policies.routing.probation import Probation, Pulse
+from armillary.serve.policies.routing.hedging import Hedging
+from armillary.serve.policies.routing.probation import Probation
 from armillary.serve.policies.routing.state import RouteState, shortest
 from armillary.serve.prefix_cache import known_names
 from armillary.serve.request import Event, FinishReason, Request
 from armillary.serve.schedule import Limits
 
 MOST_DEATHS: Final = 3  # replicas that may die under a request before it is the request's fault
-OLDEST: Final = 256  # requests without a token that are looked at for hedging
-LOOK: Final = 5_000_000  # ns between two looks at them
-GOOD: Final = 64  # requests in a row, none too slow, after which a replica's convictions are forgotten
 
 Announce = Callable[[Request, Event], None]
 
@@ -87,17 +84,14 @@ class Dispatcher:
         self.tickets: dict[str, Ticket] = {}
         self._announce = announce
         self._eos = frozenset(eos_ids)
-        self._probation = probation or Probation(silence=round(config.silence * 1e9))
-        self._hedging = hedging or Hedging(config.hedge_budget)
-        self._latencies = Latencies()
+        self.latencies = Latencies()
         self._attempts: dict[int, Attempt] = {}
         self._numbers = itertools.count()
-        self._unanswered: dict[str, Ticket] = {}
+        self.unanswered: dict[str, Ticket] = {}
         self._homeless: deque[Ticket] = deque()  # there is no replica for them now
         self._token_bytes = token_bytes
         self.handover = Handover(exchange)
-        self._look = look
-        self._ticked = self._looked = clock.now()
+        self.watch = Watch(self, probation or Probation(silence=round(config.silence * 1e9)), hedging or Hedging(config.hedge_budget), look)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -120,12 +114,13 @@ class Dispatcher:
         if request.arrival is None:
             request.arrival = now
         ticket = Ticket(request, known_names(request, self.limits.block_size))
-        self.tickets[request.id] = self._unanswered[request.id] = ticket
+        self.tickets[request.id] = self.unanswered[request.id] = ticket
         self.stories.begin(request.id, request.arrival)
         self.stats.prompt_tokens += len(request.prompt)
         if self._homeless:
             self._homeless.append(ticket)
-            self._tell(ticket, f"{len(self._homeless) - 1} requests wait already that no replica can take now")
+            ticket.homeless = True
+            self.tell(ticket, f"{len(self._homeless) - 1} requests wait already that no replica can take now")
         else:
             self._place(ticket)
 
@@ -145,32 +140,35 @@ class Dispatcher:
 
     def _place(self, ticket: Ticket) -> bool:
         """Send it to a replica, or keep it until there is one; False when it is kept."""
-        stage, candidates = self._candidates(ticket)
+        stage, candidates = self.candidates(ticket)
         if not candidates:
             if ticket not in self._homeless:
                 self._homeless.append(ticket)
-                self._tell(ticket, "no replica can take it now: it waits")
+            if not ticket.homeless:
+                ticket.homeless = True
+                self.tell(ticket, "no replica can take it now: it waits")
             return False
+        ticket.homeless = False
         if stage == "decode":  # the cache is there already: the least loaded, whatever the router
-            view = shortest(self._state(ticket, candidates).replicas)
+            view = shortest(self.state(ticket, candidates).replicas)
             chosen, why = self.members[view.index], f"it has the least to do: {view.waiting} waiting, {view.running} running"
         else:
-            route = self.router.step(self._state(ticket, candidates))
+            route = self.router.step(self.state(ticket, candidates))
             chosen, why = self.members[route.replica], route.reason
         self.stats.routed += 1
         others = [member for member in candidates if member is not chosen]
         tied = self.config.tail == "tied" and bool(others) and not ticket.request.output
-        self._send(ticket, chosen, stage, tied)
-        self._tell(ticket, f"sent to replica {chosen.index} ({_WORK[stage]}): {why}")
+        self.send(ticket, chosen, stage, tied)
+        self.tell(ticket, f"sent to replica {chosen.index} ({_WORK[stage]}): {why}")
         if tied:
-            second = shortest(self._state(ticket, others).replicas).index
+            second = shortest(self.state(ticket, others).replicas).index
             ticket.second = True
             self.stats.tied += 1
-            self._send(ticket, self.members[second], stage, True)
-            self._tell(ticket, f"also in the queue of replica {second}: the first of the two that could start it takes it")
+            self.send(ticket, self.members[second], stage, True)
+            self.tell(ticket, f"also in the queue of replica {second}: the first of the two that could start it takes it")
         return True
 
-    def _candidates(self, ticket: Ticket, exclude: Collection[Member] = ()) -> tuple[Stage, list[Member]]:
+    def candidates(self, ticket: Ticket, exclude: Collection[Member] = ()) -> tuple[Stage, list[Member]]:
         """What is to be done next, and the replicas that may: open ones, slow ones only where no other is."""
 
         def able(role: Role) -> list[Member]:
@@ -187,12 +185,12 @@ class Dispatcher:
         cost, room = ticket.request.known * self._token_bytes, self.config.transfer_memory
         return "prefill", [member for member in prefill if not member.held_bytes or member.held_bytes + cost <= room]
 
-    def _state(self, ticket: Ticket, candidates: Sequence[Member]) -> RouteState:
+    def state(self, ticket: Ticket, candidates: Sequence[Member]) -> RouteState:
         views = tuple(member.view(ticket.names, self.limits.block_size) for member in candidates)
         session = ticket.names[0].hex() if ticket.names else ticket.request.id
         return RouteState(ticket.request.id, session, ticket.request.known, views, self.stats.routed, self.engine.seed)
 
-    def _send(self, ticket: Ticket, member: Member, stage: Stage, tied: bool = False) -> None:
+    def send(self, ticket: Ticket, member: Member, stage: Stage, tied: bool = False) -> None:
         request, now = ticket.request, self.clock.now()
         matched = member.prefixes.matched(ticket.names) * self.limits.block_size
         kind = Latencies.class_of(request.known - matched)
@@ -232,15 +230,15 @@ class Dispatcher:
         member.slowness, member.samples = 1.0, 0
         for other in self.members:
             if other.health == "silent":
-                self._move(other, f"replica {other.index} is silent, and replica {member.index} has come")
-        self._house()
+                self.move(other, f"replica {other.index} is silent, and replica {member.index} has come")
+        self.house()
 
     def heard(self, member: Member, message: Message) -> None:
         """A message of a replica that has joined."""
         member.heard = self.clock.now()
         if member.health == "silent":
-            self._convict(member)
-            self._house()
+            self.watch.convict(member)
+            self.house()
         op = message["op"]
         if op == "pulse":
             member.pulse = message
@@ -265,7 +263,7 @@ class Dispatcher:
         for other in [other for other in attempt.ticket.attempts if other is not attempt]:
             self._withdraw(other)
         attempt.granted = True
-        self._tell(attempt.ticket, f"replica {attempt.member.index} could start it first: taken out of every other queue")
+        self.tell(attempt.ticket, f"replica {attempt.member.index} could start it first: taken out of every other queue")
         assert attempt.member.link is not None
         attempt.member.link.send({"op": "grant", "attempt": attempt.number})
 
@@ -275,7 +273,7 @@ class Dispatcher:
         if request.first_scheduled is None:
             request.first_scheduled, request.reused = now, reused
         shared = f", {reused} of its tokens from the prefix cache" if reused else ""
-        self._tell(attempt.ticket, f"replica {attempt.member.index} started it{shared}")
+        self.tell(attempt.ticket, f"replica {attempt.member.index} started it{shared}")
 
     def _token(self, attempt: Attempt, message: Message) -> None:
         ticket, now = attempt.ticket, self.clock.now()
@@ -293,7 +291,7 @@ class Dispatcher:
             request.preemptions, request.drafted, request.accepted = message["notes"]
         if message["scores"]:
             request.prompt_logprobs[:] = [None if score is None else unpack_token(score) for score in message["scores"]]
-        if request.id in self._unanswered:
+        if request.id in self.unanswered:
             self._answered(attempt, now)
         if message["token"] is None:  # max_tokens 0: only the prompt was scored
             self._end(ticket, "length", Event(request.id, None, "", None, "length", now))
@@ -314,10 +312,10 @@ class Dispatcher:
     def _answered(self, attempt: Attempt, now: int) -> None:
         """The first token: this attempt is the one, the others are cancelled and nothing of theirs is streamed."""
         ticket, member = attempt.ticket, attempt.member
-        del self._unanswered[ticket.request.id]
+        del self.unanswered[ticket.request.id]
         member.begin(attempt)
         assert ticket.first_sent is not None
-        usual = self._latencies.usual(attempt.kind)
+        usual = self.latencies.usual(attempt.kind)
         losers = [other for other in ticket.attempts if other is not attempt]
         for other in losers:
             if usual and other.sent < attempt.sent:
@@ -326,16 +324,16 @@ class Dispatcher:
         if losers:
             self.stats.hedges_won += attempt.sent > min(other.sent for other in losers)
             names = ", ".join(str(other.member.index) for other in losers)
-            self._tell(ticket, f"replica {member.index} gave the first token: cancelled on replica {names}")
+            self.tell(ticket, f"replica {member.index} gave the first token: cancelled on replica {names}")
         if usual:
             member.took((now - attempt.sent) / usual)
-        self._latencies.add(attempt.kind, now - ticket.first_sent)
+        self.latencies.add(attempt.kind, now - ticket.first_sent)
 
     def _failed(self, attempt: Attempt, error: Exception) -> None:
         """An attempt ended with an error of its own: so does its request, unless another attempt goes on."""
         ticket = attempt.ticket
         if len(ticket.attempts) > 1:
-            self._tell(ticket, f"replica {attempt.member.index} failed with it ({error}); the other goes on")
+            self.tell(ticket, f"replica {attempt.member.index} failed with it ({error}); the other goes on")
             self._forget(attempt)
             return
         if ticket.held is not None:
@@ -355,7 +353,7 @@ class Dispatcher:
         if message["left"] is not None:
             ticket.held = self.handover.hold(attempt, int(message["left"]["tokens"]), int(message["left"]["bytes"]))
         if ticket.held is not None:
-            self._tell(ticket, f"replica {attempt.member.index} holds its keys and values, {ticket.held.size:,} bytes")
+            self.tell(ticket, f"replica {attempt.member.index} holds its keys and values, {ticket.held.size:,} bytes")
         self._place(ticket)
 
     def _fetched(self, attempt: Attempt) -> None:
@@ -364,53 +362,20 @@ class Dispatcher:
         if ticket.held is not None:
             self.handover.fetched(ticket.held)
             ticket.held = None
-            self._tell(ticket, f"replica {attempt.member.index} has fetched its keys and values")
-            self._house()
+            self.tell(ticket, f"replica {attempt.member.index} has fetched its keys and values")
+            self.house()
 
     def _drop_held(self, ticket: Ticket) -> None:
         if ticket.held is not None:
             self.handover.release(ticket.held)
             ticket.held = None
 
-    # -- late, slow, silent, dead ------------------------------------------------------------------------------------
+    # -- what is lost and what waits ---------------------------------------------------------------------------------
 
     def tick(self) -> None:
         """What time alone brings about. Call it every few milliseconds while there are requests."""
-        now, before = self.clock.now(), self._ticked
-        self._ticked = now
-        if now - before < self._probation.silence // 2:  # otherwise it was this process that did not run
-            for member in self.members:
-                self._judge(member, now)
-        if self.config.tail == "hedged" and now - self._looked >= self._look:
-            self._looked = now
-            for ticket in list(itertools.islice(self._unanswered.values(), OLDEST)):
-                self._hedge(ticket, now)
-        self._house()
-
-    def _judge(self, member: Member, now: int) -> None:
-        if member.health == "slow" and now >= member.until:
-            member.health, member.slowness, member.samples = "open", 1.0, 0
-            self._house()
-        if member.health not in ("open", "slow"):
-            return
-        verdict = self._probation.step(Pulse(now - member.heard, member.slowness, member.samples))
-        others = [m for m in self.members if m is not member and m.health == "open" and member.role in (m.role, "prefill")]
-        if verdict == "silent":
-            member.health = "silent"
-            self.stats.silences += 1
-            if others:
-                self._move(member, f"replica {member.index} has been silent for {format_duration(now - member.heard)}")
-        elif verdict == "slow" and member.health == "open" and others:
-            self._convict(member)
-        elif member.samples >= GOOD:
-            member.convictions = 0
-
-    def _convict(self, member: Member) -> None:
-        """No new requests for a while, unless there is nobody else."""
-        member.health = "slow"
-        member.until = self.clock.now() + self._probation.term(member.convictions)
-        member.convictions += 1
-        self.stats.convictions += 1
+        self.watch.tick()
+        self.house()
 
     def lost(self, member: Member, why: str) -> None:
         """A replica's process is gone, and what it had computed."""
@@ -424,9 +389,9 @@ class Dispatcher:
                 self._drop_held(ticket)
         for attempt in member.attempts.values():
             attempt.ticket.deaths += 1
-        self._move(member, f"replica {member.index} died ({why})")
+        self.move(member, f"replica {member.index} died ({why})")
 
-    def _move(self, member: Member, why: str) -> None:
+    def move(self, member: Member, why: str) -> None:
         """Its requests are given to others, from the tokens that have been streamed on."""
         for attempt in list(member.attempts.values()):
             ticket = attempt.ticket
@@ -441,49 +406,16 @@ class Dispatcher:
             self._end(ticket, "error", error=error)
             return
         self.stats.moved += 1
-        self._tell(ticket, f"{why}: to be continued elsewhere after {len(request.output)} tokens")
+        self.tell(ticket, f"{why}: to be continued elsewhere after {len(request.output)} tokens")
         self._place(ticket)
 
-    def _house(self) -> None:
+    def house(self) -> None:
         """There may be room for those that nobody could take: first come, first served."""
         while self._homeless:
             ticket = self._homeless.popleft()
             if not self._place(ticket):
                 self._homeless.rotate(1)  # it was put last and was the first
                 return
-
-    def _hedge(self, ticket: Ticket, now: int) -> None:
-        if ticket.second or len(ticket.attempts) != 1:
-            return
-        (first,) = ticket.attempts
-        late = self._latencies.late(first.kind)
-        if late is None or now - first.sent <= late:
-            return
-        stage, able = self._candidates(ticket, (first.member,))
-        able = [member for member in able if not member.waiting]
-        seats = sum(member.seats for member in self.members if member.health == "open")
-        taken = sum(member.waiting + member.running for member in self.members if member.health == "open")
-        decision = self._hedging.step(
-            HedgeState(
-                now - first.sent,
-                late,
-                ticket.request.known,
-                self.stats.hedged_tokens,
-                self.stats.prompt_tokens,
-                taken / seats if seats else 1.0,
-                bool(able),
-            )
-        )
-        if decision.send:
-            second = shortest(self._state(ticket, able).replicas).index
-            ticket.second = True
-            self.stats.hedges += 1
-            self.stats.hedged_tokens += ticket.request.known
-            self._send(ticket, self.members[second], stage)
-            self._tell(ticket, f"hedged: {decision.reason}; also sent to replica {second}, the first token wins")
-        elif decision.late and not ticket.refused:
-            ticket.refused = True
-            self._tell(ticket, f"not hedged: {decision.reason}")
 
     # -- how requests end --------------------------------------------------------------------------------------------
 
@@ -500,17 +432,17 @@ class Dispatcher:
         request.block_names.clear()
         request.finish_reason, request.finished = reason, now
         del self.tickets[request.id]
-        self._unanswered.pop(request.id, None)
+        self.unanswered.pop(request.id, None)
         if ticket in self._homeless:
             self._homeless.remove(ticket)
         self.finished[reason] += 1
         cause = f" ({error})" if error is not None else ""
-        self._tell(ticket, f"ended: {reason}{cause}, {len(request.output)} tokens generated")
+        self.tell(ticket, f"ended: {reason}{cause}, {len(request.output)} tokens generated")
         self.stories.end(request.id)
         self._announce(request, event if event is not None else Event(request.id, None, "", None, reason, now, error))
-        self._house()
+        self.house()
 
-    def _tell(self, ticket: Ticket, words: str) -> None:
+    def tell(self, ticket: Ticket, words: str) -> None:
         self.stories.tell(ticket.request.id, self.clock.now(), words)
 
 

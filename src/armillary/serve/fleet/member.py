@@ -53,6 +53,7 @@ class Ticket:
     first_sent: int | None = None
     second: bool = False  # a hedge or a tie was sent
     refused: bool = False  # a hedge, which has been told
+    homeless: bool = False  # no replica could take it, which has been told
     deaths: int = 0
     together: bool = False  # prompt and answer in one place, after a transfer that failed
     held: Held | None = None  # its cache, computed by a prefill worker and not fetched yet
