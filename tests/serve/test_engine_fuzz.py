@@ -19,6 +19,7 @@ SHAPE = st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=12), st.inte
 class EngineMachine(RuleBasedStateMachine):
     requests = Bundle("requests")
     policy = "sarathi"
+    composition = ("fcfs", "last", None)
 
     @initialize(
         block_size=st.sampled_from([1, 4, 16, 64]),
@@ -39,7 +40,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
         drafter = Guesser(budget, drafts, 0.3) if drafts is not None else None
         self.executor = TableExecutor(block_size)
-        self.watched = Lawful(policies.get(self.policy))
+        self.watched = Lawful(policies.get(self.policy, *self.composition), *self.composition)
         self.engine = Engine(self.executor, config, clock=self.executor.clock, eos_ids=[EOS], policy=self.watched, drafter=drafter)
         self.events = {}
         self.all = []
@@ -142,9 +143,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert made.output == expected[: len(made.output)]
 
 
-def machine(name):
-    case = type(name.title(), (EngineMachine,), {"policy": name}).TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+def machine(name, *composition, max_examples=60):
+    case = type(name.title(), (EngineMachine,), {"policy": name} | ({"composition": composition} if composition else {})).TestCase
+    case.settings = settings(max_examples=max_examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
     return case
 
 
@@ -152,6 +153,7 @@ TestSarathi = machine("sarathi")
 TestVLLM = machine("vllm")
 TestOrca = machine("orca")
 TestRequestLevel = machine("request-level")
+TestComposed = machine("sarathi", "sjf", "cost", 20, max_examples=30)
 
 
 @given(

@@ -275,6 +275,18 @@ def test_compositions_that_mean_nothing_are_refused():
             resolve(EngineConfig, environment={}, flags=flags)
 
 
+def test_times_are_written_with_their_unit_wherever_they_come_from(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('tbt_target = "1.5 s"\norder = "sjf"\nvictim = "cost"\n', encoding="utf-8")
+    settled = resolve(EngineConfig, file=file, environment={"ARMILLARY_MAX_WAIT": "none"})
+    assert (settled.value.tbt_target, settled.value.max_wait) == (1_500_000_000, None)
+    assert settled.value.scheduling == "sarathi, order sjf, victim by cost, 1.5 s between tokens"
+    settled.save(file)
+    assert resolve(EngineConfig, file=file, environment={}).value == settled.value
+    assert EngineConfig().scheduling == "sarathi"
+    assert EngineConfig().max_wait == 60_000_000_000
+
+
 def test_every_order_is_known_by_its_name():
     for name in orders.NAMES:
         assert orders.get(name) is not None

@@ -76,7 +76,7 @@ def launch(settled: Resolved[Any], trace: Trace | None = None, *, replicas: bool
     running = Running(loaded, engine, Service(engine, loaded))
     note(loaded.description)
     note(f"computed by {running.computing}")
-    note(f"KV cache {running.pool}; policy {engine.policy.name}, at most {engine.limits.max_batch_tokens} tokens an iteration")
+    note(f"KV cache {running.pool}; policy {settled.value.engine.scheduling}, at most {engine.limits.max_batch_tokens} tokens an iteration")
     return running
 
 
@@ -101,7 +101,7 @@ def _launch_fleet(settled: Resolved[Any], trace: Trace | None) -> Running:
     )
     note(
         f"{what}, each with {fleet.config.threads} threads and a KV cache of {format_bytes(pool)}: {limits.total_blocks:,} blocks of "
-        f"{limits.block_size} tokens; policy {fleet.policy.name}, router {value.fleet.router}"
+        f"{limits.block_size} tokens; policy {value.engine.scheduling}, router {value.fleet.router}"
     )
     if not value.fleet.ray and len(roles) > cores():
         note(f"{len(roles)} processes share {cores()} cores: they take turns, and a single one would be as fast")

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from armillary.core.config import Bytes, Config, Duration
 from armillary.core.errors import InputError
-from armillary.core.units import GB, S
+from armillary.core.units import GB, S, format_duration
 from armillary.serve import kv_policies, policies
 from armillary.serve.offload.policy import OffloadPolicy
 
@@ -96,6 +96,15 @@ class EngineConfig(Config):
     def _composed(self) -> EngineConfig:
         policies.get(self.policy, *self.composition)
         return self
+
+    @property
+    def scheduling(self) -> str:
+        """The policy and what was composed with it, in words."""
+        parts = [self.policy]
+        parts += [f"order {self.order}"] if self.order != "fcfs" else []
+        parts += [f"victim by {self.victim}"] if self.victim != "last" else []
+        parts += [f"{format_duration(self.tbt_target)} between tokens"] if self.tbt_target is not None else []
+        return ", ".join(parts)
 
     @property
     def composition(self) -> tuple[str, str, int | None, int | None]:
