@@ -12,12 +12,12 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, CapacityError, FormatError, InputError
+from armillary.kernels.activations import ACTIVATIONS, Activation
 from armillary.kernels.cache_blocks import CacheBlocks, Part
 from armillary.kernels.cpu_library import MAX_HEAD_DIM, PHASES, CBatch, CCache, CLayer, CModel, CSequence, require
 from armillary.kernels.low_rank import Layer, PackedLowRank
@@ -56,7 +56,7 @@ class StepModel:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
     norm_eps: float
     attention_scale: float
     attention_softcap: float | None
@@ -285,7 +285,7 @@ class DecoderStep:
             model.kv_heads,
             model.head_dim,
             model.vocabulary,
-            int(model.activation == "gelu_tanh"),
+            ACTIVATIONS.index(model.activation),
             model.norm_eps,
             model.attention_scale,
             model.attention_softcap or 0.0,

@@ -1,4 +1,4 @@
-"""The gate of a feed-forward layer (Shazeer 2020): SwiGLU, or GeGLU with the tanh approximation."""
+"""The gate of a feed-forward layer (Shazeer 2020): SwiGLU, GeGLU with the tanh approximation, or ReGLU, most of whose products are zero."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from armillary.kernels.activations import Activation
 from armillary.kernels.training_library import call, operator, require, takes
 
 
-def gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
-    """silu(gate) * up, or gelu_tanh(gate) * up. Both of one shape."""
-    if not gelu and gate.shape == up.shape and takes(gate, up):
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+    """activation(gate) * up. Both of one shape."""
+    if activation == "silu" and gate.shape == up.shape and takes(gate, up):
         out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
         return out
-    return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
+    return activate(gate, activation) * up
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "relu":
+        return functional.relu(x)
+    return functional.gelu(x, approximate="tanh") if activation == "gelu_tanh" else functional.silu(x)
 
 
 class _SwiGLU(torch.autograd.Function):

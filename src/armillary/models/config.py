@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from armillary.core.errors import InputError
+from armillary.kernels.activations import Activation
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)

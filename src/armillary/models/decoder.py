@@ -41,18 +41,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward (Shazeer 2020): SwiGLU, or GeGLU with the tanh approximation."""
+    """Gated feed-forward (Shazeer 2020): SwiGLU, GeGLU with the tanh approximation, or ReGLU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner = config.intermediate_size
         self.gate_up = FusedLinear(("gate_proj", "up_proj"), config.hidden_size, (inner, inner), config.mlp_bias)
         self.down_proj = Linear(inner, config.hidden_size, bias=config.mlp_bias)
-        self.gelu = config.activation == "gelu_tanh"
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
-        out: Tensor = self.down_proj(gated(gate, up, self.gelu))
+        out: Tensor = self.down_proj(gated(gate, up, self.activation))
         return out
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from armillary.core.errors import InputError
-from armillary.models.config import Activation, ModelConfig
+from armillary.kernels.activations import Activation
+from armillary.models.config import ModelConfig
 from armillary.models.fields import MAX_CONTEXT, Fields
 from armillary.models.rope_json import read_rope, write_rope
 
@@ -102,7 +103,7 @@ FAMILIES = (
         defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 4, "rope_theta": 1_000_000.0},
     ),
 )
-_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 _UNSUPPORTED = {  # key: what its presence (not null, false, 0 or empty) means
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
@@ -184,7 +185,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        family.activation_key: "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else "silu",
+        family.activation_key: "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         **write_rope(config.rope, config.local_rope),

@@ -12,6 +12,7 @@ from armillary.core.errors import NotFoundError
 from armillary.core.trace import Trace
 
 _MODULES: Final = {
+    "deja-vu": "armillary.reproduce.deja_vu",
     "flexgen": "armillary.reproduce.flexgen",
     "orca": "armillary.reproduce.orca",
     "paged-attention": "armillary.reproduce.paged_attention",

@@ -178,6 +178,7 @@ def new_model_config(architecture: ArchitectureConfig, tokenizer: Tokenizer, len
         rope=RopeConfig(sizes.rope_theta),
         tie_embeddings=sizes.tie_embeddings,
         qk_norm=sizes.qk_norm,
+        activation=sizes.activation,
         bos_token_id=tokenizer.bos,
         eos_token_ids=tuple(sorted(tokenizer.stop_ids)),
     )

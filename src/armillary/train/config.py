@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from armillary.core.config import Config
 from armillary.core.errors import InputError
+from armillary.kernels.activations import Activation
 from armillary.train.precision import PrecisionName
 from armillary.train.schedules import ScheduleName
 
@@ -41,6 +42,7 @@ class ArchitectureConfig(Config):
     """Longest sequence, in tokens (none: batch.length)."""
     tie_embeddings: bool = True
     """Whether the head shares the embedding's weight."""
+    activation: Activation = Field("silu", description="of the MLP's gate; relu leaves most neurons at zero")
     qk_norm: bool = False
     """Whether queries and keys are normalised, as in Qwen3."""
     rope_theta: float = Field(10_000.0, gt=1, le=1e9)

@@ -24,7 +24,7 @@ using namespace arm;
 
 namespace {
 
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
+enum Activation : int32_t { SILU = 0, GELU_TANH = 1, RELU = 2 };
 
 struct Layer {
   Weight qkv, o, gate_up, down;
@@ -134,6 +134,7 @@ void rms_norm(const float* x, const float* weight, int n, float eps, float* out)
 
 inline f32x16 activate(f32x16 x, int kind) {
   if (kind == SILU) return x / (exp16(-x) + 1.0f);
+  if (kind == RELU) return x < 0.0f ? f32x16{} : x;  // in this order NaN stays NaN
   f32x16 inner = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
   return x * 0.5f * (tanh16(inner) + 1.0f);
 }

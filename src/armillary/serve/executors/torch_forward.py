@@ -43,7 +43,7 @@ class TorchForward:
         weight = decoder.embed_tokens.weight
         self.library = choose_library() if library is None else library
         self.name = f"torch ({self.library})"
-        model = decoder if in_place else _sharing_copy(decoder)
+        model = decoder if in_place else sharing_copy(decoder)
         begin = time.perf_counter()
         self.packed_bytes = pack(model, self.library)
         self.prepared = f"packed in {time.perf_counter() - begin:.2f} s"
@@ -114,7 +114,7 @@ def _index(values: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(values, np.int64))
 
 
-def _sharing_copy(decoder: Decoder) -> Decoder:
+def sharing_copy(decoder: Decoder) -> Decoder:
     """A copy of the module tree with the same tensors."""
     shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
     return copy.deepcopy(decoder, shared)
