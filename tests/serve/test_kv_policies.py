@@ -11,6 +11,7 @@ from models import VOCABULARY, loaded, tiny
 from armillary.core.errors import FormatError, InputError
 from armillary.kernels import cpu_library
 from armillary.kernels.seen import Seen
+from armillary.models.load import load
 from armillary.serve import kv_policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.executors.pattern_search import find_patterns, load_patterns, save_patterns
@@ -76,6 +77,23 @@ def test_a_window_that_holds_everything_is_full_attention() -> None:
     asked = prompts(2, 60, 20)
     wide = {"kv_policy": "streaming", "kv_sinks": 4, "kv_window": 252, "prefix_cache": "off", "backend": "native"}
     assert answers(asked, 50, **wide) == answers(asked, 50, backend="native")
+
+
+@needs_native
+def test_a_real_stream_needs_its_sinks() -> None:
+    """SmolLM2, 64 tokens of memory, 256 of the licence: without the first tokens the loss leaps, four bring it back (table 1)."""
+    model = load("smollm2")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    tokens = model.tokenizer.encode(text, special=False)[:256]
+    means = []
+    for sinks in (0, 4):
+        kept = {"kv_policy": "streaming", "kv_sinks": sinks, "kv_window": 64 - sinks, "prefix_cache": "off"}
+        llm = LLM(model, **kept, backend="native", kv_blocks=40, max_batch_tokens=128)
+        (answer,) = llm.generate([tokens], SamplingParams(max_tokens=0, prompt_logprobs=0))
+        losses = [-one.logprob for one in answer.request.prompt_logprobs if one is not None and one.logprob is not None]
+        assert len(losses) == 255
+        means.append(sum(losses[100:]) / 155)
+    assert means[0] > means[1] + 0.25
 
 
 H2O = {"kv_policy": "h2o", "kv_budget": 24, "kv_window": 24, "prefix_cache": "off", "backend": "torch"}

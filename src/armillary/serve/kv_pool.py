@@ -27,6 +27,11 @@ def kv_bytes_per_token(model: ModelConfig, dtype: KvDtype = "fp32") -> int:
     return 2 * model.num_layers * model.num_kv_heads * row
 
 
+def held_per_token(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes that one token holds in the cache, with what the KV policy keeps beside it."""
+    return kv_bytes_per_token(model, config.kv_dtype) + model.num_layers * model.num_kv_heads * config.kv.beside(model.head_dim)
+
+
 def kv_capacity(model: ModelConfig, size: int, block_size: int, dtype: KvDtype = "fp32") -> int:
     """How many KV blocks of `block_size` tokens fit `size` bytes. Raises InputError when none does."""
     block = block_size * kv_bytes_per_token(model, dtype)
@@ -54,8 +59,7 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_b
             f"serve with --context {model.max_context} or less",
             field="context",
         )
-    per_token = kv_bytes_per_token(model, config.kv_dtype) + draft_bytes
-    per_token += model.num_layers * model.num_kv_heads * config.kv.beside(model.head_dim)
+    per_token = held_per_token(config, model) + draft_bytes
     if config.kv_blocks is None and config.kv_memory is None:
         each = -(-context // config.block_size)
         most = config.max_running * (each if config.kv.most_blocks is None else min(each, config.kv.most_blocks))

@@ -11,7 +11,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.fleet import Blueprint, Fleet
 from armillary.serve.fleet.worker import FROM_MODEL
-from armillary.serve.kv_pool import available_memory, kv_bytes_per_token, settle
+from armillary.serve.kv_pool import available_memory, held_per_token, settle
 from armillary.serve.speculation.build import draft_bytes_per_token, load_draft
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def build_fleet(loaded: LoadedModel, config: EngineConfig, fleet: FleetConfig, *
         each,
         fleet,
         eos_ids=loaded.tokenizer.stop_ids,
-        token_bytes=kv_bytes_per_token(loaded.config, each.kv_dtype),
+        token_bytes=held_per_token(each, loaded.config),
         launcher=launcher,
         trace=trace,
     )
