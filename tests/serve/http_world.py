@@ -101,6 +101,10 @@ class Typist:
         done = len(request.output)
         assert self.tokenizer.eos is not None
         token = reply[done] if done < len(reply) else self.tokenizer.eos
+        if request.constraint is not None:  # what comes closest within the grammar
+            words = request.constraint.mask(())[0].tolist()
+            allowed = [one for one in range(self.tokenizer.vocab_size) if words[one // 32] >> one % 32 & 1]
+            token = min(allowed, key=lambda one: abs(one - token))
         return scored(token, request.sampling.logprobs) if request.sampling.logprobs is not None else TokenLogprob(token)
 
 
@@ -121,13 +125,14 @@ class World:
         config: dict[str, Any] | None = None,
         loaded: LoadedModel | None = None,
         trace: Trace | None = None,
+        max_context: int = 512,
         **options: Any,
     ) -> None:
         settings = EngineConfig(**{"kv_blocks": 256, "block_size": 16, "max_batch_tokens": 256, **(config or {})})
         if loaded is None:
             self.tokenizer = byte_tokenizer(folder)
             self.typist = Typist(self.tokenizer)
-            model = ModelConfig("llama", self.tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, max_context=512)
+            model = ModelConfig("llama", self.tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, max_context=max_context)
             template = ChatTemplate(TEMPLATE, self.tokenizer)
             loaded = SimpleNamespace(name="typist", config=model, tokenizer=self.tokenizer, chat_template=template, description="a typist")  # type: ignore[assignment]
             self.engine = Engine(self.typist, settings, eos_ids=self.tokenizer.stop_ids, trace=trace)

@@ -104,7 +104,8 @@ def test_system_and_blocks_and_turns_become_the_templates_conversation(client, w
         ],
     )
     called = 'c\n<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
-    assert text == turns(("system", "Be kind.\nBe brief."), ("user", "a\nb"), ("assistant", called), ("tool", "Error: no"), ("user", "d"))
+    result = "<tool_response>\nError: no\n</tool_response>"
+    assert text == turns(("system", "Be kind.\nBe brief."), ("user", "a\nb"), ("assistant", called), ("user", result), ("user", "d"))
 
 
 def test_a_last_assistant_turn_is_continued(client, world):

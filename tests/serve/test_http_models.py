@@ -38,11 +38,11 @@ def plain_greedy(decoder: Decoder, prompt: list[int], count: int, stop: frozense
     return tokens[len(prompt) :]
 
 
-def tiny(folder: Path) -> LoadedModel:
+def tiny(folder: Path, max_context: int = 256) -> LoadedModel:
     """Two layers of random weights over single bytes."""
     tokenizer = byte_tokenizer(folder)
     torch.manual_seed(5)
-    config = ModelConfig("llama", tokenizer.vocab_size, 32, 48, 2, 4, 2, 8, max_context=256)
+    config = ModelConfig("llama", tokenizer.vocab_size, 32, 48, 2, 4, 2, 8, max_context=max_context)
     decoder = Decoder(config).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():

@@ -128,7 +128,7 @@ def test_a_conversation_goes_on_with_calls_and_their_outputs(client, world):
     called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
     talk = [("user", "Weather?"), ("assistant", called)]
     assert seen[0] == turns(("system", "Be kind."), *talk)
-    talk += [("assistant", GREETING), ("tool", "rain")]
+    talk += [("assistant", GREETING), ("user", "<tool_response>\nrain\n</tool_response>")]
     assert seen[1] == turns(*talk)  # instructions are not carried over
     assert seen[2] == turns(("system", "Be brief."), *talk, ("assistant", GREETING), ("user", "Thanks"))
 

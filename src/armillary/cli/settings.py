@@ -110,6 +110,9 @@ class EngineFlags:
         _flag('Memory of the accelerator (stood for by part of this machine\'s), such as "2GB" (default: what --offload needs).', _ENGINE),
     ] = None
     offload_folder: Annotated[str | None, _flag("Folder of the disk tier's files (default: the cache folder).", _ENGINE)] = None
+    tool_format: Annotated[
+        str | None, _flag("How the model writes tool calls: auto (default), hermes, tagged-list, granite, llama-json or pythonic.", _ENGINE)
+    ] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 

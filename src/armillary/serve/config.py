@@ -11,6 +11,7 @@ from armillary.core.errors import InputError
 from armillary.core.units import GB, S, format_duration
 from armillary.serve import kv_policies, policies
 from armillary.serve.offload.policy import OffloadPolicy
+from armillary.serve.tools import formats
 
 DEFAULT_KV_MEMORY: Final = 1 * GB
 
@@ -81,6 +82,8 @@ class EngineConfig(Config):
     """Bytes of the accelerator's memory; none is what the policy needs."""
     offload_folder: str | None = None
     """Where the disk tier's files are; none is the cache folder."""
+    tool_format: str = "auto"
+    """How the model writes tool calls: auto (by its chat template), hermes, tagged-list, granite, llama-json or pythonic."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
@@ -90,6 +93,13 @@ class EngineConfig(Config):
     @classmethod
     def _known_policy(cls, name: str) -> str:
         policies.get(name)
+        return name
+
+    @field_validator("tool_format")
+    @classmethod
+    def _known_tool_format(cls, name: str) -> str:
+        if name != "auto":
+            formats.get(name)
         return name
 
     @model_validator(mode="after")

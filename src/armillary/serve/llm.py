@@ -26,6 +26,9 @@ from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.offload_forward import OffloadForward
 from armillary.serve.executors.torch_forward import TorchForward
+from armillary.serve.grammar.compiler import GrammarCompiler
+from armillary.serve.grammar.grammar import Grammar
+from armillary.serve.grammar.jump_forward import JumpForward
 from armillary.serve.kv_pool import available_memory, settle
 from armillary.serve.offload.layout import Bounds, fit
 from armillary.serve.offload.policy import OffloadPolicy
@@ -95,7 +98,11 @@ def build_engine(
     )
     if trace is not None:
         trace.meta["weights"] = forward.prepared
-    engine = Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids, drafter=drafter)
+    # Schedules cannot be made ahead while drafts are proposed, and some KV policies take none: both go without the grammars' drafts.
+    jump = JumpForward(loaded.tokenizer, drafter) if config.async_scheduling == "off" and config.kv.takes_drafts else None
+    engine = Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids, drafter=jump or drafter)
+    if jump is not None:
+        engine.features["grammar"] = jump.state
     if drafter is not None:
         engine.features["speculation"] = drafter.state
     return engine
@@ -159,6 +166,7 @@ class LLM:
         self.loaded = model if isinstance(model, LoadedModel) else load(model)
         # A model that was handed in may be used for something else too.
         self.engine = build_engine(self.loaded, EngineConfig(**options), trace=trace, keep_weights=isinstance(model, LoadedModel))
+        self._grammars = GrammarCompiler(self.loaded.tokenizer, self.loaded.config.vocab_size)
         self._calls = itertools.count()
 
     def generate(
@@ -166,23 +174,28 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
+        *,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids); answers in the order of the prompts.
 
-        `sampling` is one for all (default: `SamplingParams()`) or one each. `progress(done, total)` is called as answers end.
+        `sampling` is one for all (default: `SamplingParams()`) or one each. `progress(done, total)` is called as answers end. Every
+        answer follows `grammar` (`grammar.json_schema(...)` and its neighbours), which needs the extra `grammar`.
         Raises what the engine found wrong with a request; the others of the call are cancelled.
         """
         given: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item,arg-type]
         encode = self.loaded.tokenizer.encode
         tokens = [tuple(encode(prompt)) if isinstance(prompt, str) else tuple(prompt) for prompt in given]
         texts = [prompt if isinstance(prompt, str) else None for prompt in given]
-        return self._run(texts, tokens, sampling, progress)
+        return self._run(texts, tokens, sampling, progress, grammar)
 
     def chat(
         self,
         messages: str | Sequence[Message] | Sequence[Sequence[Message]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
+        *,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Answer a conversation ([{"role": ..., "content": ...}, ...], or a str: one user message), or each of several."""
         template = self.loaded.chat_template
@@ -193,7 +206,7 @@ class LLM:
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [template.render([dict(message) for message in conversation]) for conversation in conversations]  # type: ignore[arg-type]
         tokens = [tuple(self.loaded.tokenizer.encode(text, special=False)) for text in texts]
-        return self._run(texts, tokens, sampling, progress)
+        return self._run(texts, tokens, sampling, progress, grammar)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None) -> list[list[Beam]]:
         """The likeliest continuations of each prompt that beam search finds, best first. See `BeamParams`."""
@@ -231,6 +244,7 @@ class LLM:
         tokens: Sequence[tuple[int, ...]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         progress: Progress | None,
+        grammar: Grammar | None,
     ) -> list[Completion]:
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(tokens)
@@ -241,12 +255,14 @@ class LLM:
         for prompt, params in zip(tokens, sampling, strict=True):
             known_tokens(prompt, self.loaded.config.vocab_size, "prompt")
             known_tokens((token for token, _ in params.logit_bias), self.loaded.config.vocab_size, "logit_bias")
+        compiled = self._grammars.compile(grammar) if grammar is not None else None
         call = next(self._calls)  # callers may be several threads
         run = _Run(len(tokens), progress)
         requests = []
         for i, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):
             stream = TextStream(self.loaded.tokenizer, params.stop)
-            requests.append(Request(f"llm-{call}-{i}", prompt, params, text=stream, on_event=run.listen))
+            constraint = compiled.matcher() if compiled is not None else None
+            requests.append(Request(f"llm-{call}-{i}", prompt, params, constraint=constraint, text=stream, on_event=run.listen))
         try:
             for request in requests:
                 self.engine.submit(request)

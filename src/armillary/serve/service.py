@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
 from armillary.serve.admission import known_tokens
+from armillary.serve.grammar.compiler import Compiled, GrammarCompiler
 from armillary.serve.request import Event, Request, SamplingParams
 from armillary.serve.streams import AsyncStream, BlockingStream, LoopBridge, Observer
 from armillary.serve.text import TextStream
-from armillary.serve.tool_turns import for_template
+from armillary.serve.tools import formats, prompt
+from armillary.serve.tools.definitions import Toolbox
 
 if TYPE_CHECKING:
+    from armillary.models.chat_template import ChatTemplate
     from armillary.models.load import LoadedModel
     from armillary.serve.surface import Serving
 
@@ -49,6 +52,11 @@ class Service:
         self.started_at = time.time()
         self._count = itertools.count()
         self._bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge] = weakref.WeakKeyDictionary()
+        self.grammars = GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size)
+        template = loaded.chat_template
+        self._template_reads_tools = template is not None and prompt.reads_tools(template)
+        wanted = engine.config.tool_format
+        self.call_format = formats.of_template(template.source if template is not None else "") if wanted == "auto" else formats.get(wanted)
 
     @property
     def alive(self) -> bool:
@@ -76,16 +84,30 @@ class Service:
 
     # Text to tokens
 
-    def chat_tokens(self, messages: Sequence[Message], *, prefill: str = "") -> tuple[int, ...]:
-        """The prompt that the model's chat template makes of `messages`, ready for the assistant's turn, which begins with `prefill`."""
+    def chat_tokens(self, messages: Sequence[Message], *, prefill: str = "", toolbox: Toolbox | None = None) -> tuple[int, ...]:
+        """The prompt that the model's chat template makes of `messages`, ready for the assistant's turn, which begins with `prefill`.
+
+        Tools, calls and their results are told in the template's own words where it has them, in ours (`tools.prompt`) where not.
+        """
+        template = self._chat_template()
+        plain = [dict(message) for message in messages]
+        tools = toolbox.tools if toolbox is not None else ()
+        if not tools and not any(message["role"] == "tool" or message.get("tool_calls") for message in plain):
+            text = template.render(plain)
+        elif self._template_reads_tools:
+            text = template.render(prompt.for_template(plain), tools=[tool.as_openai() for tool in tools] or None)
+        else:
+            text = template.render(prompt.for_plain_template(plain, tools, self.call_format))
+        # The template writes the model's special tokens itself, so the tokenizer must not add another BOS.
+        return tuple(self.tokenizer.encode(text + prefill, special=False))
+
+    def _chat_template(self) -> ChatTemplate:
         template = self.loaded.chat_template
         if template is None:
             raise InputError(
                 f"model {self.model_name!r} has no chat template", "use /v1/completions, or a model tuned for chat", field="messages"
             )
-        # The template writes the model's special tokens itself, so the tokenizer must not add another BOS.
-        shown = for_template([dict(message) for message in messages], template.source)
-        return tuple(self.tokenizer.encode(template.render(shown) + prefill, special=False))
+        return template
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The tokens of plain text, with the model's BOS where it wants one."""
@@ -147,10 +169,12 @@ class Service:
         cache_salt: str = "",
         priority: int = 0,
         deadline: int | None = None,
+        grammar: Compiled | None = None,
     ) -> AsyncStream:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
-        Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`).
+        Choice `i` of prompt `p` has index `p * n + i`; with a seed, each index draws from its own (`seed + index`). Every choice
+        follows `grammar` by itself.
         All are admitted or none: `CapacityError` when the queue is full, the gate shut or the engine not running. Call it on the loop that will read the stream.
         """
         self._check_alive()
@@ -169,6 +193,7 @@ class Service:
                 arrival,
                 sink(index),
                 cache_salt,
+                grammar,
             )
             for index in range(n * len(prompts))
         ]
@@ -223,14 +248,16 @@ class Service:
         arrival: int | None,
         on_event: Callable[[Event], None],
         cache_salt: str = "",
+        grammar: Compiled | None = None,
     ) -> Request:
         if sampling.seed is None and self.engine.config.deterministic:
             sampling = replace(sampling, seed=self.engine.config.seed)  # and not from an id, which no second request has
         if sampling.seed is not None and index:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
         text = TextStream(self.tokenizer, stop=sampling.stop)
+        constraint = grammar.matcher() if grammar is not None else None
         return Request(
-            id=request_id, prompt=tuple(prompt), sampling=sampling, arrival=arrival, cache_salt=cache_salt, text=text, on_event=on_event
+            request_id, tuple(prompt), sampling, arrival, cache_salt=cache_salt, constraint=constraint, text=text, on_event=on_event
         )
 
     def _bridge(self, loop: asyncio.AbstractEventLoop) -> LoopBridge:

@@ -64,6 +64,21 @@ class Matcher:
                 f"token {token} does not follow the grammar of this request", "this is a defect of the engine: please report it"
             )
 
+    def follows(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from the first, may come in turn."""
+        taken = 0
+        row = torch.empty((1, self._words), dtype=torch.int32)
+        for token in tokens:
+            if self._matcher.is_terminated():
+                break
+            self._matcher.fill_next_token_bitmask(row)
+            if not _allows(row[0], token) or not self._matcher.accept_token(token):
+                break
+            taken += 1
+        if taken:
+            self._matcher.rollback(taken)
+        return taken
+
     def forced(self) -> bytes:
         """The text that must come next, whatever the model thinks: empty where it has a choice."""
         text = "" if self._matcher.is_terminated() else self._matcher.find_jump_forward_string()

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from armillary import __version__
+from armillary.serve.http.chat_message import ChatMessage
 from armillary.serve.http.errors import APIError, as_api_error
 from armillary.serve.http.logprobs import CompletionColumns, chat_entry, join
 from armillary.serve.request import Event, Request
+from armillary.serve.tools.definitions import Toolbox
 
 if TYPE_CHECKING:
     from armillary.serve.service import Service
@@ -115,9 +117,11 @@ class ChatAnswer(_Answer):
         stream: bool,
         logprobs: bool,
         include_usage: bool = False,
+        toolbox: Toolbox | None = None,
     ) -> None:
         kind = "chat.completion.chunk" if stream else "chat.completion"
         super().__init__(service, answer_id, kind, choices, prompt_tokens, n=choices, include_usage=include_usage)
+        self._messages = [ChatMessage(service.call_format, toolbox) for _ in range(choices)]
         self._logprobs: list[list[Json]] | None = [[] for _ in range(choices)] if logprobs else None
         self._greeted: set[int] = set()
 
@@ -127,28 +131,31 @@ class ChatAnswer(_Answer):
             # Sent with the first token and not before, so that a client's time to first chunk is its time to first token.
             self._greeted.add(choice)
             yield self._piece(choice, {"role": "assistant", "content": ""})
+        deltas = self._messages[choice].add(event)
         scored = self._scored(choice, event)
-        if event.text or scored:
-            yield self._piece(choice, {"content": event.text}, scored)
+        if scored and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield self._piece(choice, delta, scored)
+            scored = []
         if event.finish_reason is not None:
-            yield self._piece(choice, {}, finish_reason=event.finish_reason)
+            yield self._piece(choice, {}, finish_reason=self._messages[choice].finish_reason)
 
     def add(self, choice: int, event: Event) -> None:
         self._count(event)
-        self._texts[choice].append(event.text)
+        self._messages[choice].add(event)
         if self._logprobs is not None:
             self._logprobs[choice] += self._scored(choice, event)
-        self._finish[choice] = event.finish_reason
 
     def result(self) -> Json:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
+                "message": message.whole(),
                 "logprobs": None if self._logprobs is None else {"content": self._logprobs[index], "refusal": None},
-                "finish_reason": self._finish[index],
+                "finish_reason": message.finish_reason,
             }
-            for index, texts in enumerate(self._texts)
+            for index, message in enumerate(self._messages)
         ]
         return {**self._head, "choices": choices, "usage": self._usage()}
 

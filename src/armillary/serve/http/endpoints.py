@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from armillary.core.errors import InputError
 from armillary.serve.http.answers import ChatAnswer, CompletionAnswer
 from armillary.serve.http.body import Body, read_body
 from armillary.serve.http.schemas.chat import ChatBody
@@ -19,6 +20,7 @@ from armillary.serve.http.sse import ChunkWire, EventStream, whole
 from armillary.serve.request import SamplingParams
 from armillary.serve.service import Service
 from armillary.serve.streams import AsyncStream
+from armillary.serve.tools.constraint import constraint
 
 T = TypeVar("T")
 INLINE_CHARACTERS = 4_096  # about a millisecond of tokenising; more goes to a thread so that streams keep flowing
@@ -50,10 +52,19 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         arrival = service.engine.clock.now()
         body = await read_body(request, ChatBody, max_body_bytes)
         service.check_model(body.model)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await off_loop(sum(len(message.content) for message in body.messages), lambda: service.chat_tokens(messages))
+        messages, toolbox = [message.for_template() for message in body.messages], body.toolbox
+        told = sum(len(str(tool.parameters)) for tool in toolbox.tools) if toolbox is not None else 0
+        size = sum(len(message.content) for message in body.messages) + told
+        prompt = await off_loop(size, lambda: service.chat_tokens(messages, toolbox=toolbox))
         room = service.room(len(prompt), body.wanted_tokens, "messages")
         sampling = service.check_sampling(body.sampling(room, logprobs=body.wanted_logprobs))
+        grammar = await asyncio.to_thread(body.grammar) if body.structured else None
+        if toolbox is not None:
+            if grammar is not None:
+                raise InputError(
+                    f"{grammar.field} says what the answer must look like, and so do tools", "send one of them", field=grammar.field
+                )
+            grammar = await off_loop(told, lambda: constraint(toolbox, service.call_format))
         answer = ChatAnswer(
             service,
             service.new_id("chatcmpl"),
@@ -62,9 +73,18 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             stream=body.stream,
             logprobs=body.logprobs,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            toolbox=toolbox,
         )
+        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
         stream = service.start(
-            answer.id, [prompt], [sampling], n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival)
+            answer.id,
+            [prompt],
+            [sampling],
+            n=body.n,
+            arrival=arrival,
+            cache_salt=body.cache_salt or "",
+            grammar=compiled,
+            **body.turn(arrival),
         )
         return await _respond(request, body, stream, answer)
 
@@ -87,7 +107,11 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             echoes=[echo for echo in echoes for _ in range(body.n)] if body.echo else None,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        stream = service.start(answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
+        grammar = await asyncio.to_thread(body.grammar) if body.structured else None
+        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
+        stream = service.start(
+            answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
+        )
         return await _respond(request, body, stream, answer)
 
     @routes.post("/tokenize", openapi_extra=documented(TokenizeBody))

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
+from armillary.core.errors import ArmillaryError, CapacityError, InputError, MissingDependencyError, NotFoundError
 from armillary.serve.operations.refusal import Refused
 from armillary.serve.service import ContextError
 
@@ -68,6 +68,8 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(400, str(error), param=error.field, code="invalid_value")
     if isinstance(error, NotFoundError):
         return APIError(404, str(error), param=error.field, code="model_not_found" if error.field == "model" else "not_found")
+    if isinstance(error, MissingDependencyError):
+        return APIError(501, str(error), type="server_error", code="missing_dependency")
     if isinstance(error, ArmillaryError):
         return APIError(500, str(error), type="server_error", code="server_error")
     if isinstance(error, RequestValidationError):  # a path or query parameter; bodies are checked in `body`

@@ -7,13 +7,14 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from armillary.serve.http.schemas.sampling import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, SamplingBody
+from armillary.serve.http.schemas.structure import StructuredBody
 from armillary.serve.http.schemas.written import TEXT, TOKENS, either, some
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this endpoint
 Prompt = str | list[int]
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(SamplingBody, StructuredBody):
     """`prompt` is a string, a list of strings, a list of token ids, or a list of such lists.
 
     `echo` puts the prompt before the answer; with `logprobs` its tokens are scored too. `max_tokens` 0 is allowed
