@@ -1,6 +1,6 @@
 """What processes between the API and the engine cost, and what prefill apart from decode buys, in one run.
 
-    python bench/replicas.py --publish [--force] [--case router|split|failover]      # wants a quiet machine; two minutes
+    python bench/replicas.py [--force] [--case router|split|failover]      # wants a quiet machine; two minutes
 
 router: eight streams of one engine in this process, and of one replica behind the router: time between tokens.
 split: a 1,500-token prompt arrives amid eight decodes, on one engine of two threads (two policies) and on a prefill and a decode worker of one each.
@@ -10,19 +10,15 @@ failover: eight streams on two replicas, one of which is killed: the longest gap
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from cases import TEXT
-from sides import HERE
 
-from armillary.cluster.machine import describe
 from armillary.core.trace_summary import percentile
 from armillary.models.load import LoadedModel, load
 from armillary.serve.config import EngineConfig
@@ -41,22 +37,17 @@ GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["router", "split", "failover"], action="append", help="only this one; may be repeated")
-    parser.add_argument("--publish", action="store_true", help="write bench/results/replicas.{json,md}; wants a quiet machine")
-    parser.add_argument("--force", action="store_true", help="publish although the machine is not quiet")
+    parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
     before = os.getloadavg()[0]
-    if before > QUIET and options.publish and not options.force:
+    if before > QUIET and not options.force:
         print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
         return 2
     loaded = load("smollm2")
     tokens = loaded.tokenizer.encode(TEXT.read_text(), special=False)
     cases: dict[str, Callable[[LoadedModel, list[int]], list[dict[str, Any]]]] = {"router": router, "split": split, "failover": failover}
     rows = [row for name in options.case or cases for row in cases[name](loaded, tokens)]
-    text = page(rows, before)
-    print(f"\n{text}")
-    if options.publish:
-        (HERE / "results" / "replicas.md").write_text(text)
-        (HERE / "results" / "replicas.json").write_text(json.dumps({"rows": rows, "load": before}, indent=1) + "\n")
+    print(f"Load {before:.2f} before, {os.getloadavg()[0]:.2f} after (the bench's own threads included).\n\n{table(rows)}")
     return 0
 
 
@@ -136,13 +127,9 @@ def _run(serving: Serving, requests: list[Request]) -> None:
     serving.run_until_idle()
 
 
-def page(rows: list[dict[str, Any]], load_before: float) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "# Replicas, and prefill apart from decode",
-        "",
-        f"{describe().cpu}, 2 threads in all, SmolLM2-135M fp32. `python bench/replicas.py`, {datetime.now(UTC):%Y-%m-%d}.",
-        f"Load average {load_before:.2f} before, {os.getloadavg()[0]:.2f} after (the bench's own threads included).",
-        f"{STREAMS} streams of {TOKENS} tokens after prompts of {PROMPT}.",
+        f"{STREAMS} streams of {TOKENS} tokens after prompts of {PROMPT}, 2 threads in all, fp32.",
         "",
         "| case | | between tokens, median | p99 | longest | first token of the long prompt | moved between workers | continued elsewhere |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -154,7 +141,7 @@ def page(rows: list[dict[str, Any]], load_before: float) -> str:
             f"| {'' if first is None else f'{first:,.0f} ms'} | {row['transferred_bytes'] / 1e6:,.0f} MB | {row['moved']} |"
         )
     same = all(row["tokens"] == rows[0]["tokens"] for row in rows)
-    lines += ["", f"The tokens of all rows are {'the same' if same else 'NOT the same'}.", ""]
+    lines += ["", f"The tokens of all rows are {'the same' if same else 'NOT the same'}."]
     return "\n".join(lines)
 
 

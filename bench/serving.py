@@ -24,6 +24,7 @@ WAIT = 300  # seconds that a case waits for the machine to be quiet after the on
 CASES = {  # title, program and arguments
     "prefix": ("Prefix cache", ["prefix.py"]),
     "drafts": ("Speculative decoding", ["drafts.py"]),
+    "replicas": ("Replicas, and prefill apart from decode", ["replicas.py"]),
     "quest": ("Quest: decoding at a long context", ["quest.py"]),
 }
 TIMEOUT = 1800  # seconds
