@@ -134,7 +134,8 @@ def _pulse(host: ReplicaHost, outgoing: queue.SimpleQueue[Message | None], secon
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the router's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group, they are the router's to answer: it may want to drain
+        signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))
     sys.stdout.flush()
     os._exit(0)  # threads of libraries that are still busy do not hold up the end
