@@ -18,7 +18,7 @@ export function format(name, value) {
       const power = value < 1000 ? 0 : Math.min(4, Math.floor(Math.log10(value) / 3));
       return `${Number((value / 1000 ** power).toPrecision(3))} ${["B", "kB", "MB", "GB", "TB"][power]}`;
     }
-    return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(3)));
+    return Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toFixed(value < 1 ? 3 : 1)));
   }
   if (Array.isArray(value)) return value.length ? `${value.slice(-MOST_NUMBERS).map((one) => format("", one)).join(" ")}` : "none";
   if (plain(value)) return Object.entries(value).map(([key, one]) => `${words(key)} ${format(key, one)}`).join(", ");
@@ -36,13 +36,19 @@ const make = (tag, name, text) => {
 function rows(list) {
   const node = make("ul", "parts");
   for (const one of list) {
-    const { name, index, health, features, ...rest } = one;
+    const { name, index, health, features, pid, computing, slowness, ...rest } = one;
+    if (rest.role === "both") delete rest.role;
+    if (slowness >= 1.5) rest.times_as_slow_as_the_others = slowness;
     const item = make("li");
+    item.title = [computing, pid && `process ${pid}`].filter(Boolean).join("; ");
     const dot = make("span", `dot ${health ?? ""}`);
     dot.title = health ?? "";
     const head = make("span", "part", [name ?? (index === undefined ? "" : `${index}`), health].filter(Boolean).join(" · "));
     item.append(dot, head, make("span", "count", facts(rest)));
-    for (const [part, state] of Object.entries(features ?? {})) item.append(make("span", "inner", `${part}: ${facts(state)}`));
+    for (const [part, state] of Object.entries(features ?? {})) {
+      const said = facts(state);
+      if (said) item.append(make("span", "inner", `${part}: ${said}`));
+    }
     node.append(item);
   }
   return node;
