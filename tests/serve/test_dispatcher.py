@@ -35,7 +35,7 @@ def test_answers_are_the_single_engines_whoever_routes(router):
     assert "ended" in words[-1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.integers(0, 1 << 30), st.integers(2, 4))
 def test_a_tied_request_starts_once_however_long_messages_take(seed, replicas):
     rng = random.Random(seed)
@@ -61,12 +61,11 @@ def test_a_tied_request_starts_once_however_long_messages_take(seed, replicas):
 def test_hedging_at_the_95th_percentile_sends_exactly_what_lies_beyond_it_twice():
     """Each prompt waits as long as its first token says: 1 to 20 in turn, so that 5 % lie beyond the 95th percentile."""
     waits = [1000 * (1 + i % 20) for i in range(400)]
-    first = {"cost": 0}
 
     def cost(plan):
-        return max(request.prompt[0] for request in plan.requests) if plan.requests else first["cost"]
+        return max(request.prompt[0] for request in plan.requests)
 
-    world = World({"replicas": 3, "tail": "hedged", "router": "round-robin"}, cost=cost, tick=100, hedging=Hedging(budget=1.0), eos=())
+    world = World({"replicas": 3, "tail": "hedged", "router": "round-robin"}, cost=cost, tick=500, hedging=Hedging(budget=1.0), eos=())
     for i, wait in enumerate(waits):
         world.submit(i, [wait, 1], 1, at=50_000 * i)
     world.run()
@@ -132,7 +131,7 @@ def test_a_slow_replica_is_on_probation_and_is_tried_again():
     assert world.dispatcher.stats.convictions == 1
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30), st.sampled_from(["none", "hedged", "tied"]))
 def test_no_admitted_request_is_lost_when_replicas_die_or_fall_silent(seed, tail):
     rng = random.Random(seed)
