@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCABULARY, greedy, logits_of, tiny
+from models import VOCABULARY, greedy, loaded, logits_of, tiny
 from test_equality import BACKENDS, forward_of, logits_in_chunks
 
 from armillary.core.errors import FormatError, InputError
@@ -13,6 +13,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.sparse_forward import SparseForward
+from armillary.serve.llm import LLM
 from armillary.serve.request import Request, SamplingParams
 from armillary.train.neuron_predictors import active, record, train_predictors
 
@@ -111,3 +112,21 @@ def test_the_batches_of_a_run_on_bytes_are_windows_of_the_text_and_go_on_where_t
     assert batch.lengths == (10, 10)
     two.load_state_dict(one.state_dict())
     assert torch.equal(next(one)[0].tokens, next(two)[0].tokens)
+
+
+def test_a_user_gives_a_file_of_predictors_and_what_it_cannot_go_with_is_refused(decoder, tmp_path):
+    path = tmp_path / "predictors.safetensors"
+    save_predictors(everything(decoder), path)
+    sampling, options = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True), {"kv_blocks": 32, "block_size": 4}
+    wanted = LLM(loaded(decoder), backend="torch", **options).generate([[5, 6, 7], [9]], sampling)
+    sparse = LLM(loaded(decoder), sparsity=str(path), **options)
+    assert [answer.tokens for answer in sparse.generate([[5, 6, 7], [9]], sampling)] == [answer.tokens for answer in wanted]
+    assert "contextual sparsity" in sparse.engine.executor.forward.name
+    for wrong, message in (
+        ({"sparsity_share": 0.5}, "says nothing without"),
+        ({"sparsity": "p", "offload": "batches=2"}, "leave offload out"),
+        ({"sparsity": "p", "quantize": "int8"}, "leave quantize out"),
+        ({"sparsity": "p", "speculate": "layers"}, "leave speculate out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(**wrong)

@@ -62,7 +62,7 @@ def launch(settled: Resolved[Any], trace: Trace | None = None, *, replicas: bool
         from armillary.serve.service import Service
 
         done("loaded PyTorch")
-    if settled.value.engine.backend != "torch" and settled.value.engine.offload is None:
+    if settled.value.engine.backend != "torch" and settled.value.engine.offload is None and settled.value.engine.sparsity is None:
         with timed("loading the native kernels (a machine's first start builds them: half a minute)") as done:
             from armillary.kernels import cpu_library
 

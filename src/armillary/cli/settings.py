@@ -113,6 +113,12 @@ class EngineFlags:
     tool_format: Annotated[
         str | None, _flag("How the model writes tool calls: auto (default), hermes, tagged-list, granite, llama-json or pythonic.", _ENGINE)
     ] = None
+    sparsity: Annotated[
+        str | None, _flag("A file of predictors: single tokens compute only the neurons that it names (contextual sparsity).", _ENGINE)
+    ] = None
+    sparsity_share: Annotated[
+        float | None, _flag("Share of a layer's neurons that they name (default: all that are likelier active than not).", _ENGINE)
+    ] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 

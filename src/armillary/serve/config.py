@@ -84,6 +84,10 @@ class EngineConfig(Config):
     """Where the disk tier's files are; none is the cache folder."""
     tool_format: str = "auto"
     """How the model writes tool calls: auto (by its chat template), hermes, tagged-list, granite, llama-json or pythonic."""
+    sparsity: str | None = None
+    """A file of predictors (`models.neuron_predictor`): single tokens compute only the neurons that it names; none computes all."""
+    sparsity_share: float | None = Field(None, gt=0, le=1)
+    """Share of a layer's neurons that the predictors name; none is all that are likelier active than not."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
@@ -226,6 +230,24 @@ class EngineConfig(Config):
             what = "backend native" if self.backend == "native" else self.native_only[0]
             raise InputError(
                 f"offload streams fp32 weights through torch; {what} needs the native kernels", f"leave {what} out", field="offload"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_can(self) -> EngineConfig:
+        if self.sparsity is None:
+            if self.sparsity_share is not None:
+                raise InputError("sparsity_share says nothing without sparsity", "give the file of predictors", field="sparsity")
+            return self
+        without = {
+            "backend": self.backend == "native", "offload": self.offload is not None, "kv_policy": self.kv_policy != "dense",
+            "speculate": self.speculate in ("layers", "model"),
+        }  # fmt: skip
+        if wanted := [name for name, asked in without.items() if asked] + self.native_only:
+            raise InputError(
+                f"sparsity computes with torch and its own rows of fp32 weights, and {wanted[0]} is not for it",
+                f"leave {wanted[0]} out",
+                field=wanted[0],
             )
         return self
 

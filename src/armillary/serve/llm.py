@@ -17,6 +17,7 @@ from armillary.core.paths import cache_dir
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
 from armillary.models.load import LoadedModel, load
+from armillary.models.neuron_predictor import load_predictors
 from armillary.serve.admission import known_tokens
 from armillary.serve.beam import Beam, BeamParams, BeamSearch
 from armillary.serve.config import EngineConfig
@@ -25,6 +26,7 @@ from armillary.serve.executors.forward import Forward
 from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.offload_forward import OffloadForward
+from armillary.serve.executors.sparse_forward import SparseForward
 from armillary.serve.executors.torch_forward import TorchForward
 from armillary.serve.grammar.compiler import GrammarCompiler
 from armillary.serve.grammar.grammar import Grammar
@@ -116,6 +118,11 @@ def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in
     assert config.kv_blocks is not None
     if config.offload is not None:
         return _offloaded(loaded, config, config.offload, in_place)
+    if config.sparsity is not None:
+        predictors = load_predictors(Path(config.sparsity).expanduser(), loaded.config)
+        return SparseForward(
+            loaded.decoder, predictors, num_blocks=config.kv_blocks, block_size=config.block_size, share=config.sparsity_share
+        )
     why = unsupported(loaded.config)
     backends = config.kv.backends
     if config.backend == "auto" and why is not None and "torch" not in backends:
