@@ -227,19 +227,21 @@ class Fleet:
                 return None
             asked: list[tuple[int, int, queue.SimpleQueue[list[str] | None]]] = []
             for member in self.dispatcher.members:
-                if member.link is not None and member.health in ("open", "slow"):
+                if member.link is not None and member.health in ("open", "slow") and threading.current_thread() is not self._thread:
                     self._asked += 1
                     answer = self._answers[self._asked] = queue.SimpleQueue()
                     asked.append((member.index, self._asked, answer))
                     member.link.send({"op": "explain", "ask": self._asked, "id": request_id})
         self._notify()
         deadline = time.monotonic() + EXPLAIN_SECONDS
+        told: list[list[str]] = []
         for index, number, answer in asked:
             with contextlib.suppress(queue.Empty):
-                words += [f"replica {index}: {line}" for line in answer.get(timeout=max(0.0, deadline - time.monotonic())) or ()]
+                told.append([f"replica {index}: {line}" for line in answer.get(timeout=max(0.0, deadline - time.monotonic())) or ()])
             with self._lock:
                 self._answers.pop(number, None)
-        return words
+        told.sort(key=lambda lines: "ended: cancelled" not in " ".join(lines[-2:]))  # who gave the answer has the last word
+        return [*words, *(line for lines in told for line in lines)]
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
