@@ -13,6 +13,7 @@ from models import loaded, tiny
 
 from armillary.core.errors import InputError, NotFoundError
 from armillary.serve.config import EngineConfig
+from armillary.serve.fleet.build import share
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.fleet import Blueprint, Fleet
 from armillary.serve.grammar.compiler import GrammarCompiler
@@ -199,6 +200,18 @@ def test_a_killed_replicas_requests_go_on_elsewhere_and_it_is_started_again(flee
     wait(lambda: process.member.health == "open")
     assert process.pid != pid
     same(run(fleet, *those("u")), run(alone, *those("u")))
+
+
+def test_threads_and_memory_are_divided_before_anything_is_loaded():
+    model, given = tiny().config, EngineConfig(kv_blocks=101, block_size=8, threads=5, offload="auto", offload_memory=1000)
+    each = share(given, model, FleetConfig(replicas=4), None, cores=2)
+    assert (each.kv_blocks, each.threads, each.offload_memory, each.max_running) == (25, 1, 250, given.max_running)
+    two = share(EngineConfig(kv_blocks=101), model, FleetConfig(prefill_workers=1, decode_workers=1), None, cores=6)
+    assert (two.kv_blocks, two.threads) == (50, 3)
+    on_ray = share(given, model, FleetConfig(replicas=4, ray=True), None, cores=2)
+    assert (on_ray.kv_blocks, on_ray.threads, on_ray.offload_memory) == (101, 5, 1000)
+    with pytest.raises(InputError, match="3 KV blocks are not one for each of 4 replicas"):
+        share(EngineConfig(kv_blocks=3), model, FleetConfig(replicas=4), None, cores=2)
 
 
 def test_a_model_that_cannot_be_built_is_said_at_the_start():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def share(
     config: EngineConfig, model: ModelConfig, fleet: FleetConfig, memory: int | None, cores: int, draft_bytes: int = 0
 ) -> EngineConfig:
-    """What each replica gets of `config`'s threads and KV pool, which are the whole fleet's; with Ray, each gets all of them.
+    """What each replica gets of `config`'s threads, KV pool and accelerator, which are the whole fleet's; with Ray, each gets all of them.
 
     `draft_bytes`: what a token takes in a draft model's pool.
 
@@ -44,9 +44,10 @@ def share(
             field="kv_blocks",
         )
     threads = config.threads if config.threads is not None else cores
-    return whole.model_copy(
-        update={"max_running": config.max_running, "kv_blocks": whole.kv_blocks // count, "threads": max(1, threads // count)}
-    )
+    parts: dict[str, int] = {"kv_blocks": whole.kv_blocks // count, "threads": max(1, threads // count)}
+    if config.offload_memory is not None:
+        parts["offload_memory"] = config.offload_memory // count
+    return whole.model_copy(update={**parts, "max_running": config.max_running})
 
 
 def cores() -> int:
