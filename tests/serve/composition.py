@@ -19,6 +19,9 @@ from split_world import Split
 from armillary.core.clock import VirtualClock
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
+from armillary.serve.fleet import worker
+from armillary.serve.grammar import grammar
+from armillary.serve.grammar.compiler import GrammarCompiler
 from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
 
@@ -55,6 +58,24 @@ def _choices(requests: list[Request]) -> list[Request]:
     return made
 
 
+def _grammar(requests: list[Request]) -> list[Request]:
+    """A regular expression, with a beginning that is forced, for every second request."""
+    for request in requests[1::2]:
+        request.sampling = replace(request.sampling, ignore_eos=False)  # it ends where its grammar does
+        request.constraint = compiled().matcher()
+    return requests
+
+
+def _followed(engine: Engine, requests: list[Request]) -> bool:
+    texts = ["".join(map(chr, request.output)) for request in requests if request.constraint is not None]
+    return len(texts) > 2 and all(text[:4] == "ABCD"[: len(text)] for text in texts)
+
+
+def _moved(engine: Any, requests: list[Request]) -> bool:
+    engines = engine.engines if isinstance(engine, Split) else [engine]
+    return all(one.executor.forward.moved.total() > 0 for one in engines)
+
+
 def _abort(engine: Engine, requests: list[Request]) -> None:
     for request in requests[::3]:
         if len(request.output) >= 3 and request.finish_reason is None:
@@ -85,6 +106,13 @@ FEATURES = (
     Feature("StreamingLLM, wide", lambda engine, _: not engine.config.kv.positional, {"kv_policy": "streaming", "kv_window": 200}),
     Feature(
         "Quest, all pages", lambda engine, _: engine.config.kv_policy == "quest", {"kv_policy": "quest", "kv_budget": 256, "block_size": 16}
+    ),
+    Feature("grammar", _followed, arrange=_grammar),
+    Feature(
+        "offload",
+        _moved,
+        {"offload": "weights=20/40/40,cache=0/50/50,hidden=0/100/0,batches=2"},
+        {"backend": "torch"},
     ),
     Feature("abort", lambda _, requests: any(request.finish_reason == "cancelled" for request in requests), during=_abort),
     Feature("async", lambda engine, _: engine.stats.foreseen_schedules > 0, {"async_scheduling": "on"}),
@@ -125,6 +153,10 @@ REFUSED = {  # pairs that are an error before anything is loaded, in these words
             ("StreamingLLM, wide", "disaggregation"),
             ("Quest, all pages", "disaggregation"),
         ],
+        "would load the weights of every drafted token": [("layers' drafts", "offload")],
+        "offload moves whole sequences": [("StreamingLLM, wide", "offload")],
+        "has no kernels in the torch backend": [("Quest, all pages", "offload")],
+        "needs the native backend, but the torch backend was asked for": [("offload", "int4")],
     }.items()
     for pair in pairs
 }
@@ -133,6 +165,11 @@ REFUSED = {  # pairs that are an error before anything is loaded, in these words
 @cache
 def model() -> Any:
     return loaded(tiny(num_layers=4, max_context=256))
+
+
+@cache
+def compiled() -> Any:
+    return GrammarCompiler(model().tokenizer, model().config.vocab_size).compile(grammar.regex("ABCD[A-F]{1,40}"))
 
 
 def workload() -> list[Request]:
@@ -163,14 +200,14 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
     def build() -> Engine:
         return build_engine(model(), EngineConfig(**options), keep_weights=True, clock=VirtualClock())
 
-    return Split(build) if not plain and any(feature.split for feature in features) else build()
+    return Split(build, worker.grammars(model())) if not plain and any(feature.split for feature in features) else build()
 
 
 @cache
-def alone(prompt: tuple[int, ...], sampling: SamplingParams, adapter: str, numerics: tuple[str, ...]) -> tuple[int, ...]:
+def alone(prompt: tuple[int, ...], sampling: SamplingParams, adapter: str, structured: bool, numerics: tuple[str, ...]) -> tuple[int, ...]:
     """The tokens of one request by itself, with nothing on but what changes the numbers."""
     engine = engine_with(tuple(BY_NAME[name] for name in numerics), plain=True)
-    request = Request("alone", prompt, sampling, adapter=adapter)
+    request = Request("alone", prompt, sampling, adapter=adapter, constraint=compiled().matcher() if structured else None)
     engine.submit(request)
     engine.run_until_idle()
     return tuple(request.output)
@@ -196,11 +233,11 @@ def check(*features: Feature) -> None:
     assert engine.snapshot()["blocks"]["used"] == 0
     numerics = tuple(feature.name for feature in features if feature.numerics)
     for request in requests:
-        wanted = alone(request.prompt, request.sampling, request.adapter, numerics)
+        wanted = alone(request.prompt, request.sampling, request.adapter, request.constraint is not None, numerics)
         if request.finish_reason == "cancelled":
             wanted = wanted[: len(request.output)]
         else:
-            assert request.finish_reason == "length", (request.id, request.finish_reason)
+            assert request.finish_reason in (("length", "stop") if request.constraint is not None else ("length",)), request.id
         assert tuple(request.output) == wanted, f"{' and '.join(feature.name for feature in features)}: request {request.id}"
     for feature in features:
         assert feature.works(engine, requests), f"{' and '.join(f.name for f in features)}: {feature.name} had no effect"

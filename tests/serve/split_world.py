@@ -16,10 +16,11 @@ from armillary.serve.policies.routing.probation import Probation
 class Split:
     """`Engine`'s surface over two engines that `build` makes. Messages wait in a queue, so nobody is called while calling."""
 
-    def __init__(self, build):
+    def __init__(self, build, constrain=None):
+        self._constrain = constrain
         self._folder = TemporaryDirectory()
-        self._engines = [build(), build()]
-        first = self._engines[0]
+        self.engines = [build(), build()]
+        first = self.engines[0]
         self.config, self.limits, self.clock, self.policy = first.config, first.limits, first.clock, first.policy
         self.dispatcher = Dispatcher(
             FleetConfig(prefill_workers=1, decode_workers=1),
@@ -32,13 +33,13 @@ class Split:
             exchange=SharedFolder(Path(self._folder.name)),
         )
         self._mail = deque()
-        for member, engine in zip(self.dispatcher.members, self._engines, strict=True):
+        for member, engine in zip(self.dispatcher.members, self.engines, strict=True):
             self._connect(member, engine)
         self._live = Live(self.dispatcher)
 
     def _connect(self, member, engine):
         files = KVFiles(engine.executor.forward, self.limits.block_size)
-        host = ReplicaHost(engine, lambda message: self._mail.append((self.dispatcher.heard, member, message)), files)
+        host = ReplicaHost(engine, lambda message: self._mail.append((self.dispatcher.heard, member, message)), files, self._constrain)
 
         class Link:
             def send(link, message):
@@ -59,28 +60,28 @@ class Split:
 
     def step(self):
         self._deliver()
-        busy = [engine.step() for engine in self._engines]
+        busy = [engine.step() for engine in self.engines]
         self._deliver()
         return any(busy) or bool(self.dispatcher.tickets)
 
     def check(self):
-        for engine in self._engines:
+        for engine in self.engines:
             engine.check()
         assert not any(Path(self._folder.name).iterdir())
 
     @property
     def stats(self):
-        for member, engine in zip(self.dispatcher.members, self._engines, strict=True):
+        for member, engine in zip(self.dispatcher.members, self.engines, strict=True):
             member.pulse = engine.snapshot()
         return self._live.stats()
 
     def snapshot(self):
-        return {"blocks": {"used": sum(engine.snapshot()["blocks"]["used"] for engine in self._engines)}}
+        return {"blocks": {"used": sum(engine.snapshot()["blocks"]["used"] for engine in self.engines)}}
 
     def explain(self, request_id):
-        return [line for engine in self._engines for line in engine.explain(request_id) or ()]
+        return [line for engine in self.engines for line in engine.explain(request_id) or ()]
 
     def stop(self):
-        for engine in self._engines:
+        for engine in self.engines:
             engine.stop()
         self._folder.cleanup()
