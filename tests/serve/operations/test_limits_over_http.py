@@ -148,6 +148,7 @@ def test_a_wait_that_would_be_too_long_is_refused_with_its_numbers(tmp_path):
         waiting = threads.submit(world.http.post, CHAT, json=HELLO)
         world.wait_for(lambda state: state["waiting"] == 1)
         refused = world.http.post(CHAT, json=HELLO)
+        world.typist.delay = 0.0
         world.typist._go.set()
         assert running.result().status_code == waiting.result().status_code == 200
     assert refused.status_code == 429
