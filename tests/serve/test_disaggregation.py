@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +20,7 @@ from test_dispatcher import prompts
 from test_fleet import ENGINE, make, run, same, those, wait
 
 from armillary.core.errors import InputError
-from armillary.serve.fleet import kv_files
+from armillary.serve.fleet import kv_files, shared_folder
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.handover import SharedFolder
 
@@ -177,6 +179,19 @@ def every_cache_is_read_once(seed, folder):
     assert world.dispatcher.handover.transfers <= len(world.files.reads)
     assert not any(folder.iterdir())
     assert all(member.held_bytes == 0 for member in world.dispatcher.members)
+
+
+def test_what_a_killed_server_left_in_memory_is_removed():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = shared_folder.shared_folder().with_name(f"armillary-kv-{gone.pid}-0123")
+    left.mkdir()
+    (left / "0-1.kv").write_bytes(b"x")
+    folder = shared_folder.shared_folder()
+    shared_folder.make_alone(folder)
+    assert not left.exists()
+    assert folder.stat().st_mode & 0o077 == 0
+    folder.rmdir()
 
 
 def test_half_a_split_is_refused():

@@ -8,13 +8,11 @@ import queue
 import selectors
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from armillary.core.clock import Clock, RealClock
@@ -30,6 +28,7 @@ from armillary.serve.fleet.live import Live
 from armillary.serve.fleet.member import Member
 from armillary.serve.fleet.messages import Message, unpack_error
 from armillary.serve.fleet.processes import Launcher, LocalLauncher, Started
+from armillary.serve.fleet.shared_folder import make_alone, shared_folder
 from armillary.serve.history import EngineStats
 from armillary.serve.outbox import Outbox
 from armillary.serve.request import Request
@@ -106,7 +105,7 @@ class Fleet:
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(self._changed)
         shared = bool(fleet.prefill_workers) and fleet.transfer == "memory"
-        self._folder = _shared_folder() if shared else None
+        self._folder = shared_folder() if shared else None
         self.dispatcher = Dispatcher(
             fleet,
             config,
@@ -170,7 +169,7 @@ class Fleet:
             self._thread = threading.Thread(target=self._loop, name="armillary-fleet", daemon=True)
             self._thread.start()
             if self._folder is not None:
-                self._folder.mkdir(mode=0o700, exist_ok=True)
+                make_alone(self._folder)
             while self._broken is None and any(member.health == "starting" for member in self.dispatcher.members):
                 self._changed.wait(1.0)
         if self._broken is not None:
@@ -375,9 +374,3 @@ class Fleet:
         lived = time.monotonic() - process.since
         process.delay = least if lived > WELL or not process.delay else min(most, 2 * process.delay)
         process.restart_at = time.monotonic() + process.delay
-
-
-def _shared_folder() -> Path:
-    """A folder in memory that this machine's processes share, and nobody else may read."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="armillary-", dir=memory if memory.is_dir() else None))
