@@ -7,7 +7,8 @@ import torch
 
 from armillary.core.errors import InputError
 from armillary.kernels import cpu_library
-from armillary.kernels.low_rank import PARTS, LowRank, PackedLowRank, add_terms
+from armillary.kernels.cpu_library import PARTS
+from armillary.kernels.low_rank import LowRank, PackedLowRank, add_terms
 
 SHAPES = [(32, 24), (16, 24), (16, 24), (24, 32), (40, 24), (40, 24), (24, 40)]
 

@@ -9,9 +9,10 @@ from adapters import adapter, write
 from safetensors.torch import load_file, save_file
 
 from armillary.core.errors import ArmillaryError, CapacityError, FormatError, InputError, NotFoundError
-from armillary.kernels.low_rank import PARTS
+from armillary.kernels.cpu_library import PARTS
 from armillary.models.config import ModelConfig
-from armillary.models.lora import projections, read_lora
+from armillary.models.lora import read_lora
+from armillary.models.lora_config import projections
 
 CONFIG = ModelConfig("llama", 97, 32, 48, 3, 4, 2, 16, 256)
 

@@ -6,8 +6,10 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from armillary.kernels.low_rank import PARTS, LowRank
-from armillary.models.lora import Adapter, projections
+from armillary.kernels.cpu_library import PARTS
+from armillary.kernels.low_rank import LowRank
+from armillary.models.lora import Adapter
+from armillary.models.lora_config import projections
 from armillary.models.weights import hf_parameters
 
 

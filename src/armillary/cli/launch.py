@@ -122,11 +122,16 @@ def start(running: Running) -> None:
 
 
 def check_fit(settled: Resolved[Any]) -> None:
-    """Fetch the model if need be, visibly, and refuse a context or a pool that does not fit it or this machine: before torch is loaded."""
+    """Fetch the model if need be, visibly, and refuse a context, a pool or adapters that do not fit it or this machine: before torch is loaded."""
     from armillary.models import hub
     from armillary.models.config_file import read_config
+    from armillary.models.lora_config import check_name, read_lora_config
     from armillary.serve.kv_pool import available_memory, settle
 
     with byte_progress(settled.value.model) as progress:
         path = hub.resolve(settled.value.model, progress=progress)
-    settle(settled.value.engine, read_config(path), available_memory())
+    config, engine = read_config(path), settled.value.engine
+    settle(engine, config, available_memory())
+    for name, folder in engine.lora.items():
+        check_name(name)
+        read_lora_config(folder, config, engine.lora_memory)

@@ -38,6 +38,7 @@ def operations(server: Any, trace: Trace | None) -> Operations:
         access_log=AccessLog.open(server.access_log) if server.access_log is not None else None,
         debug_trace=trace if server.allow_debug else None,
         files=FileStore(server.files_limit, server.files),
+        adapter_directory=server.allow_lora_loading,
     )
 
 

@@ -35,6 +35,8 @@ class ServerConfig(Config):
     """A file that gets one JSON line an HTTP request, or - for stdout."""
     allow_debug: bool = False
     """Answer /debug/trace."""
+    allow_lora_loading: Path | None = None
+    """A directory whose peft folders clients may load and unload while the server runs."""
     otel: str | None = Field(None, min_length=1, max_length=2048)
     """Where to send OpenTelemetry spans (OTLP over HTTP), such as http://localhost:4318/v1/traces."""
     files: Path | None = None
@@ -53,6 +55,13 @@ class ServerConfig(Config):
     def guarded(self) -> bool:
         """Whether clients need a key."""
         return bool(self.key_list) or self.keys is not None
+
+    @field_validator("allow_lora_loading")
+    @classmethod
+    def _is_a_directory(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_dir():
+            raise InputError(f"{path} is no directory", "give the one that adapters may be loaded from", field="server.allow_lora_loading")
+        return path
 
     @field_validator("api_key")
     @classmethod

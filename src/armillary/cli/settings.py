@@ -119,6 +119,19 @@ class EngineFlags:
     sparsity_share: Annotated[
         float | None, _flag("Share of a layer's neurons that they name (default: all that are likelier active than not).", _ENGINE)
     ] = None
+    lora: Annotated[
+        tuple[str, ...] | None,
+        Parameter(
+            negative=(),
+            group=_ENGINE,
+            show_default=False,
+            help="NAME=PATH of a peft folder: its adapter is served under that name; may be given more than once.",
+        ),
+    ] = None
+    max_loras: Annotated[int | None, _flag("Most adapters in memory; others are read when they are asked for (default 16).", _ENGINE)] = (
+        None
+    )
+    lora_memory: Annotated[str | None, _flag('Most memory of adapters, such as "512 MiB" (default 1 GB).', _ENGINE)] = None
     threads: Annotated[int | None, _flag("Threads of the executor (default: one a core).", _ENGINE)] = None
     seed: Annotated[int | None, _flag("Seed of the requests that bring none (default 0).", _ENGINE)] = None
 
@@ -158,6 +171,9 @@ class ServerFlags:
         None
     )
     files_limit: Annotated[str | None, _flag('All uploaded files and results of batches (default "64 MiB").', _SERVER)] = None
+    allow_lora_loading: Annotated[
+        Path | None, _flag("Directory whose peft folders clients may load and unload over HTTP (default: none).", _SERVER)
+    ] = None
     otel: Annotated[
         str | None, _flag("Send OpenTelemetry spans there, such as http://localhost:4318/v1/traces (extra: otel).", _SERVER)
     ] = None

@@ -20,6 +20,7 @@ _ISAS = {
     "portable": (),
 }
 PHASES = ("prepare", "qkv", "rope", "select", "attention", "o", "gate_up", "down", "head", "embed")  # of cpu/step.cpp, in its order
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, as cpu/low_rank.h counts them
 MAX_HEAD_DIM = 512  # the buffers of cpu/attention.h
 
 

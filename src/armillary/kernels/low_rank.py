@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from armillary.core.errors import InputError
-from armillary.kernels.cpu_library import CLowRank
+from armillary.kernels.cpu_library import PARTS, CLowRank
 from armillary.kernels.packed_weight import Arena
 
-PARTS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in the order of cpu/low_rank.h
 _TILE: Final = 16
 
 

@@ -24,6 +24,10 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
     _in_order(request, config.order)
     if request.constraint is not None and request.sampling.ignore_eos:
         raise InputError("an answer that follows a grammar ends where the grammar does", "leave ignore_eos out", field="ignore_eos")
+    if request.parent is not None and request.parent.adapter != request.adapter:
+        raise InputError(
+            f"request '{request.id}' and its parent have different adapters", "share a prompt within one adapter", field="adapter"
+        )
     if request.computed or request.blocks or request.finish_reason is not None or len(request.output) > max(0, most - 1):
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
     beginning = request.prompt[:-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -88,10 +88,33 @@ class EngineConfig(Config):
     """A file of predictors (`models.neuron_predictor`): single tokens compute only the neurons that it names; none computes all."""
     sparsity_share: float | None = Field(None, gt=0, le=1)
     """Share of a layer's neurons that the predictors name; none is all that are likelier active than not."""
+    lora: dict[str, str] = Field({}, description="adapters served beside the model: peft folders by name (flags: NAME=PATH)")
+    max_loras: int = Field(16, ge=1, le=4096)
+    """Most adapters in memory; the least recently used makes room and is read again when it is asked for."""
+    lora_memory: Bytes = 1 * GB
+    """Most memory of adapters, such as "512 MiB"."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the executor; none is one a core."""
     seed: int = Field(0, ge=0, le=(1 << 63) - 1)
     """Seed of the requests that bring none."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _named_folders(cls, given: Any) -> Any:
+        """`NAME=PATH`, as flags have it, or a table."""
+        if isinstance(given, str):
+            given = [given]
+        if not isinstance(given, list | tuple):
+            return given
+        folders: dict[str, str] = {}
+        for one in given:
+            name, sign, path = str(one).partition("=")
+            if not (name and sign and path):
+                raise InputError(f"lora is {str(one)[:200]!r}", "write NAME=PATH, such as sql=adapters/sql", field="lora")
+            if name in folders:
+                raise InputError(f"lora names {name[:200]!r} twice", "give each adapter its own name", field="lora")
+            folders[name] = path
+        return folders
 
     @field_validator("policy")
     @classmethod
@@ -241,7 +264,7 @@ class EngineConfig(Config):
             return self
         without = {
             "backend": self.backend == "native", "offload": self.offload is not None, "kv_policy": self.kv_policy != "dense",
-            "speculate": self.speculate in ("layers", "model"),
+            "speculate": self.speculate in ("layers", "model"), "lora": bool(self.lora),
         }  # fmt: skip
         if wanted := [name for name, asked in without.items() if asked] + self.native_only:
             raise InputError(

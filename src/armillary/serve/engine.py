@@ -32,6 +32,7 @@ from armillary.serve.verify import ScheduleError, verify, verify_outcome
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
+    from armillary.serve.adapters import AdapterStore
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Engine:
     thread that runs the engine, outside its lock, so a listener may submit and cancel; it may not step.
 
     `eos_ids` end a sequence unless its request ignores them. `policy` overrides the one that `config` names. `drafter` proposes
-    tokens to be verified together. `features` are named parts that show their state in `snapshot`.
+    tokens to be verified together. `adapters` are those that requests may run with. `features` are named parts that show their
+    state in `snapshot`.
 
     A request with a `parent` that is still waiting for its prompt begins when the parent has computed it, and shares it.
     """
@@ -61,6 +63,7 @@ class Engine:
         eos_ids: Collection[int] = (),
         policy: SchedulerPolicy | None = None,
         drafter: Drafter | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
         if config.kv_blocks is None:
             raise InputError("the size of the KV pool is not settled", "set kv_blocks, or use EngineConfig.with_pool", field="kv_blocks")
@@ -69,7 +72,10 @@ class Engine:
         self.clock = clock if clock is not None else RealClock()
         self.policy = policy if policy is not None else policies.get(config.policy, *config.composition)
         self.drafter = drafter
+        self.adapters = adapters
         self.features: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        if adapters is not None:
+            self.features["adapters"] = adapters.state
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self._memory = SequenceMemory(config.kv_blocks, config.block_size, config.kv, sharing=config.prefix_cache == "on")
@@ -107,6 +113,8 @@ class Engine:
                 raise CapacityError(
                     f"the queue holds its bound of {self.config.max_queue:,} requests", "retry later or serve with a larger --max-queue"
                 )
+            if request.adapter:
+                self._begin_adapter(request)
             if request.arrival is None:
                 request.arrival = self.clock.now()
             request.number = next(self._numbers)
@@ -362,6 +370,13 @@ class Engine:
             request.reused = start
         return hit
 
+    def _begin_adapter(self, request: Request) -> None:
+        if self.adapters is None:
+            raise InputError(
+                f"request '{request.id}' asks for an adapter, and this engine serves none", "serve with --lora", field="adapter"
+            )
+        self.adapters.begin(request.adapter)
+
     def _collect(self, plan: Plan, outcome: Outcome) -> None:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
@@ -459,6 +474,8 @@ class Engine:
         request.finish_reason = reason
         request.finished = at
         del self._requests[request.id]
+        if request.adapter and self.adapters is not None:
+            self.adapters.end(request.adapter)
         self._seats.release_forks(request)
         if self.drafter is not None:
             self.drafter.forget(request)

@@ -16,13 +16,15 @@ from armillary.core.errors import ArmillaryError, InputError
 from armillary.core.paths import cache_dir
 from armillary.core.trace import Trace
 from armillary.core.units import format_bytes
+from armillary.models.config import ModelConfig
 from armillary.models.load import LoadedModel, load
 from armillary.models.neuron_predictor import load_predictors
+from armillary.serve.adapters import AdapterStore
 from armillary.serve.admission import known_tokens
 from armillary.serve.beam import Beam, BeamParams, BeamSearch
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.forward import Forward
+from armillary.serve.executors.forward import Forward, TakesAdapters
 from armillary.serve.executors.local import LocalExecutor
 from armillary.serve.executors.native_forward import NativeForward, unsupported
 from armillary.serve.executors.offload_forward import OffloadForward
@@ -45,6 +47,7 @@ KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Progress = Callable[[int, int], None]
+Lora = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,9 @@ def build_engine(
     forward = build_forward(loaded, config, threads, in_place=not keep_weights)
     beside = config.model_copy(update={"offload": None})  # a draft model is small: all of it stays in this machine's memory
     drafter = build_drafter(config, loaded, forward, draft, lambda model: build_forward(model, beside, threads, in_place=True), clock)
-    executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock)
+    adapters = _adapters(forward, model, config)
+    packed = adapters.packed if adapters is not None else lambda key: None
+    executor = LocalExecutor(forward, threads=threads, seed=config.seed, clock=clock, adapters=packed)
     log.info(
         "%s: %s, weights %s (%s), KV cache %s: %d blocks of %d tokens, context %d, %d threads",
         loaded.name,
@@ -102,12 +107,26 @@ def build_engine(
         trace.meta["weights"] = forward.prepared
     # Schedules cannot be made ahead while drafts are proposed, and some KV policies take none: both go without the grammars' drafts.
     jump = JumpForward(loaded.tokenizer, drafter) if config.async_scheduling == "off" and config.kv.takes_drafts else None
-    engine = Engine(executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids, drafter=jump or drafter)
+    engine = Engine(
+        executor, config, clock=clock, trace=trace, eos_ids=loaded.tokenizer.stop_ids, drafter=jump or drafter, adapters=adapters
+    )
     if jump is not None:
         engine.features["grammar"] = jump.state
     if drafter is not None:
         engine.features["speculation"] = drafter.state
     return engine
+
+
+def _adapters(forward: Forward, model: ModelConfig, config: EngineConfig) -> AdapterStore | None:
+    """Those that `config` names, loaded; None where the forward pass takes none, which is an error when there are some."""
+    if not isinstance(forward, TakesAdapters):
+        if config.lora:
+            raise InputError(f"{forward.name} takes no adapters", "leave --lora out, or merge the adapter into the model", field="lora")
+        return None
+    store = AdapterStore(forward, model, max_loaded=config.max_loras, max_bytes=config.lora_memory)
+    for name, path in config.lora.items():
+        store.load(name, path)
+    return store
 
 
 def build_forward(loaded: LoadedModel, config: EngineConfig, threads: int, *, in_place: bool = False) -> Forward:
@@ -182,11 +201,12 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
         *,
+        lora: Lora = None,
         grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Continue each prompt (text, or token ids); answers in the order of the prompts.
 
-        `sampling` is one for all (default: `SamplingParams()`) or one each. `progress(done, total)` is called as answers end. Every
+        `sampling` is one for all (default: `SamplingParams()`) or one each; so is `lora`, the name of an adapter. `progress(done, total)` is called as answers end. Every
         answer follows `grammar` (`grammar.json_schema(...)` and its neighbours), which needs the extra `grammar`.
         Raises what the engine found wrong with a request; the others of the call are cancelled.
         """
@@ -194,7 +214,7 @@ class LLM:
         encode = self.loaded.tokenizer.encode
         tokens = [tuple(encode(prompt)) if isinstance(prompt, str) else tuple(prompt) for prompt in given]
         texts = [prompt if isinstance(prompt, str) else None for prompt in given]
-        return self._run(texts, tokens, sampling, progress, grammar)
+        return self._run(texts, tokens, sampling, progress, grammar, lora)
 
     def chat(
         self,
@@ -202,6 +222,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Progress | None = None,
         *,
+        lora: Lora = None,
         grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Answer a conversation ([{"role": ..., "content": ...}, ...], or a str: one user message), or each of several."""
@@ -213,7 +234,21 @@ class LLM:
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [template.render([dict(message) for message in conversation]) for conversation in conversations]  # type: ignore[arg-type]
         tokens = [tuple(self.loaded.tokenizer.encode(text, special=False)) for text in texts]
-        return self._run(texts, tokens, sampling, progress, grammar)
+        return self._run(texts, tokens, sampling, progress, grammar, lora)
+
+    def load_lora(self, name: str, path: str | Path) -> None:
+        """Serve the peft folder at `path` under `name` from now on; a name that is taken gets new weights. Raises as `AdapterStore.load`."""
+        self._store.load(name, path)
+
+    def unload_lora(self, name: str) -> None:
+        """Raises NotFoundError with the closest name."""
+        self._store.unload(name)
+
+    @property
+    def _store(self) -> AdapterStore:
+        if self.engine.adapters is None:
+            raise InputError("this engine takes no adapters", "use the native or the torch backend", field="lora")
+        return self.engine.adapters
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None) -> list[list[Beam]]:
         """The likeliest continuations of each prompt that beam search finds, best first. See `BeamParams`."""
@@ -252,7 +287,11 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         progress: Progress | None,
         grammar: Grammar | None,
+        lora: Lora,
     ) -> list[Completion]:
+        names = [lora] * len(tokens) if lora is None or isinstance(lora, str) else lora
+        if len(names) != len(tokens):
+            raise InputError(f"{len(names)} adapters for {len(tokens)} prompts", "give one for all or one each", field="lora")
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(tokens)
         if len(sampling) != len(tokens):
@@ -271,7 +310,8 @@ class LLM:
             constraint = compiled.matcher() if compiled is not None else None
             requests.append(Request(f"llm-{call}-{i}", prompt, params, constraint=constraint, text=stream, on_event=run.listen))
         try:
-            for request in requests:
+            for request, name in zip(requests, names, strict=True):
+                request.adapter = self._store.key(name) if name is not None else ""
                 self.engine.submit(request)
             self.engine.run_until_idle()
         except BaseException:

@@ -6,15 +6,18 @@ Knows the model, its tokenizer and the engine; knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import secrets
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from armillary.core.errors import ArmillaryError, CapacityError, InputError, NotFoundError
+from armillary.core.errors import ArmillaryError, CapacityError, InputError
+from armillary.serve.adapters import AdapterStore, unknown
 from armillary.serve.admission import known_tokens
 from armillary.serve.grammar.compiler import Compiled, GrammarCompiler
 from armillary.serve.request import Event, Request, SamplingParams
@@ -46,11 +49,14 @@ class Service:
         self.engine = engine
         self.loaded = loaded
         self.model_name = model_name or loaded.name
+        self.adapter = ""  # that requests run with, see `named`
         self.tokenizer = loaded.tokenizer
         self.observer = observer
         self.gate: Callable[[Sequence[Request]], None] | None = None
         self.started_at = time.time()
         self._count = itertools.count()
+        if self.model_name in self.adapters:
+            raise InputError(f"an adapter has the model's own name {self.model_name!r}", "give it another", field="lora")
         self._bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge] = weakref.WeakKeyDictionary()
         self.grammars = GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size)
         template = loaded.chat_template
@@ -77,10 +83,52 @@ class Service:
         """Token ids are below this."""
         return self.loaded.config.vocab_size
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters, each a model to clients."""
+        return self.engine.adapters.names if self.engine.adapters is not None else ()
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Serve the peft folder at `path` under `name` from now on; running requests keep the weights they have. Takes its time."""
+        if name == self.model_name:
+            raise InputError(f"{name!r} is the model itself", "give the adapter another name", field="lora_name")
+        self._adapter_store().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises NotFoundError with the closest name."""
+        self._adapter_store().unload(name)
+
+    def _adapter_store(self) -> AdapterStore:
+        if not isinstance(self.engine.adapters, AdapterStore):
+            raise InputError(
+                "adapters neither come nor go here while requests are served",
+                "name them at the start (--lora), or serve one replica",
+                field="lora_name",
+            )
+        return self.engine.adapters
+
     def check_model(self, name: str | None) -> None:
-        """One model is served; a request may leave its name out, but not name another."""
-        if name is not None and name != self.model_name:
-            raise NotFoundError(f"model {name[:200]!r} is not served here", f"ask for {self.model_name!r}", field="model")
+        """A request may leave its model's name out, but not name one that is not served: NotFoundError with the closest."""
+        if name is not None and name != self.model_name and name not in self.adapters:
+            raise unknown(name, (self.model_name, *self.adapters))
+
+    def named(self, name: str | None) -> Service:
+        """The same service under the name that a request gives: with an adapter's, requests run with it. Raises as `check_model`."""
+        self.check_model(name)
+        if name is None or name == self.model_name:
+            return self
+        service = copy.copy(self)
+        service.model_name = service.adapter = name
+        return service
+
+    @property
+    def ready(self) -> bool:
+        """Whether `start` would find its adapter in memory; where not, `prepare` brings it there and takes its time."""
+        return not self.adapter or (self.engine.adapters is not None and self.engine.adapters.is_ready(self.adapter))
+
+    def prepare(self) -> None:
+        if self.adapter and self.engine.adapters is not None:
+            self.engine.adapters.prepare(self.adapter)
 
     # Text to tokens
 
@@ -197,8 +245,10 @@ class Service:
             )
             for index in range(n * len(prompts))
         ]
+        adapter = self.engine.adapters.key(self.adapter) if self.adapter and self.engine.adapters is not None else ""
         for index, request in enumerate(requests):
             request.priority, request.deadline = priority, deadline
+            request.adapter = adapter
             if index % n:
                 request.parent = requests[index - index % n]
         if self.gate is not None:

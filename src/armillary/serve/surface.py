@@ -12,6 +12,25 @@ from armillary.serve.request import Request
 from armillary.serve.schedule import Limits, SchedulerPolicy
 
 
+class Adapters(Protocol):
+    """What requests may run with beside the model itself, by name (`adapters.AdapterStore`, or a fleet's names)."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def is_ready(self, name: str) -> bool:
+        """Whether `key` would answer at once."""
+        ...
+
+    def prepare(self, name: str) -> object:
+        """Takes the time that `key` would."""
+        ...
+
+    def key(self, name: str) -> str:
+        """What a request carries. Raises NotFoundError with the closest name."""
+        ...
+
+
 class Serving(Protocol):
     """`Engine` and `Fleet`. `config` and `limits` are what bounds one request: of a fleet, those of one replica."""
 
@@ -29,6 +48,9 @@ class Serving(Protocol):
 
     @property
     def eos_ids(self) -> Collection[int]: ...
+
+    @property
+    def adapters(self) -> Adapters | None: ...
 
     @property
     def stats(self) -> EngineStats: ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from armillary.core.clock import Clock, RealClock
-from armillary.serve.executors.forward import FlatBatch, Forward, Span
+from armillary.core.errors import CapacityError
+from armillary.serve.executors.forward import FlatBatch, Forward, PackedAdapter, Span
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.sampling import Row, SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
@@ -20,13 +21,23 @@ class LocalExecutor:
 
     The batch is the scheduled tokens of all sequences one after another, without padding; logits are computed only for
     tokens whose successor is drawn or scored. `forward` is how the batch is computed: `TorchForward` or `NativeForward`.
+    `adapters` gives the weights that a request's adapter stands for, None when they are gone.
     `threads` sets torch's thread count for the whole process (sampling uses it too); `seed` is for requests that bring none.
     """
 
-    def __init__(self, forward: Forward, *, threads: int | None = None, seed: int | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        threads: int | None = None,
+        seed: int | None = None,
+        clock: Clock | None = None,
+        adapters: Callable[[str], PackedAdapter | None] = lambda key: None,
+    ) -> None:
         self.threads = threads if threads is not None else torch.get_num_threads()
         self.forward = forward
         self._seed = seed
+        self._adapters = adapters
         self._clock = clock if clock is not None else RealClock()
 
     def run(self, plan: Plan) -> Outcome:
@@ -39,8 +50,14 @@ class LocalExecutor:
     def _run(self, plan: Plan) -> tuple[list[tuple[TokenLogprob, ...]], list[tuple[TokenLogprob, ...]], list[tuple[int, Exception]]]:
         entries, requests = plan.schedule.entries, plan.requests
         self.forward.copy_blocks(plan.copies)
+        adapters = [self._adapters(request.adapter) if request.adapter else None for request in requests]
+        # Of a request that was cancelled meanwhile: nobody waits for its tokens.
+        gone = {i for i, request in enumerate(requests) if request.adapter and adapters[i] is None}
+        failed: list[tuple[int, Exception]] = [
+            (i, CapacityError(f"adapter '{requests[i].adapter}' is not in memory any more", "send the request again")) for i in gone
+        ]
         # Single tokens first and by length: neighbours of similar length share one attention call.
-        order = sorted(range(len(entries)), key=lambda i: (entries[i].count > 1, entries[i].start))
+        order = sorted((i for i in range(len(entries)) if i not in gone), key=lambda i: (entries[i].count > 1, entries[i].start))
         tokens: list[int] = []
         positions: list[int] = []
         drawn: list[int] = []  # entries: each has 1 + drafts batch rows, which stand first in `rows`
@@ -60,13 +77,14 @@ class LocalExecutor:
         for _, first, targets in scored:
             rows += range(first, first + len(targets))
 
+        if not order:
+            return [()] * len(entries), [()] * len(entries), failed
         spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i], len(requests[i].prompt)) for i in order]
-        computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows))
+        computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows, [adapters[i] for i in order]))
         logits = computed.values
 
         sampled: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
         scores: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
-        failed: list[tuple[int, Exception]] = []
         peaks = (computed.peak[:count], computed.best[:count]) if computed.peak is not None and computed.best is not None else None
         draws = [row for i in drawn for row in _rows(requests[i], entries[i])]
         results = sample(logits[:count], draws, self._seed, peaks)

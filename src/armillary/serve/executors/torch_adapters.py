@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from armillary.core.errors import InputError
-from armillary.kernels.low_rank import PARTS, Layer, add_terms
+from armillary.kernels.cpu_library import PARTS
+from armillary.kernels.low_rank import Layer, add_terms
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
-from armillary.models.lora import projections
+from armillary.models.lora_config import projections
 from armillary.serve.executors.forward import FlatBatch
 
 
@@ -53,8 +55,17 @@ class Adapted:
             ):
                 setattr(owner, name, _WithTerms(getattr(owner, name), index, parts, self._segments))
 
+    @contextmanager
+    def chosen(self, batch: FlatBatch) -> Iterator[None]:
+        """The pass within is over `batch`. Others compute with the same layers too (a self-draft), and have no adapters."""
+        self.choose(batch)
+        try:
+            yield
+        finally:
+            self._segments.clear()
+
     def choose(self, batch: FlatBatch) -> None:
-        """The next pass is over `batch`."""
+        """From now on passes are over `batch`."""
         rows: dict[TorchAdapter, list[int]] = {}
         first = 0
         for span, adapter in zip(batch.spans, batch.adapters, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -67,14 +68,13 @@ class TorchForward:
         if self._far and max(batch.positions, default=0) >= FAR:
             positions = positions.double()
         attend = self._attend(batch.spans)
-        if self._adapted is not None:
-            self._adapted.choose(batch)
         rows = batch.rows
-        if not rows:  # chunks that end within their prompts: only the cache is wanted
-            self.decoder.hidden(tokens, positions, attend)
-            return Logits(torch.empty(0, self.decoder.config.vocab_size))
-        every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
-        return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
+        with self._adapted.chosen(batch) if self._adapted is not None else nullcontext():
+            if not rows:  # chunks that end within their prompts: only the cache is wanted
+                self.decoder.hidden(tokens, positions, attend)
+                return Logits(torch.empty(0, self.decoder.config.vocab_size))
+            every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
+            return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
 
     def pack_adapter(self, layers: Sequence[Layer]) -> TorchAdapter:
         if self._adapted is None:

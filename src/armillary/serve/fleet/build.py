@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from armillary.core.errors import InputError
@@ -47,7 +48,8 @@ def share(
     parts: dict[str, int] = {"kv_blocks": whole.kv_blocks // count, "threads": max(1, threads // count)}
     if config.offload_memory is not None:
         parts["offload_memory"] = config.offload_memory // count
-    return whole.model_copy(update={**parts, "max_running": config.max_running})
+    adapters = {name: str(Path(path).absolute()) for name, path in config.lora.items()}  # a replica may start elsewhere
+    return whole.model_copy(update={**parts, "max_running": config.max_running, "lora": adapters})
 
 
 def cores() -> int:

@@ -20,6 +20,7 @@ from armillary.core.errors import ArmillaryError, CapacityError
 from armillary.core.trace import Trace
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
+from armillary.serve.fleet.adapters import NamedAdapters
 from armillary.serve.fleet.channel import Channel
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.dispatcher import Dispatcher
@@ -98,6 +99,7 @@ class Fleet:
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self.clock = clock if clock is not None else RealClock()
         self.policy = policies.get(config.policy, *config.composition)
+        self.adapters = NamedAdapters(config.lora) if config.lora else None
         self.eos_ids = frozenset(eos_ids)
         self._blueprint = blueprint
         self._launcher = launcher if launcher is not None else LocalLauncher()

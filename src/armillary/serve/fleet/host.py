@@ -174,6 +174,8 @@ class ReplicaHost:
         request.on_event = lambda event: self._event(hosted, event)
         self._by_id[request.id] = hosted
         try:
+            if request.adapter and self.engine.adapters is not None:
+                request.adapter = self.engine.adapters.key(request.adapter)  # between processes it is a name
             self.engine.submit(request)
         except ArmillaryError as error:
             self._gone(hosted)

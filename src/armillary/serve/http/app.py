@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
-from armillary.serve.http import batches, debug, endpoints, errors, files, messages, requests, responses
+from armillary.serve.http import adapters, batches, debug, endpoints, errors, files, messages, requests, responses
 from armillary.serve.http.drain import DrainGuard
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.exchange import Exchanges, Linked
@@ -82,6 +82,7 @@ def create_app(
     service.gate = gate
     inner = endpoints_alone(service, max_body_bytes)
     app.include_router(inner.router)
+    app.include_router(adapters.router(service, max_body_bytes, operations.adapter_directory))
     store = operations.files if operations.files is not None else FileStore()
     app.include_router(files.router(store))
     app.include_router(batches.router(inner, store, GENERATING))

@@ -31,27 +31,37 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
+async def named(service: Service, model: str | None) -> Service:
+    """The service under the name that a request gives, with its adapter in memory. Raises NotFoundError with the closest name."""
+    service = service.named(model)
+    if not service.ready:
+        await asyncio.to_thread(service.prepare)
+    return service
+
+
 def router(service: Service, max_body_bytes: int) -> APIRouter:
     routes = APIRouter()
     created = int(service.started_at)
 
-    def model_card() -> dict[str, Any]:
-        return {"id": service.model_name, "object": "model", "created": created, "owned_by": "armillary", "max_model_len": service.context}
+    def model_card(name: str) -> dict[str, Any]:
+        parent = None if name == service.model_name else service.model_name  # of an adapter
+        card = {"id": name, "object": "model", "created": created, "owned_by": "armillary", "max_model_len": service.context}
+        return card | {"parent": parent}
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card()]}
+        return {"object": "list", "data": [model_card(name) for name in (service.model_name, *service.adapters)]}
 
     @routes.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, Any]:
         service.check_model(model_id)
-        return model_card()
+        return model_card(model_id)
 
     @routes.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
     async def chat(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, ChatBody, max_body_bytes)
-        service.check_model(body.model)
+        served = await named(service, body.model)
         messages, toolbox = [message.for_template() for message in body.messages], body.toolbox
         told = sum(len(str(tool.parameters)) for tool in toolbox.tools) if toolbox is not None else 0
         size = sum(len(message.content) for message in body.messages) + told
@@ -66,7 +76,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
                 )
             grammar = await off_loop(told, lambda: constraint(toolbox, service.call_format))
         answer = ChatAnswer(
-            service,
+            served,
             service.new_id("chatcmpl"),
             body.n,
             len(prompt),
@@ -76,7 +86,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             toolbox=toolbox,
         )
         compiled = await service.grammars.compiled(grammar) if grammar is not None else None
-        stream = service.start(
+        stream = served.start(
             answer.id,
             [prompt],
             [sampling],
@@ -92,13 +102,13 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
     async def completions(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, CompletionBody, max_body_bytes)
-        service.check_model(body.model)
+        served = await named(service, body.model)
         size = sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str))
         prompts, echoes = await off_loop(size, lambda: _prompts(service, body))
         sampling = service.check_sampling(body.sampling(0, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None))
         each: list[SamplingParams] = [replace(sampling, max_tokens=service.room(len(prompt), body.max_tokens)) for prompt in prompts]
         answer = CompletionAnswer(
-            service,
+            served,
             service.new_id("cmpl"),
             sum(map(len, prompts)),
             choices=len(prompts) * body.n,
@@ -109,7 +119,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         )
         grammar = await asyncio.to_thread(body.grammar) if body.structured else None
         compiled = await service.grammars.compiled(grammar) if grammar is not None else None
-        stream = service.start(
+        stream = served.start(
             answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
         )
         return await _respond(request, body, stream, answer)

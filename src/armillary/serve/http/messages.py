@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from armillary.serve.http.body import read_body
-from armillary.serve.http.endpoints import documented, ignored, off_loop
+from armillary.serve.http.endpoints import documented, ignored, named, off_loop
 from armillary.serve.http.errors import APIError, anthropic_body
 from armillary.serve.http.schemas.messages import CountBody, MessagesBody
 from armillary.serve.http.sse import EventStream, named_frame, whole
@@ -34,11 +34,12 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
     async def create(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, MessagesBody, max_body_bytes)
+        served = await named(service, body.model)
         prompt = await tokens(body)
         sampling = body.sampling(service.room(len(prompt), body.max_tokens, "messages"))
         message_id = service.new_id("msg")
-        stream = service.start(message_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
-        answer = MessageAnswer(message_id, service.model_name, stream.requests[0])
+        stream = served.start(message_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
+        answer = MessageAnswer(message_id, served.model_name, stream.requests[0])
         headers = {"request-id": message_id, "x-request-id": message_id, **ignored(body)}
         return EventStream(stream, answer, headers) if body.stream else await whole(request, stream, answer, headers)
 

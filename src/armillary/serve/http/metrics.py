@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -169,8 +169,29 @@ class _EngineState(Collector):
         for reason, count in stats["finished"].items():
             finished.add_metric([model, reason], count)
         yield finished
+        if "adapters" in live["features"]:
+            yield from _adapter_metrics(live["features"]["adapters"], model)
         if "fleet" in live["features"]:
             yield from fleet_metrics(live["features"]["fleet"], model)
+
+
+def _adapter_metrics(state: Mapping[str, Any], model: str) -> Iterator[Metric]:
+    for name, help_text, value in (
+        ("adapters_loaded", "Adapters whose weights are in memory", state["loaded"]),
+        ("adapters_bytes", "Memory of their weights", state["bytes"]),
+    ):
+        gauge = GaugeMetricFamily(f"armillary_{name}", help_text, labels=["model_name"])
+        gauge.add_metric([model], value)
+        yield gauge
+    running = GaugeMetricFamily(
+        "armillary_adapter_requests_unfinished", "Requests with an adapter that have not ended", labels=["model_name", "adapter"]
+    )
+    users: dict[str, int] = {}  # a name may have two versions for a while
+    for row in state["adapters"]:
+        users[row["name"]] = users.get(row["name"], 0) + row["running"]
+    for adapter, count in users.items():
+        running.add_metric([model, adapter], count)
+    yield running
 
 
 class _Both(Collector):

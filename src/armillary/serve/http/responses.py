@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from armillary.core.errors import NotFoundError
 from armillary.serve.http.answers import failure
 from armillary.serve.http.body import read_body
-from armillary.serve.http.endpoints import documented, ignored, off_loop
+from armillary.serve.http.endpoints import documented, ignored, named, off_loop
 from armillary.serve.http.errors import APIError, as_api_error
 from armillary.serve.http.response_answer import ResponseAnswer
 from armillary.serve.http.response_store import ResponseStore, StoredResponse
@@ -37,7 +37,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
     async def create(request: Request) -> Response:
         arrival = service.engine.clock.now()
         body = await read_body(request, ResponsesBody, max_body_bytes)
-        service.check_model(body.model)
+        served = await named(service, body.model)
         items = (*_earlier(store, body.previous_response_id), *body.input)
         messages = conversation(items, body.instructions)
         prompt = await off_loop(sum(len(message["content"]) for message in messages), lambda: service.chat_tokens(messages))
@@ -53,9 +53,9 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             if store.holds(stored):
                 store.keep(stored)
 
-        answer = ResponseAnswer(service, response_id, body, len(prompt), ended)
+        answer = ResponseAnswer(served, response_id, body, len(prompt), ended)
         stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer))
-        stream = service.start(response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
+        stream = served.start(response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
         (answer.request,) = stream.requests
         if body.store:
             store.keep(stored)
