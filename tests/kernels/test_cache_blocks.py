@@ -5,7 +5,7 @@ import torch
 
 from armillary.core.errors import InputError
 from armillary.kernels import cpu_library
-from armillary.kernels.cpu_step import StepCache, attention
+from armillary.kernels.cpu_step import CACHE_DTYPES, StepCache, attention
 from armillary.kernels.paged_attention import PagedCache
 
 HEADS, DIM = 2, 32
@@ -21,7 +21,7 @@ def filled(cache):
 
 def pools():
     yield "torch", lambda size: PagedCache(2, 12, size, HEADS, DIM)
-    for dtype in (torch.float32, torch.float16, torch.int8):
+    for dtype in CACHE_DTYPES:
         yield f"native {dtype}", lambda size, dtype=dtype: StepCache(2, 12, size, HEADS, DIM, dtype)
 
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_is_refused():
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("block_size", [4, 5, 16])
 def test_a_sequence_goes_on_in_another_pool_with_the_same_bits(dtype, block_size):
     generator = torch.Generator().manual_seed(block_size)

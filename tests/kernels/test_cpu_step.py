@@ -41,7 +41,7 @@ def attention64(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | Non
     chunks=st.lists(st.integers(1, 130), min_size=1, max_size=4),
     window=st.sampled_from([None, 1, 7, 96, 100]),
     softcap=st.sampled_from([None, 2.0]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.float8_e4m3fn]),
     seed=st.integers(0, 2**31),
 )
 def test_paged_attention_equals_float64(
@@ -177,8 +177,24 @@ def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
     assert bool(out[70:].isnan().any(-1).all())
 
 
+def test_fp8_is_torchs_and_saturates() -> None:
+    """Every code is read as torch reads it, and numbers are stored as torch rounds them; beyond 448 there is no infinity to store."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = torch.cat(
+        (codes, codes * 1.03, codes * 0.5, torch.randn(1024) * 30, torch.randn(256) * 1e-3, torch.tensor([1e9, -1e9]), torch.zeros(254))
+    )
+    rows = numbers.view(-1, 1, 16)
+    cache = StepCache(1, len(rows) // 16 + 1, 16, 1, 16, torch.float8_e4m3fn)
+    cpu_step.attention(cache, torch.zeros_like(rows), rows, rows, 0, torch.arange(cache.blocks).int(), scale=1.0)
+    stored = cache.values[0].float()[: numbers.numel()]
+    expected = numbers.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(stored, expected, rtol=0, atol=0, equal_nan=True)
+    keys = cache.keys[0].float().view(-1, 16, 16).mT.reshape(-1)[: numbers.numel()]
+    torch.testing.assert_close(keys, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_cache_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(InputError, match="float32, float16 or int8"):
+    with pytest.raises(InputError, match="float32, float16, int8 or float8_e4m3fn"):
         StepCache(1, 4, 16, 1, 16, torch.bfloat16)
 
 

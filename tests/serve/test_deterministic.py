@@ -30,7 +30,7 @@ def answers(requests, **options):
 
 
 @needs_native
-@pytest.mark.parametrize(("quantize", "kv_dtype"), [("none", "fp32"), ("fp16", "fp16"), ("int8", "fp32"), ("int4", "int8")])
+@pytest.mark.parametrize(("quantize", "kv_dtype"), [("none", "fp32"), ("fp16", "fp16"), ("int8", "fp8"), ("int4", "int8")])
 def test_company_preemption_chunks_and_threads_change_no_bit(quantize, kv_dtype):
     rng = random.Random(7)
     asked = [

@@ -63,7 +63,8 @@ class EngineFlags:
         None
     )
     kv_dtype: Annotated[
-        str | None, _flag("Keys and values in memory: fp32 (default), fp16 or int8; the latter two need the native backend.", _ENGINE)
+        str | None,
+        _flag("Keys and values in memory: fp32 (default), fp16, fp8 or int8; all but the first need the native backend.", _ENGINE),
     ] = None
     kv_policy: Annotated[
         str | None,

@@ -98,7 +98,7 @@ class StepModel:
         return self.head.nbytes + sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
 
-CACHE_DTYPES = (torch.float32, torch.float16, torch.int8)  # in the order of CacheFormat in cpu/kv_cache.h
+CACHE_DTYPES = (torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn)  # in the order of CacheFormat in cpu/kv_cache.h
 
 
 def cache_row_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -109,7 +109,7 @@ def cache_row_bytes(head_dim: int, dtype: torch.dtype) -> int:
 class StepCache:
     """Keys and values of every layer in pages; 16 slots are a tile, so the pool is padded to whole tiles.
 
-    fp32, fp16 or int8. int8 has a scale for each token and head, its largest magnitude / 127: every number is then within
+    fp32, fp16, fp8 (e4m3, saturating at 448) or int8. int8 has a scale for each token and head, its largest magnitude / 127: every number is then within
     half a scale of what was stored, and attention adds 2^-15 to that (`cpu/attention_int8.h`). `bounds` keeps those of each
     tile's keys beside it, for queries that select pages; blocks must then be whole tiles.
     """
@@ -130,7 +130,7 @@ class StepCache:
                 f"a KV block of {block_size} tokens is not whole pages of {PAGE}", f"use a multiple of {PAGE}", field="block_size"
             )
         if dtype not in CACHE_DTYPES:
-            raise InputError(f"the native cache holds float32, float16 or int8, not {dtype}", "choose one of the three")
+            raise InputError(f"the native cache holds float32, float16, int8 or float8_e4m3fn, not {dtype}", "choose one of the four")
         slots = -(-blocks * block_size // 16) * 16
         self.block_size, self.dtype, self.blocks = block_size, dtype, blocks
         self.kv_heads, self.head_dim = kv_heads, head_dim

@@ -48,8 +48,8 @@ class EngineConfig(Config):
     """Most tokens of one sequence, prompt and answer; none leaves it to the model."""
     backend: Literal["auto", "native", "torch"] = Field("auto", description="who computes: the CPU kernels (native), or plain torch")
     quantize: Literal["none", "fp16", "int8", "int4"] = Field("none", description="weights in memory; needs the native backend")
-    kv_dtype: Literal["fp32", "fp16", "int8"] = Field(
-        "fp32", description="keys and values in memory; fp16 and int8 need the native backend"
+    kv_dtype: Literal["fp32", "fp16", "fp8", "int8"] = Field(
+        "fp32", description="keys and values in memory; all but fp32 need the native backend"
     )
     kv_policy: str = "dense"
     """What is kept of keys and values, and read: dense, streaming, h2o, quest, minference or infllm."""

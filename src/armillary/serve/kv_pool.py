@@ -17,8 +17,8 @@ POOL_SHARE: Final = 4  # the default pool takes one part in four of the free mem
 ENDLESS: Final = 1 << 30  # tokens of a stream: positions are 32-bit numbers
 POOL_LIMIT: Final = 4 * 10**9  # ... and at most this many bytes
 
-KvDtype = Literal["fp32", "fp16", "int8"]
-_BYTES: Final[dict[KvDtype, int]] = {"fp32": 4, "fp16": 2, "int8": 1}
+KvDtype = Literal["fp32", "fp16", "fp8", "int8"]
+_BYTES: Final[dict[KvDtype, int]] = {"fp32": 4, "fp16": 2, "fp8": 1, "int8": 1}
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: KvDtype = "fp32") -> int:

@@ -42,7 +42,7 @@ from armillary.serve.text import TextStream
 
 log = logging.getLogger(__name__)
 
-KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]

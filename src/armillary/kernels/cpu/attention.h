@@ -166,7 +166,7 @@ struct TileRows {
 
 template <int M, int W, class T>
 static inline __attribute__((always_inline)) void scores_of(const TileRows& x, int d, const Chunk<T>& chunk, int tile, float (*p)[kChunk]) {
-  if constexpr (sizeof(T) == 1)
+  if constexpr (is_int8<T>)
     scores_int8<M, W>(x.encoded, d, chunk, tile, p);
   else
     scores<M, W>(x.q, d, chunk.keys + tile, (float(*)[kChunk])(p[0] + 16 * tile));
@@ -189,7 +189,7 @@ static inline void attend_tile(const Chunk<T>& chunk, int d, const TileRows& x) 
   else
     soften<M>(p, tiles, x.begin, x.end, x.softcap, x.state, shrink);
   int offset = 0;
-  if constexpr (sizeof(T) == 1) {
+  if constexpr (is_int8<T>) {
     alignas(64) int8_t weights[M * 2 * kChunk];
     float unit[M];
     encode_weights<M>(p, chunk, tiles, weights, unit);
@@ -287,16 +287,16 @@ static void attend_segment(const Cache& c, const Sequence& s, const AttentionOpt
   for (int chunk = std::max(segment * kSegment, seen_from[0] / kChunk * kChunk); chunk <= last; chunk += kChunk) {
     const int tiles = std::min(kChunk / 16, (last - chunk) / 16 + 1);
     const bool whole = c.block_size % 16 == 0;
-    // fp16 that is used once is read where it lies; what many rows use is made fp32 first.
-    const bool in_place = whole && (b.rows <= kTileRows || sizeof(T) != 2);
+    // Halves and less that are used once are read where they lie; what many rows use is made fp32 first.
+    const bool in_place = whole && (b.rows <= kTileRows || !is_narrow<T>);
     Chunk<T> there;
-    Chunk<std::conditional_t<sizeof(T) == 1, T, float>> copied;
+    Chunk<std::conditional_t<is_int8<T>, T, float>> copied;
     if (in_place) {
       tiles_in_place(c, s, b.head, chunk, tiles, there);
       if (b.rows <= kTileRows)  // read once, tiles lie anywhere: values come while keys are multiplied
         for (int t = 0; t < tiles; t++)
           for (size_t line = 0; line < 16 * d * sizeof(T); line += 64) __builtin_prefetch((const char*)there.values[t] + line, 0, 2);
-    } else if constexpr (sizeof(T) == 1)
+    } else if constexpr (is_int8<T>)
       copy_tiles_int8(c, s, b.head, chunk, tiles, last, (T*)u.keys, (T*)u.values, u.scales, copied);
     else
       copy_tiles<T>(c, s, b.head, chunk, tiles, last, u.keys, u.values, copied);
@@ -333,6 +333,7 @@ static inline void attend_segment(const Cache& c, const Sequence& s, const Atten
     case CACHE_F32: return attend_segment<float>(c, s, o, b, group, segment, u);
     case CACHE_F16: return attend_segment<uint16_t>(c, s, o, b, group, segment, u);
     case CACHE_I8: return attend_segment<uint8_t>(c, s, o, b, group, segment, u);
+    case CACHE_F8: return attend_segment<e4m3>(c, s, o, b, group, segment, u);
   }
 }
 

@@ -3,11 +3,13 @@
 // Slots come in tiles of 16, which are laid out for attention (attention.h):
 //   fp32, fp16  keys [tile][kv_head][head_dim][16], so that one vector holds the same component of 16 keys and scores need
 //               no horizontal sums; values [tile][kv_head][16][head_dim].
+//   fp8         as these, a number being e4m3: sign, 4 bits of exponent, 3 of mantissa; up to 448, beyond which it saturates.
 //   int8        keys [tile][kv_head][head_dim / 4][16][4] and values [tile][kv_head][4][head_dim][4], four numbers of a sum
 //               side by side for byte dot products; a scale for each slot and head, [tile][kv_head][16]. A key's bytes are
 //               biased by 128, as the unsigned operand has to be.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -16,7 +18,17 @@ namespace arm {
 constexpr int kChunk = 64;  // positions that attention takes at a time: their keys and values stay in the first-level cache
 constexpr int kMaxHeadDim = 512;
 
-enum CacheFormat : int32_t { CACHE_F32 = 0, CACHE_F16 = 1, CACHE_I8 = 2 };
+enum CacheFormat : int32_t { CACHE_F32 = 0, CACHE_F16 = 1, CACHE_I8 = 2, CACHE_F8 = 3 };
+
+struct e4m3 {
+  uint8_t bits;
+};
+
+// Of a cache's element types: whether it is made fp32 before many rows use it, and whether it is multiplied in integers.
+template <class T>
+constexpr bool is_int8 = std::is_same_v<T, uint8_t>;
+template <class T>
+constexpr bool is_narrow = !is_int8<T> && sizeof(T) < 4;
 
 struct Cache {
   void* keys;
@@ -49,6 +61,15 @@ static inline size_t tile_of(const Cache& c, size_t slot, int head) { return (sl
 static inline f32x16 load_as_float(const float* p) { return load(p); }
 static inline f32x16 load_as_float(const uint16_t* p) { return load_half(p); }
 
+static inline f32x16 load_as_float(const e4m3* p) {
+  i8x16 bytes;
+  memcpy(&bytes, p, 16);
+  const i32x16 code = __builtin_convertvector(bytes, i32x16), magnitude = (code & 0x7f) << 20;
+  const f32x16 normal = (f32x16)(magnitude + (120 << 23)), below = (f32x16)(magnitude + (121 << 23)) - 0x1p-6f;  // no hidden bit
+  const i32x16 value = magnitude < (1 << 23) ? (i32x16)below : (i32x16)normal;
+  return (f32x16)((magnitude == (0x7f << 20) ? splat_int(0x7fc00000) : value) | (code & (int32_t)0x80000000));
+}
+
 // rows[i][j] becomes rows[j][i]: four perfect shuffles.
 static inline void transpose(f32x16 rows[16]) {
 #pragma GCC unroll 4
@@ -66,6 +87,15 @@ static inline void transpose(f32x16 rows[16]) {
 
 static inline void store_as(float* p, f32x16 v) { store(p, v); }
 static inline void store_as(uint16_t* p, f32x16 v) { store_half(p, v); }
+static inline void store_as(e4m3* p, f32x16 v) {  // to nearest even
+  const i32x16 sign = ((i32x16)v >> 24) & 0x80, all = (i32x16)v & 0x7fffffff;
+  const f32x16 size = vmin(splat(448.0f), (f32x16)all);
+  const i32x16 bits = (i32x16)size, rounded = bits + 0x7ffff + ((bits >> 20) & 1);
+  const i32x16 normal = (rounded >> 20) - (120 << 3), below = (i32x16)(size + 0x1p14f) - (i32x16)splat(0x1p14f);  // the adder rounds
+  const i32x16 code = (bits < ((127 - 6) << 23) ? below : normal) | sign;
+  const i8x16 bytes = __builtin_convertvector(all > 0x7f800000 ? splat_int(0x7f) : code, i8x16);
+  memcpy(p, &bytes, 16);
+}
 
 template <class T>
 static void write_cache(const Cache& c, size_t slot, int count, int head, const float* keys, const float* values, size_t stride) {
@@ -162,6 +192,7 @@ static inline void write_cache(const Cache& c, size_t slot, int count, int head,
     case CACHE_F32: return write_cache<float>(c, slot, count, head, keys, values, stride);
     case CACHE_F16: return write_cache<uint16_t>(c, slot, count, head, keys, values, stride);
     case CACHE_I8: return write_cache_int8(c, slot, count, head, keys, values, stride);
+    case CACHE_F8: return write_cache<e4m3>(c, slot, count, head, keys, values, stride);
   }
 }
 
@@ -186,7 +217,7 @@ static inline void tiles_in_place(const Cache& c, const Sequence& s, int head, i
     const size_t at = tile_of(c, slot_of(s, c.block_size, position + 16 * t), head);
     to.keys[t] = (const T*)c.keys + at;
     to.values[t] = (const T*)c.values + at;
-    if (sizeof(T) == 1) to.key_scales[t] = c.key_scales + at / c.head_dim, to.value_scales[t] = c.value_scales + at / c.head_dim;
+    if (is_int8<T>) to.key_scales[t] = c.key_scales + at / c.head_dim, to.value_scales[t] = c.value_scales + at / c.head_dim;
   }
 }
 

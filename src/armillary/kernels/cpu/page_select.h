@@ -37,6 +37,7 @@ static inline void keys_of_tile(const Cache& c, size_t at, int i, f32x16 keys[16
     switch (c.format) {
       case CACHE_F32: keys[j] = load((const float*)c.keys + component); break;
       case CACHE_F16: keys[j] = load_half((const uint16_t*)c.keys + component); break;
+      case CACHE_F8: keys[j] = load_as_float((const e4m3*)c.keys + component); break;
       case CACHE_I8: {  // [head_dim / 4][16][4], biased by 128
         const uint8_t* four = (const uint8_t*)c.keys + at + (size_t)(i + j) / 4 * 64 + (i + j) % 4;
         for (int lane = 0; lane < 16; lane++) keys[j][lane] = (float)((int)four[4 * lane] - 128) * c.key_scales[at / d + lane];
