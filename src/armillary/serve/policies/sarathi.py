@@ -38,24 +38,23 @@ class Sarathi:
     def step(self, state: State) -> Schedule:
         limits, room = state.limits, Room(state)
         preempted, running = self._victims.choose(state, _growth, room)
-        budget = self._budget(state, sum(map(is_decode, running)))
+        decodes = [request for request in running if is_decode(request)]
+        budget = self._budget(state, len(decodes))
         spent = Reason.NO_BUDGET if budget == limits.max_batch_tokens else Reason.NO_TIME
         entries: list[Entry] = []
         held: list[Hold] = []
 
-        room.free -= _growth(running, state)
         spare = budget - len(running)  # for drafts: they leave a token to everyone
-        for request in running:
-            if is_decode(request):
-                blocks = max(len(request.blocks), limits.blocks_for(request.known))
-                drafts = drafts_that_fit(request, spare, blocks - len(request.blocks) + room.free, limits.block_size)
-                more = max(0, limits.blocks_for(request.known + drafts) - blocks)
-                entries.append(entry(request, 1 + drafts, blocks + more))
-                room.free -= more
-                budget -= 1 + drafts
-                spare -= drafts
+        for request in decodes:
+            blocks = max(len(request.blocks), limits.blocks_for(request.known))
+            drafts = drafts_that_fit(request, spare, blocks - len(request.blocks) + room.free, limits.block_size)
+            more = max(0, limits.blocks_for(request.known + drafts) - blocks)
+            entries.append(entry(request, 1 + drafts, blocks + more))
+            room.free -= more
+            budget -= 1 + drafts
+            spare -= drafts
 
-        for request in running:
+        for request in running if len(decodes) < len(running) else ():
             if is_decode(request):
                 continue
             count = min(request.known - request.computed, budget)

@@ -28,11 +28,13 @@ class Victims:
     def choose(
         self, state: State, growth: Callable[[Sequence[Request], State], int], room: Room
     ) -> tuple[tuple[Preemption, ...], Sequence[Request]]:
-        """Who is preempted, the last admitted first, and who goes on, with room for the blocks of their `growth`.
+        """Who is preempted, the last admitted first, and who goes on; the blocks of their `growth` are taken from `room`.
 
         A victim loses all its blocks and computes them again later, which is cheaper than swapping (vLLM PR #12).
         """
-        if growth(state.running, state) <= room.free:
+        needed = growth(state.running, state)
+        if needed <= room.free:
+            room.free -= needed
             return (), state.running
 
         def lacking(victims: Sequence[Request]) -> int:
@@ -44,7 +46,9 @@ class Victims:
         victims = self.rule(state, lacking)
         reason = Reason.LOWEST_CLASS if len({request.priority for request in state.running[1:]}) > 1 else self.reason
         preempted = [Preemption(request.id, reason, room.give_back(request)) for request in reversed(state.running) if request in victims]
-        return tuple(preempted), [request for request in state.running if request not in victims]
+        kept = [request for request in state.running if request not in victims]
+        room.free -= growth(kept, state)
+        return tuple(preempted), kept
 
 
 def last_admitted(state: State, lacking: Lacking) -> list[Request]:

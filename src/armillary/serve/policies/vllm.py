@@ -36,7 +36,6 @@ class VLLM:
         entries: list[Entry] = []
         held: list[Hold] = []
 
-        room.free -= _growth(running, state)
         spare = budget - len(running)  # for drafts: they leave a token to everyone
         for request in running:
             count = min(request.known - request.computed, budget)
