@@ -4,15 +4,19 @@ Run as a program it writes the table of docs/composition.md; `--model smollm2` d
 """
 
 import argparse
+import atexit
 import itertools
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adapters import adapter, write
 from models import VOCABULARY, loaded, tiny
 from split_world import Split
 
@@ -43,6 +47,7 @@ class Feature:
     options: dict[str, Any] = field(default_factory=dict)
     numerics: dict[str, Any] = field(default_factory=dict)
     arrange: Callable[[list[Request]], list[Request]] = lambda requests: requests
+    begin: Callable[[Any, list[Request]], None] = lambda engine, requests: None
     during: Callable[[Engine, list[Request]], None] = lambda engine, requests: None
     split: bool = False  # prompts are computed by one engine, answers by another
 
@@ -69,6 +74,32 @@ def _grammar(requests: list[Request]) -> list[Request]:
 def _followed(engine: Engine, requests: list[Request]) -> bool:
     texts = ["".join(map(chr, request.output)) for request in requests if request.constraint is not None]
     return len(texts) > 2 and all(text[:4] == "ABCD"[: len(text)] for text in texts)
+
+
+@cache
+def _folders() -> dict[str, str]:
+    """Two adapters of the model, as peft's files."""
+    root = Path(tempfile.mkdtemp(prefix="armillary-adapters-"))
+    atexit.register(shutil.rmtree, root, True)
+    return {name: str(write(root / name, model().config, adapter(model().config, seed))) for seed, name in enumerate(("one", "two"))}
+
+
+def _adapt(engine: Any, requests: list[Request]) -> None:
+    """Two requests with each adapter; choices run with their parent's."""
+    key = str if isinstance(engine, Split) else engine.adapters.key  # between processes it is a name
+    for request in requests:
+        name = ("", "one", "two", "one", "", "two")[int(request.id.partition("/")[0])]
+        request.adapter = key(name) if name else ""
+
+
+def _adapted(engine: Any, requests: list[Request]) -> bool:
+    return (
+        sum(
+            bool(request.adapter) and request.output != [*alone(request.prompt, request.sampling, "", False, ("LoRA",))]
+            for request in requests
+        )
+        > 1
+    )
 
 
 def _moved(engine: Any, requests: list[Request]) -> bool:
@@ -114,6 +145,7 @@ FEATURES = (
         {"offload": "weights=20/40/40,cache=0/50/50,hidden=0/100/0,batches=2"},
         {"backend": "torch"},
     ),
+    Feature("LoRA", _adapted, numerics={"lora": "two adapters"}, begin=_adapt),
     Feature("abort", lambda _, requests: any(request.finish_reason == "cancelled" for request in requests), during=_abort),
     Feature("async", lambda engine, _: engine.stats.foreseen_schedules > 0, {"async_scheduling": "on"}),
     Feature("int4", lambda engine, _: engine.config.quantize == "int4", numerics={"quantize": "int4", "deterministic": True}),
@@ -194,6 +226,8 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
     options = plain_options(features)
     for feature in () if plain else features:
         options |= feature.options
+    if "lora" in options:
+        options["lora"] = _folders()
     options["kv_blocks"] = options.pop("kv_tokens") // options["block_size"]
 
     # Drafts are as long as measured times say that they pay: here all pay.
@@ -204,10 +238,11 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
 
 
 @cache
-def alone(prompt: tuple[int, ...], sampling: SamplingParams, adapter: str, structured: bool, numerics: tuple[str, ...]) -> tuple[int, ...]:
+def alone(prompt: tuple[int, ...], sampling: SamplingParams, lora: str, structured: bool, numerics: tuple[str, ...]) -> tuple[int, ...]:
     """The tokens of one request by itself, with nothing on but what changes the numbers."""
     engine = engine_with(tuple(BY_NAME[name] for name in numerics), plain=True)
-    request = Request("alone", prompt, sampling, adapter=adapter, constraint=compiled().matcher() if structured else None)
+    key = engine.adapters.key(lora) if lora else ""
+    request = Request("alone", prompt, sampling, adapter=key, constraint=compiled().matcher() if structured else None)
     engine.submit(request)
     engine.run_until_idle()
     return tuple(request.output)
@@ -218,6 +253,8 @@ def check(*features: Feature) -> None:
     engine, requests = engine_with(features), workload()
     for feature in features:
         requests = feature.arrange(requests)
+    for feature in features:
+        feature.begin(engine, requests)
     half = len(requests) // 2
     for request in requests[:half]:
         engine.submit(request)
@@ -233,7 +270,7 @@ def check(*features: Feature) -> None:
     assert engine.snapshot()["blocks"]["used"] == 0
     numerics = tuple(feature.name for feature in features if feature.numerics)
     for request in requests:
-        wanted = alone(request.prompt, request.sampling, request.adapter, request.constraint is not None, numerics)
+        wanted = alone(request.prompt, request.sampling, request.adapter.partition("#")[0], request.constraint is not None, numerics)
         if request.finish_reason == "cancelled":
             wanted = wanted[: len(request.output)]
         else:
