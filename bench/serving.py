@@ -27,6 +27,7 @@ CASES = {  # title, program and arguments
     "replicas": ("Replicas, and prefill apart from decode", ["replicas.py"]),
     "structured": ("Structured output: what a grammar costs", ["structured.py"]),
     "quest": ("Quest: decoding at a long context", ["quest.py"]),
+    "lora": ("Adapters of LoRA in one batch", ["lora.py"]),
 }
 TIMEOUT = 1800  # seconds
 

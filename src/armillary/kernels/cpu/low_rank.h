@@ -59,11 +59,16 @@ static inline void shrink_rows(const float* a, int k, const float* const* x, int
   }
 }
 
-// 16 columns of B t, where t [rank] is scale * A x. `b`: those columns' [rank][16].
+// 16 columns of B t, where t [rank] is scale * A x. `b`: those columns' [rank][16]. Four sums as in shrink.
 static inline f32x16 expand(const float* b, const float* t, int rank) {
-  f32x16 sum = {};
-  for (int j = 0; j < rank; j++) sum += load(b + (size_t)j * 16) * splat(t[j]);
-  return sum;
+  f32x16 sum[4] = {};
+  int j = 0;
+  for (; j + 4 <= rank; j += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) sum[i] += load(b + (size_t)(j + i) * 16) * splat(t[j + i]);
+  }
+  for (; j < rank; j++) sum[0] += load(b + (size_t)j * 16) * splat(t[j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 }  // namespace arm
