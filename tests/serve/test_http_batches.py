@@ -166,7 +166,7 @@ def test_bad_requests_are_refused_by_name(client, world):
     file = upload(client, HELLO)
     for fields, param in (
         ({"input_file_id": "file-none"}, "input_file_id"),
-        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": "/v1/moderations"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"extra_body": {"output_expires_after": {}}}, "output_expires_after"),
     ):

@@ -137,6 +137,26 @@ def test_a_seed_gives_the_same_answer_and_each_choice_its_own(real, client):
     assert ask(seed=12) == first[1:2]  # choice 1 of seed 11 draws from seed 12
 
 
+def test_a_seeded_answer_does_not_depend_on_what_else_is_served(real):
+    world, _ = real
+    fields = {"model": world.service.model_name, "max_tokens": 12, "temperature": 1.0, "logprobs": 2}
+
+    async def ask(client, prompt, seed):
+        choice = (await client.completions.create(prompt=prompt, seed=seed, **fields)).choices[0]
+        return choice.text, choice.logprobs.token_logprobs
+
+    async def among(others):
+        async with openai.AsyncOpenAI(base_url=world.url + "/v1", api_key="any", max_retries=0, timeout=120) as client:
+            company = [ask(client, "x" * (3 + 5 * number), None) for number in range(others)]
+            return (await asyncio.gather(*company, ask(client, "The stars", 7)))[-1]
+
+    text, logprobs = asyncio.run(among(0))
+    for others in (1, 6):
+        again, scores = asyncio.run(among(others))
+        assert again == text
+        assert scores == pytest.approx(logprobs, abs=1e-4)
+
+
 def test_a_banned_token_is_never_said(real, client):
     world, decoder = real
     prompt = world.tokenizer.encode("The stars")

@@ -236,7 +236,8 @@ def test_a_failure_is_an_error_or_the_last_event(client, world, stream):
         ({"input": [{"role": "user", "content": "x", "extra": 1}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"truncation": "auto"}, "truncation"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
@@ -290,3 +291,18 @@ def _has(store, name):
         return bool(store.get(name))
     except NotFoundError:
         return False
+
+
+def test_an_answer_follows_the_format_that_was_asked_for(tmp_path):
+    from test_http_models import tiny
+
+    world = World(tmp_path, loaded=tiny(tmp_path))
+    try:
+        with openai.OpenAI(base_url=world.url + "/v1", api_key="any", max_retries=0, timeout=60) as client:
+            schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+            text = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
+            answer = client.responses.create(model="tiny", input="Hi", text=text, temperature=0)
+            assert json.loads(answer.output_text)["a"] in (1, 2)
+            assert answer.text.format.schema_ == schema
+    finally:
+        world.close()

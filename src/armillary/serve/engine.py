@@ -381,6 +381,8 @@ class Engine:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
         failed = dict(outcome.failed)
+        for index, vector in outcome.pooled:
+            plan.requests[index].pooled = vector
         if self.drafter is not None:
             self.drafter.ran(plan.schedule.tokens, outcome.end - outcome.start)
         for index, (entry, request, sampled, scores) in enumerate(

@@ -85,6 +85,7 @@ class Request:
     constraint: Constraint | None = None  # what may come next
     parent: Request | None = None  # a sequence that begins with this one's prompt (but its last token), whose cache it begins with
     retained: bool = False  # its blocks stay when it has ended, for forks, until `Engine.let_go` or until the memory is needed
+    pooling: bool = False  # it wants the hidden state of its prompt's last token, and no more tokens (`max_tokens` 0)
     text: TextStream | None = None
     on_event: Callable[[Event], None] | None = None
     # State, written by the engine alone.
@@ -100,6 +101,7 @@ class Request:
     block_names: list[bytes] = field(default_factory=list)  # of full blocks, as far as the prefix cache has asked
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    pooled: Tensor | None = None  # [hidden] after the final norm, when `pooling`
     finish_reason: FinishReason | None = None
     preemptions: int = 0
     drafted: int = 0  # proposed tokens that were verified ...

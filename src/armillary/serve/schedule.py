@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from armillary.serve.request import Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reason(StrEnum):
@@ -218,6 +221,7 @@ class Outcome:
     `sampled[i]` are the next tokens of entry i, with their logprobs when asked for: none when it did not sample, otherwise the
     drafts that were accepted and one more; `prompt_logprobs[i]` scores the prompt tokens at positions start+1 .. start+count when asked for.
     `start` and `end` are ns of the executor's clock. `failed` names entries that alone went wrong (NaN logits), and why.
+    `pooled` are the last hidden states [hidden] of the prompts that ended and wanted them.
     """
 
     sampled: tuple[tuple[TokenLogprob, ...], ...]
@@ -225,3 +229,4 @@ class Outcome:
     start: int
     end: int
     failed: tuple[tuple[int, Exception], ...] = ()
+    pooled: tuple[tuple[int, Tensor], ...] = ()

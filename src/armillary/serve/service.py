@@ -12,9 +12,13 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 from armillary.serve.adapters import AdapterStore, unknown
@@ -218,6 +222,7 @@ class Service:
         priority: int = 0,
         deadline: int | None = None,
         grammar: Compiled | None = None,
+        pooling: bool = False,
     ) -> AsyncStream:
         """Submit `n` choices for each prompt (`sampling[i]` goes with `prompts[i]`) and return their stream.
 
@@ -247,7 +252,7 @@ class Service:
         ]
         adapter = self.engine.adapters.key(self.adapter) if self.adapter and self.engine.adapters is not None else ""
         for index, request in enumerate(requests):
-            request.priority, request.deadline = priority, deadline
+            request.priority, request.deadline, request.pooling = priority, deadline, pooling
             request.adapter = adapter
             if index % n:
                 request.parent = requests[index - index % n]
@@ -267,6 +272,37 @@ class Service:
             for request in requests:
                 self.observer.submitted(request)
         return stream
+
+    @property
+    def dimensions(self) -> int:
+        """The length of an embedding."""
+        return self.loaded.config.hidden_size
+
+    @property
+    def max_input_tokens(self) -> int:
+        """The most tokens that are embedded as one."""
+        return self.context
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The hidden state of each input's last token after the final norm, scaled to length 1: [hidden] each.
+
+        They are computed as prompts are, in everybody's batches and with the prefix cache. Being cancelled withdraws them.
+        """
+        if not hasattr(self.engine, "executor"):
+            raise InputError("replicas give no embeddings", "serve the model with one engine, or an encoder", field="model")
+        nothing = [SamplingParams(max_tokens=0)] * len(inputs)
+        stream = self.start(self.new_id("embd"), inputs, nothing, pooling=True)
+        async with aclosing(stream.batches()) as batches:
+            async for batch in batches:
+                for _, event in batch:
+                    if event.finish_reason == "error":
+                        raise event.error or ArmillaryError("the engine ended the request")
+                    if event.finish_reason == "cancelled":
+                        raise CapacityError("the request was cancelled before it was complete", "send it again")
+        vectors = [request.pooled for request in stream.requests if request.pooled is not None]
+        if len(vectors) < len(inputs):
+            raise InputError("this engine gives no hidden states", "serve with --backend torch, or serve an encoder", field="model")
+        return [functional.normalize(vector, dim=0) for vector in vectors]
 
     def stream(
         self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, whole_context: bool = True

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Protocol
 
 from armillary.serve.request import Event, Request
@@ -101,7 +101,7 @@ class AsyncStream:
             for choice in sorted(self._open):
                 self._cancel(self.requests[choice].id)
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
+    async def batches(self) -> AsyncGenerator[list[tuple[int, Event]]]:
         """Yield `(choice, event)` in lists: all that has arrived since the last one. Ends when every choice has finished."""
         try:
             while self._ready or self._open:

@@ -33,18 +33,21 @@ class FlatBatch:
     spans: Sequence[Span]
     rows: Sequence[int]
     adapters: Sequence[PackedAdapter | None] = ()
+    hidden: bool = False  # whether the rows' hidden states are wanted beside their logits
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
     """Logits of a batch's rows [rows, vocab], valid until the next batch, and what greedy sampling needs, when it is known.
 
-    `peak` [rows] is each row's largest logit (NaN when any is NaN), `best` [rows] the first token that has it.
+    `peak` [rows] is each row's largest logit (NaN when any is NaN), `best` [rows] the first token that has it. `hidden` [rows, hidden]
+    is the final norm's output when the batch asked for it; None from who cannot give it.
     """
 
     values: Tensor
     peak: Tensor | None = None
     best: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Forward(Protocol):

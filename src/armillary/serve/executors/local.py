@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from armillary.core.clock import Clock, RealClock
-from armillary.core.errors import CapacityError
+from armillary.core.errors import CapacityError, InputError
 from armillary.serve.executors.forward import FlatBatch, Forward, PackedAdapter, Span
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.sampling import Row, SamplingError, sample, score
 from armillary.serve.schedule import Entry, Outcome, Plan
 from armillary.serve.speculation.verification import accept
+
+Tokens = tuple[TokenLogprob, ...]
 
 
 class LocalExecutor:
@@ -44,10 +47,12 @@ class LocalExecutor:
         start = self._clock.now()
         self._set_threads()
         with torch.inference_mode():
-            sampled, scores, failed = self._run(plan) if plan.requests else ([], [], [])
-        return Outcome(tuple(sampled), tuple(scores), start, self._clock.now(), tuple(failed))
+            if not plan.requests:
+                return Outcome((), (), start, self._clock.now())
+            sampled, scores, failed, pooled = self._run(plan)
+        return Outcome(tuple(sampled), tuple(scores), start, self._clock.now(), tuple(failed), tuple(pooled))
 
-    def _run(self, plan: Plan) -> tuple[list[tuple[TokenLogprob, ...]], list[tuple[TokenLogprob, ...]], list[tuple[int, Exception]]]:
+    def _run(self, plan: Plan) -> tuple[list[Tokens], list[Tokens], list[tuple[int, Exception]], list[tuple[int, Tensor]]]:
         entries, requests = plan.schedule.entries, plan.requests
         self.forward.copy_blocks(plan.copies)
         adapters = [self._adapters(request.adapter) if request.adapter else None for request in requests]
@@ -62,6 +67,7 @@ class LocalExecutor:
         positions: list[int] = []
         drawn: list[int] = []  # entries: each has 1 + drafts batch rows, which stand first in `rows`
         rows: list[int] = []
+        embedded: list[tuple[int, int]] = []  # entry, the batch row of its prompt's last token
         scored: list[tuple[int, int, list[int]]] = []  # entry, its first batch row, the prompt tokens to score
         for i in order:
             entry, request = entries[i], requests[i]
@@ -71,16 +77,20 @@ class LocalExecutor:
             if entry.sample:
                 drawn.append(i)
                 rows += range(len(tokens) - 1 - entry.drafts, len(tokens))
+            if request.pooling and end == len(request.prompt):
+                embedded.append((i, len(tokens) - 1))
             if request.sampling.prompt_logprobs is not None and entry.start + 1 < len(request.prompt):
                 scored.append((i, first, list(request.prompt[entry.start + 1 : end + 1])))
         count = len(rows)
         for _, first, targets in scored:
             rows += range(first, first + len(targets))
+        rows += [row for _, row in embedded]
 
         if not order:
-            return [()] * len(entries), [()] * len(entries), failed
+            return [()] * len(entries), [()] * len(entries), failed, []
         spans = [Span(entries[i].start, entries[i].count, plan.block_tables[i], len(requests[i].prompt)) for i in order]
-        computed = self.forward.logits(FlatBatch(tokens, positions, spans, rows, [adapters[i] for i in order]))
+        batch = FlatBatch(tokens, positions, spans, rows, [adapters[i] for i in order], hidden=bool(embedded))
+        computed = self.forward.logits(batch)
         logits = computed.values
 
         sampled: list[tuple[TokenLogprob, ...]] = [()] * len(entries)
@@ -105,7 +115,20 @@ class LocalExecutor:
             if any(math.isnan(one.logprob or 0.0) for one in scores[i]):
                 scores[i] = ()
                 failed.append((i, SamplingError(f"the prompt of request '{requests[i].id}' has logits that are not numbers")))
-        return sampled, scores, list(dict(failed).items())
+        pooled: list[tuple[int, Tensor]] = []
+        for place, (i, _) in enumerate(embedded, len(rows) - len(embedded)):
+            if computed.hidden is not None:
+                pooled.append((i, computed.hidden[place].float().cpu().clone()))
+            else:
+                failed.append(
+                    (
+                        i,
+                        InputError(
+                            f"{self.forward.name} gives no hidden states", "serve with --backend torch, or serve an encoder", field="input"
+                        ),
+                    )
+                )
+        return sampled, scores, list(dict(failed).items()), pooled
 
     def _set_threads(self) -> None:
         """torch counts threads for the process: another executor, or a test, may have changed it."""

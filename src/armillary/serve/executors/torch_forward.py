@@ -73,6 +73,9 @@ class TorchForward:
             if not rows:  # chunks that end within their prompts: only the cache is wanted
                 self.decoder.hidden(tokens, positions, attend)
                 return Logits(torch.empty(0, self.decoder.config.vocab_size))
+            if batch.hidden:
+                hidden = self.decoder.hidden(tokens, positions, attend)[_index(rows).to(device)]
+                return Logits(self.decoder.head(hidden), hidden=hidden)
             every = len(rows) == len(tokens) and list(rows) == list(range(len(rows)))
             return Logits(self.decoder(tokens, positions, attend, None if every else _index(rows).to(device)))
 

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from armillary import __version__
-from armillary.serve.http import adapters, batches, debug, endpoints, errors, files, messages, requests, responses
+from armillary.serve.http import adapters, batches, debug, embeddings, endpoints, errors, files, messages, requests, responses
 from armillary.serve.http.drain import DrainGuard
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.exchange import Exchanges, Linked
@@ -30,15 +30,15 @@ from armillary.serve.streams import Observers
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 OPEN_PATHS = ("/health",)
-GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by lines of batches too
+BATCHED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")  # what lines of batches may ask
 RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
 
 
 def endpoints_alone(service: Service, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The endpoints that generate, without guards and limits: for this process's own use, such as the lines of batches."""
+    """The endpoints that compute, without guards and limits: for this process's own use, such as the lines of batches."""
     inner = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     errors.install(inner)
-    for endpoints_of in (endpoints, responses, messages):
+    for endpoints_of in (endpoints, responses, messages, embeddings):
         inner.include_router(endpoints_of.router(service, max_body_bytes))
     return inner
 
@@ -85,7 +85,7 @@ def create_app(
     app.include_router(adapters.router(service, max_body_bytes, operations.adapter_directory))
     store = operations.files if operations.files is not None else FileStore()
     app.include_router(files.router(store))
-    app.include_router(batches.router(inner, store, GENERATING))
+    app.include_router(batches.router(inner, store, BATCHED))
     app.include_router(requests.router(service, recent))
     app.include_router(debug.router(service, operations.debug_trace))
 

@@ -33,7 +33,7 @@ def router(embedder: Embedder, max_body_bytes: int) -> APIRouter:
     @routes.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
     async def embeddings(request: Request) -> Response:
         body = await read_body(request, EmbeddingsBody, max_body_bytes)
-        embedder.check_model(body.model)
+        _check_model(embedder, body.model)
         if body.dimensions not in (None, embedder.dimensions):
             raise InputError(
                 f"dimensions is {body.dimensions}; vectors of {embedder.model_name} have {embedder.dimensions}, "
@@ -54,7 +54,7 @@ def router(embedder: Embedder, max_body_bytes: int) -> APIRouter:
 
     async def rerank(request: Request) -> Response:
         body = await read_body(request, RerankBody, max_body_bytes)
-        embedder.check_model(body.model)
+        _check_model(embedder, body.model)
         texts = [body.query, *body.documents]
         names = ["query", *(f"documents[{index}]" for index in range(len(body.documents)))]
         inputs = await off_loop(
@@ -94,6 +94,12 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
         watcher.cancel()
 
 
+def _check_model(embedder: Embedder, name: str | None) -> None:
+    embedder.check_model(name)
+    if name not in (None, embedder.model_name):
+        raise InputError(f"{name!r} is an adapter, which gives no embeddings", f"ask for {embedder.model_name!r}", field="model")
+
+
 def _tokens(embedder: Embedder, given: str | Sequence[int], index: int) -> tuple[int, ...]:
     if isinstance(given, str):
         if not given:
@@ -106,6 +112,8 @@ def _tokens(embedder: Embedder, given: str | Sequence[int], index: int) -> tuple
 
 def _fit(embedder: Embedder, tokens: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Nothing is cut: too many tokens are a ContextError with both numbers."""
+    if not tokens:
+        raise InputError(f"{name} has no tokens", "leave it out, or send a text", field=name.partition("[")[0])
     if len(tokens) > embedder.max_input_tokens:
         raise ContextError(
             f"{name} has {len(tokens)} tokens; {embedder.model_name} is served for at most {embedder.max_input_tokens}",

@@ -57,7 +57,7 @@ class ResponseAnswer:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
-            "text": body.text.model_dump(),
+            "text": body.text.model_dump(by_alias=True, exclude_none=True),
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": body.top_logprobs or 0,
@@ -128,8 +128,10 @@ class ResponseAnswer:
 
     def _scored(self, event: Event) -> list[Json]:
         assert self.request is not None
-        if event.logprob is None or (event.finish_reason == "stop" and not (self.request.text and self.request.text.stopped)):
-            return []  # the token that ended the answer is not part of it
+        sampling, token = self.request.sampling, event.token
+        ends = token in sampling.stop_token_ids or (token in self._service.engine.eos_ids and not sampling.ignore_eos)
+        if event.logprob is None or ends:  # the token that ended the answer is not part of it
+            return []
         return [chat_entry(self._service.tokenizer, event.logprob)]
 
     # The stream

@@ -43,6 +43,8 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         prompt = await off_loop(sum(len(message["content"]) for message in messages), lambda: service.chat_tokens(messages))
         room = service.room(len(prompt), body.max_output_tokens, "input")
         sampling = service.check_sampling(body.sampling(room, logprobs=body.wanted_logprobs))
+        grammar = await asyncio.to_thread(body.text.format.grammar)
+        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
 
         response_id = service.new_id("resp")
         stream: AsyncStream | None = None
@@ -55,7 +57,9 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
 
         answer = ResponseAnswer(served, response_id, body, len(prompt), ended)
         stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer))
-        stream = served.start(response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", **body.turn(arrival))
+        stream = served.start(
+            response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
+        )
         (answer.request,) = stream.requests
         if body.store:
             store.keep(stored)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from armillary.core.errors import InputError
+from armillary.serve.grammar.grammar import Grammar, json_object, json_schema
 from armillary.serve.http.schemas.items import item
 from armillary.serve.http.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, DrawingBody
 from armillary.serve.http.schemas.written import TEXT, either, some, typed
@@ -18,14 +20,33 @@ Key = Annotated[str, Field(max_length=64)]
 Note = Annotated[str, Field(max_length=512)]
 
 
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+
 class TextFormat(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    type: Literal["text"]
+    """What the answer must look like; `strict` or not, it is valid under `schema`."""
+
+    model_config = _STRICT
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = Field(None, max_length=64)
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    def grammar(self) -> Grammar | None:
+        """Checked but not yet compiled. Raises InputError with the place of what is wrong."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return json_object(field="text.format")
+        if self.json_schema is None:
+            raise InputError("the type json_schema needs a schema", 'send "schema": {...}', field="text.format.schema")
+        return json_schema(self.json_schema, field="text.format.schema")
 
 
 class TextConfig(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    format: TextFormat = TextFormat(type="text")
+    model_config = _STRICT
+    format: TextFormat = Field(default_factory=lambda: TextFormat.model_validate({}))
 
 
 class ResponsesBody(DrawingBody):
@@ -65,7 +86,7 @@ class ResponsesBody(DrawingBody):
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list, max_length=1)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    text: TextConfig = TextConfig()
+    text: TextConfig = Field(default_factory=TextConfig)
     metadata: dict[Key, Note] = Field(default_factory=dict, max_length=MAX_METADATA)
 
     @field_validator("input", mode="before")
