@@ -14,7 +14,7 @@ from reference_automaton import bits
 from armillary.core.errors import ArmillaryError, InputError, MissingDependencyError
 from armillary.serve.grammar import grammar as grammars
 from armillary.serve.grammar.compiler import GrammarCompiler
-from armillary.serve.grammar.repeats import check_repeats
+from armillary.serve.grammar.repeats import check_repeats, check_rules
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
 
@@ -58,7 +58,16 @@ def test_bounds_hold_before_anything_is_compiled(make):
 def test_counts_that_are_fine():
     for pattern in (r"(ab{2,3}){4}", r"\{1,100\}{60}", "[{1,90}]{50}", "(a|b){100}c{100}", "((a*)+)?", "x{3}"):
         check_repeats(pattern, "regex")
-    check_repeats('root ::= "((a{1,100}){1,100})" | [a-z]{3}', "grammar", literals=True)
+    check_rules('root ::= "((a{1,100}){1,100})" | [a-z]{3} # (a{9}){99}\nb ::= [0-9]{40} root{1,9}\nc ::= c [a-z]{70}', "grammar")
+
+
+@pytest.mark.parametrize(
+    "rules",
+    ['root ::= a{1,64}\na ::= b{1,64}\nb ::= "a"{1,64}', 'root ::= "a" | (root "b"){2}', 'root ::= a{600}\na ::= "x" (b){2}\nb ::= "y"'],
+)
+def test_counts_through_the_names_of_rules_are_counted(rules):
+    with pytest.raises(InputError, match="repetitions within"):
+        check_rules(rules, "grammar")
 
 
 def test_the_same_grammar_is_compiled_once_and_the_cache_is_bounded(tokenizer):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from armillary.core.errors import InputError
 from armillary.serve.grammar.json_schema import followed
-from armillary.serve.grammar.repeats import check_repeats
+from armillary.serve.grammar.repeats import check_repeats, check_rules
 
 Kind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 
@@ -74,7 +74,7 @@ def choice(choices: Sequence[str], *, field: str = "choice") -> Grammar:
 def ebnf(text: str, *, field: str = "grammar") -> Grammar:
     """Text that the rule `root` of a grammar in GBNF (llama.cpp's notation) derives."""
     _bounded(text, MAX_CHARACTERS, field)
-    check_repeats(text, field, literals=True)
+    check_rules(text, field)
     return Grammar("ebnf", text, None, field)
 
 

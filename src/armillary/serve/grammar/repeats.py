@@ -6,18 +6,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from itertools import zip_longest
 
 from armillary.core.errors import InputError
 
 MAX_REPEAT = 10_000  # of one `{m,n}`
-MAX_NESTED = 64  # the product of counts that enclose one another
+MAX_NESTED = 1_000  # the product of counts that enclose one another
 
+MAX_ROUNDS = 32  # of rules that refer to one another
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+_RULE = re.compile(r"^[ \t]*([A-Za-z_][\w-]*)[ \t]*::=", re.MULTILINE)
 _COUNT = re.compile(r"\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}")
 
 
-def check_repeats(text: str, field: str, *, literals: bool = False) -> None:
-    """Raises InputError for counts in `text`, a regular expression, or GBNF with `literals` in quotes, that are too large alone or together."""
-    inner = [1]  # of each open group: the largest product of counts in it
+def check_repeats(pattern: str, field: str) -> None:
+    """Raises InputError for counts in a regular expression that are too large, alone or together."""
+    _largest(pattern, field, None)
+
+
+def check_rules(grammar: str, field: str) -> None:
+    """The same for GBNF, whose counts enclose one another through the names of rules too."""
+    bodies: dict[str, str] = {}
+    starts = list(_RULE.finditer(grammar))
+    for match, following in zip_longest(starts, starts[1:]):
+        bodies[match[1]] = bodies.get(match[1], "") + " | " + grammar[match.end() : following.start() if following else None]
+    within = dict.fromkeys(bodies, 1)
+    for _ in range(MAX_ROUNDS):
+        found = {name: _largest(body, field, within) for name, body in bodies.items()}
+        if found == within:
+            return
+        within = found
+    raise InputError(f"{field}: its rules repeat one another through more than {MAX_ROUNDS} levels", "make it flatter", field=field)
+
+
+def _largest(text: str, field: str, within: Mapping[str, int] | None) -> int:
+    """The largest product of counts that enclose one another in `text`; with `within`, the products of named rules, it is GBNF."""
+    inner = [1]  # of each open group: the largest product in it
     last = 1  # of the element just read
     position = 0
     while position < len(text):
@@ -25,8 +50,15 @@ def check_repeats(text: str, field: str, *, literals: bool = False) -> None:
         if character == "\\":
             position, last = position + 2, 1
             continue
-        if literals and character == '"':
+        if within is not None and character == '"':
             position, last = _literal_end(text, position), 1
+            continue
+        if within is not None and character == "#":
+            position = (text.find("\n", position) + 1) or len(text)
+            continue
+        if within is not None and (match := _NAME.match(text, position)):
+            position, last = match.end(), within.get(match[0], 1)
+            inner[-1] = max(inner[-1], last)
             continue
         if character == "[":
             position, last = _class_end(text, position), 1
@@ -39,14 +71,12 @@ def check_repeats(text: str, field: str, *, literals: bool = False) -> None:
         elif character == "{" and (match := _COUNT.match(text, position)):
             count = int((match[3] or match[1] or "1")[:12])
             if count > MAX_REPEAT:
-                raise InputError(
-                    f"{field}: a repetition of {match[0]} at character {position}", f"repeat at most {MAX_REPEAT:,} times", field=field
-                )
+                raise InputError(f"{field}: a repetition of {match[0]}", f"repeat at most {MAX_REPEAT:,} times", field=field)
             product = max(count, 1) * last
             if last > 1 and product > MAX_NESTED:
                 raise InputError(
-                    f"{field}: repetitions within the repetition {match[0]} at character {position} come to {product:,} times",
-                    f"keep their product under {MAX_NESTED + 1}, or use * and + where the count does not matter",
+                    f"{field}: repetitions within the repetition {match[0]} come to {product:,} times",
+                    f"keep their product to {MAX_NESTED:,}, or use * and + where the count does not matter",
                     field=field,
                 )
             inner[-1] = max(inner[-1], product)
@@ -55,6 +85,7 @@ def check_repeats(text: str, field: str, *, literals: bool = False) -> None:
         elif character not in "*+? \t\r\n":
             last = 1
         position += 1
+    return max(inner)
 
 
 def _literal_end(text: str, start: int) -> int:
