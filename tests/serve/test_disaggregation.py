@@ -25,7 +25,7 @@ from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.handover import SharedFolder
 
 POOL = {**ENGINE, "kv_blocks": 60}  # small: decode workers preempt
-SPLIT = {"replicas": 1, "prefill_workers": 1, "decode_workers": 1, "silence": 5.0}
+SPLIT = {"replicas": 1, "prefill_workers": 1, "decode_workers": 1, "silence": 30.0}
 
 
 @pytest.fixture(scope="module")
