@@ -131,6 +131,19 @@ def test_a_slow_replica_is_on_probation_and_is_tried_again():
     assert world.dispatcher.stats.convictions == 1
 
 
+def test_a_silent_replicas_requests_go_to_one_on_probation_where_there_is_no_other():
+    world = World({"replicas": 2, "router": "round-robin"}, probation=Probation(silence=5_000, sentence=1 << 40), tick=500)
+    requests = [world.submit(i, prompt, 30) for i, prompt in enumerate(prompts(6))]
+    world.dispatcher.watch.convict(world.dispatcher.members[0])
+    world.at(2_000, world.replicas[1].stop)
+    for at in range(0, 60_000, 1_000):
+        world.at(at, lambda: world.replicas[0].say({"op": "pulse", "iterations": []}))
+    world.run()
+    for request in requests:
+        world.check(request)
+    assert world.dispatcher.stats.moved == 3
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 1 << 30), st.sampled_from(["none", "hedged", "tied"]))
 def test_no_admitted_request_is_lost_when_replicas_die_or_fall_silent(seed, tail):

@@ -171,7 +171,7 @@ def test_a_stopped_replicas_requests_go_on_elsewhere_and_it_comes_back(fleet, al
         same(run(fleet, *those("s", at=10, then=stop, **long)), expected)
         assert fleet.dispatcher.stats.moved > moved
         same(run(fleet, *those("t", **{"max_tokens": 5})), run(alone, *those("t", **{"max_tokens": 5})))
-        assert stopped[0].member.health == "silent"
+        wait(lambda: stopped[0].member.health == "silent")
     finally:
         os.kill(stopped[0].pid, signal.SIGCONT)
     wait(lambda: stopped[0].member.health in ("slow", "open"))

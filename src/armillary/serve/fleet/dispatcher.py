@@ -228,9 +228,6 @@ class Dispatcher:
         """A replica is ready."""
         member.link, member.health, member.heard = link, "open", self.clock.now()
         member.slowness, member.samples = 1.0, 0
-        for other in self.members:
-            if other.health == "silent":
-                self.move(other, f"replica {other.index} is silent, and replica {member.index} has come")
         self.house()
 
     def heard(self, member: Member, message: Message) -> None:

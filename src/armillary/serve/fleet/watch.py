@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 from armillary.core.units import format_duration
-from armillary.serve.fleet.member import Member, Ticket
+from armillary.serve.fleet.member import Health, Member, Ticket
 from armillary.serve.policies.routing.hedging import HedgeState, Hedging
 from armillary.serve.policies.routing.probation import Probation, Pulse
 from armillary.serve.policies.routing.state import shortest
@@ -48,19 +48,26 @@ class Watch:
     def _judge(self, member: Member, now: int) -> None:
         if member.health == "slow" and now >= member.until:
             member.health, member.slowness, member.samples = "open", 1.0, 0
-        if member.health not in ("open", "slow"):
-            return
+        if member.health in ("open", "slow"):
+            self._sentence(member, now)
+        if member.health == "silent" and member.attempts and self._others(member, "open", "slow"):
+            self._dispatcher.move(member, f"replica {member.index} has been silent for {format_duration(now - member.heard)}")
+
+    def _sentence(self, member: Member, now: int) -> None:
         verdict = self._probation.step(Pulse(now - member.heard, member.slowness, member.samples))
-        others = [m for m in self._dispatcher.members if m is not member and m.health == "open" and member.role in (m.role, "prefill")]
         if verdict == "silent":
             member.health = "silent"
             self._dispatcher.stats.silences += 1
-            if others:
-                self._dispatcher.move(member, f"replica {member.index} has been silent for {format_duration(now - member.heard)}")
-        elif verdict == "slow" and member.health == "open" and others:
+        elif verdict == "slow" and member.health == "open" and self._others(member, "open"):
             self.convict(member)
         elif member.samples >= GOOD:
             member.convictions = 0
+
+    def _others(self, member: Member, *healths: Health) -> bool:
+        """Whether somebody else could do its work: a decode worker can do a prefill worker's, not the reverse."""
+        return any(
+            other is not member and other.health in healths and member.role in (other.role, "prefill") for other in self._dispatcher.members
+        )
 
     def _hedge(self, ticket: Ticket, now: int) -> None:
         if ticket.second or len(ticket.attempts) != 1:
