@@ -34,6 +34,7 @@ OURS: dict[str, dict[str, Any]] = {  # options of EngineConfig; the first is wha
     "int4": {"quantize": "int4"},
     "int4 --deterministic": {"quantize": "int4", "deterministic": True},
     "int4, fp16 KV": {"quantize": "int4", "kv_dtype": "fp16"},
+    "int4, fp8 KV": {"quantize": "int4", "kv_dtype": "fp8"},
     "int4, int8 KV": {"quantize": "int4", "kv_dtype": "int8"},
 }
 
