@@ -147,7 +147,7 @@ def run() -> Result:
     files = corpus_files("sotu")
     raw = [file.read_bytes() for file in files[-24:]]
     text, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).long() for part in (raw[:-2], raw[-2:]))
-    decoder = trained(RELU, text, steps=250, rows=16, length=128)
+    decoder = trained(RELU, text, steps=150, rows=16, length=128)
     recording = record(decoder, [text[start : start + 256] for start in range(0, len(text) - 256, len(text) // 48)])
     fired = sum(float(active(sizes, None).float().mean()) for sizes in recording.sizes) / len(recording.sizes)
     predictors = train_predictors(recording, rank=128, steps=300)
@@ -215,7 +215,7 @@ def smollm2() -> list[Row]:
     loaded = load("smollm2")
     ids = torch.tensor(loaded.tokenizer.encode(corpus_files("sotu")[-1].read_text("utf-8"), special=False)[:4096])
     decoder, windows = loaded.decoder.eval(), [ids[-512:]]
-    predictors = train_predictors(record(decoder, list(ids[:3072].view(6, 512))), rank=128, share=0.25, steps=60)
+    predictors = train_predictors(record(decoder, list(ids[:2048].view(4, 512))), rank=128, share=0.25, steps=120, rows=128, lr=5e-3)
     dense = losses(decoder, windows)
     source, tolerance = "SmolLM2 has no ReLU: nothing was claimed for it", "any number: what leaving neurons out costs here"
     rows = [
@@ -248,7 +248,7 @@ EXPERIMENT: Final = Experiment(
     paper="Liu et al., ICML 2023",
     claim="OPT-175B more than 2x faster than FasterTransformer at no loss: each token needs a few neurons, and a small network names them a layer ahead",
     setup=f"a ReGLU decoder of {RELU.parameters() / 1e6:.1f} M parameters trained here on bytes of State of the Union addresses, predictors of rank "
-    "128 that read the attention input of the layer before; then SmolLM2 (SwiGLU), predictors for its largest quarter. "
+    "128 that read the attention input of the layer before; then SmolLM2 (SwiGLU), predictors for its largest quarter from 2,048 tokens of text. "
     "Speed is not measured here: bench/contextual_sparsity.py does",
     takes="a minute",
     run=run,
