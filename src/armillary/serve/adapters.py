@@ -147,9 +147,11 @@ class AdapterStore:
         return version.packed if version is not None else None
 
     def state(self) -> dict[str, Any]:
-        """Plain values for the page and the metrics."""
+        """Plain values for the page and the metrics; none while there are no adapters."""
         with self._books:
             versions = list(self._versions.values())
+            if not versions:
+                return {}
             return {
                 "loaded": sum(version.packed is not None for version in versions),
                 "most": self.max_loaded,

@@ -224,7 +224,7 @@ class Engine:
                 "requests": requests,
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
-                "features": own | {name: dict(state()) for name, state in self.features.items()},
+                "features": own | {name: dict(found) for name, state in self.features.items() if (found := state())},
             }
 
     def explain(self, request_id: str) -> list[str] | None:
