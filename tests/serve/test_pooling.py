@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from armillary.kernels.attention import CausalAttend
 from armillary.serve.config import EngineConfig
+from armillary.serve.executors.native_forward import unsupported
 from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
 
@@ -26,12 +27,15 @@ def pooling(name, prompt):
     return Request(name, tuple(prompt), SamplingParams(max_tokens=0), pooling=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engines_hidden_states_are_the_decoders(family):
+def test_the_engines_hidden_states_are_the_decoders(backend, family):
     decoder = tiny(family)
+    if backend == "native" and (why := unsupported(decoder.config)):
+        pytest.skip(why)
     engine = build_engine(
         loaded(copy.deepcopy(decoder)),
-        EngineConfig(backend="torch", kv_blocks=64, block_size=4, max_batch_tokens=16, threads=1),
+        EngineConfig(backend=backend, kv_blocks=64, block_size=4, max_batch_tokens=16, threads=1),
         keep_weights=True,
     )
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +59,7 @@ def test_the_engines_hidden_states_are_the_decoders(family):
 
 def test_over_http_they_have_length_1_and_rank_documents(tmp_path):
     decoder = tiny()
-    world = World(tmp_path, loaded=loaded(copy.deepcopy(decoder)), config={"backend": "torch"})
+    world = World(tmp_path, loaded=loaded(copy.deepcopy(decoder)))
     try:
         with openai.OpenAI(base_url=world.url + "/v1", api_key="any", max_retries=0, timeout=30) as client:
             given = [[5, 6, 7], [9], [1, 2, 3, 4]]

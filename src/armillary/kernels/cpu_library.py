@@ -107,6 +107,7 @@ class CBatch(ctypes.Structure):
         ("best", ctypes.c_void_p),
         ("adapter", ctypes.c_void_p),
         ("adapter_of", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
     )
 
 

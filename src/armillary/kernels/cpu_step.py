@@ -343,6 +343,7 @@ class DecoderStep:
         rows: Tensor,
         adapters: Sequence[PackedLowRank | None] = (),
         selects: Sequence[int] | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute a flat batch; logits of `rows` (fp32 [len(rows), vocabulary]), each row's peak (NaN if any is NaN) and its token.
 
@@ -351,6 +352,7 @@ class DecoderStep:
         sequence i's; sequences without one compute as if nobody had any, to the bit.
         Where queries select pages, those of sequence i do so from position `selects[i]` on (default: all of them). Where they
         see a rolling window, `Seen.droppable(starts[i])` blocks are missing from `tables[i]` after those of the sinks.
+        `hidden` (fp32 [len(rows), hidden]) gets the final norm's output of `rows`.
         The logits are a view of a buffer that the next call overwrites. Raises InputError for an index out of its range,
         which the kernel would follow into memory that is not its own, and ArmillaryError while another thread is inside.
         """
@@ -374,9 +376,12 @@ class DecoderStep:
         if not self._busy.acquire(blocking=False):
             raise ArmillaryError("this DecoderStep is computing another thread's batch", "give each thread a DecoderStep of its own")
         try:
-            return self._forward(tokens, positions, sequences, rows, adapters)
+            found = self._forward(tokens, positions, sequences, rows, adapters, hidden)
         finally:
             self._busy.release()
+        if hidden is not None:
+            hidden.mul_(hidden.square().mean(-1, keepdim=True).add_(self.model.norm_eps).rsqrt_()).mul_(self.model.final_norm)
+        return found
 
     def _forward(
         self,
@@ -385,7 +390,10 @@ class DecoderStep:
         sequences: ctypes.Array[CSequence],
         rows: Tensor,
         adapters: Sequence[PackedLowRank | None],
+        hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if hidden is not None and (hidden.shape != (rows.shape[0], self.model.hidden) or not hidden.is_contiguous()):
+            raise InputError(f"hidden states of {rows.shape[0]} rows do not fit {list(hidden.shape)}", "give [rows, hidden]")
         if rows.shape[0] > self._logits.shape[0]:
             self._logits = torch.empty(rows.shape[0], self.model.vocabulary)
         logits, peak, best = self._logits[: rows.shape[0]], torch.empty(rows.shape[0]), torch.empty(rows.shape[0], dtype=torch.int32)
@@ -407,6 +415,7 @@ class DecoderStep:
             best.data_ptr(),
             ctypes.addressof(addresses),
             ctypes.addressof(adapter_of),
+            hidden.data_ptr() if hidden is not None else None,
         )
         if not self._lib.arm_forward(self._handle, ctypes.byref(self._model), ctypes.byref(batch)):
             raise CapacityError(f"no memory for the buffers of a batch of {tokens.shape[0]:,} tokens", "lower max_batch_tokens")

@@ -301,7 +301,7 @@ class Service:
                         raise CapacityError("the request was cancelled before it was complete", "send it again")
         vectors = [request.pooled for request in stream.requests if request.pooled is not None]
         if len(vectors) < len(inputs):
-            raise InputError("this engine gives no hidden states", "serve with --backend torch, or serve an encoder", field="model")
+            raise InputError("this engine gives no hidden states", "serve an encoder", field="model")
         return [functional.normalize(vector, dim=0) for vector in vectors]
 
     def stream(

@@ -61,6 +61,7 @@ struct Batch {
   int32_t* best;               // [sampled] the first token that has it
   const LowRank* const* adapter;  // [adapters], each [layers][PARTS]
   const int32_t* adapter_of;      // [sequences] which of them is theirs, -1 for none; not read when there are no adapters
+  float* hidden;                  // [sampled][hidden] what the final norm reads of the sampled rows; null when nobody wants it
 };
 
 // Which rows have which adapter: of the batch, or of the sampled rows.
@@ -509,6 +510,10 @@ struct Run {
     }
     if (b.sampled) {
       const bool picked = b.sampled < rows;
+      if (b.hidden) {
+        share(b.sampled, thread, threads, begin, end);
+        for (int r = begin; r < end; r++) memcpy(b.hidden + (size_t)r * h, picked ? u.picked_x.data() + (size_t)r * h : u.x.data() + (size_t)b.sampled_row[r] * h, h * sizeof(float));
+      }
       const Ready x = ready(m.head, picked ? u.picked_x.data() : u.x.data(), h, b.sampled, m.final_norm, picked ? nullptr : b.sampled_row);
       multiply(HEAD, m.head, x, b.sampled, b.logits, m.vocabulary, false);
       if (m.logit_softcap > 0.0f) {

@@ -123,9 +123,7 @@ class LocalExecutor:
                 failed.append(
                     (
                         i,
-                        InputError(
-                            f"{self.forward.name} gives no hidden states", "serve with --backend torch, or serve an encoder", field="input"
-                        ),
+                        InputError(f"{self.forward.name} gives no hidden states", "serve an encoder", field="input"),
                     )
                 )
         return sampled, scores, list(dict(failed).items()), pooled

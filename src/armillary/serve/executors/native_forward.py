@@ -65,6 +65,7 @@ class NativeForward:
 
     def logits(self, batch: FlatBatch) -> Logits:
         spans = batch.spans
+        hidden = torch.empty(len(batch.rows), self.step.model.hidden) if batch.hidden and batch.rows else None
         found = self.step.forward(
             _int32(batch.tokens),
             _int32(batch.positions),
@@ -74,8 +75,9 @@ class NativeForward:
             _int32(batch.rows),
             batch.adapters,  # type: ignore[arg-type]  # made by pack_adapter
             [span.prompt for span in spans],
+            hidden,
         )
-        return Logits(*found)
+        return Logits(*found, hidden)
 
     def pack_adapter(self, layers: Sequence[Layer]) -> PackedLowRank:
         return self.step.pack_adapter(layers)
