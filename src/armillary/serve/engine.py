@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from armillary.core.clock import Clock, RealClock
@@ -29,14 +28,13 @@ from armillary.serve.seats import Seats
 from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import ScheduleError, verify, verify_outcome
+from armillary.serve.worker import Worker
 
 if TYPE_CHECKING:
     from armillary.core.trace import Trace
     from armillary.serve.adapters import AdapterStore
 
 log = logging.getLogger(__name__)
-
-WAITING_ROWS = 64  # of the queue that a snapshot shows
 
 
 class Engine:
@@ -86,7 +84,7 @@ class Engine:
         self._requests: dict[str, Request] = {}  # every one that has not ended
         self._seats = Seats()
         self._foreseen: Foreseen | None = None
-        self._worker: ThreadPoolExecutor | None = None
+        self._worker = Worker("armillary-executor") if config.async_scheduling == "on" else None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(self._changed)
@@ -191,8 +189,7 @@ class Engine:
             self._thread = None
             self._end_all("cancelled", None)
         if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
+            self._worker.stop()
         self._outbox.deliver()
 
     @property
@@ -208,10 +205,6 @@ class Engine:
         """
         with self._lock:
             pool = self._memory.pool
-            waiting = islice(self._seats.queue(), WAITING_ROWS)
-            requests = live.rows(
-                self._seats.running, (request for request, _, _ in self._seats.parked), waiting, self._history.held, self.policy.behind
-            )
             own = live.features(self.config, self.stats, pool.idle_count)
             return {
                 "policy": self.policy.name,
@@ -221,7 +214,7 @@ class Engine:
                 "waiting": self._seats.queued,
                 "limits": asdict(self.limits),
                 "blocks": {"used": pool.used_count, "kept": pool.idle_count, "total": pool.total, "block_size": pool.block_size},
-                "requests": requests,
+                "requests": live.rows(self._seats, self._history.held, self.policy.behind),
                 "iterations": self._history.iterations(since),
                 "stats": asdict(self.stats),
                 "features": own | {name: dict(found) for name, state in self.features.items() if (found := state())},
@@ -296,18 +289,13 @@ class Engine:
 
     def _run(self, plan: Plan) -> Outcome:
         """Have the plan carried out; with asynchronous scheduling on another thread, while the next is made here."""
-        if self.config.async_scheduling == "off":
-            return self.executor.run(plan)
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "armillary-executor")
-        running = self._worker.submit(self.executor.run, plan)
-        try:
+            return self.executor.run(plan)
+        with self._worker.running(self.executor.run, plan) as running:
             self._outbox.deliver()
             if self.drafter is None:  # drafts follow the token that is being drawn
                 with self._lock, suppress(Exception):  # a policy's defect shows when it is asked again
                     self._foreseen = foresee(self.policy, plan, self._state())
-        finally:
-            wait([running])
         return running.result()
 
     def _propose(self, drafter: Drafter) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from armillary.serve.config import EngineConfig
@@ -10,24 +11,22 @@ from armillary.serve.history import EngineStats
 from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Request
 from armillary.serve.schedule import Reason
+from armillary.serve.seats import Seats
+
+WAITING_ROWS = 64  # of the queue that are shown
 
 
-def rows(
-    running: Sequence[Request],
-    returning: Iterable[Request],
-    waiting: Iterable[Request],
-    held: Callable[[str], Reason | None],
-    behind: Reason = Reason.QUEUE_ORDER,
-) -> list[dict[str, Any]]:
-    """Running sequences in the order of admission, those that are returned with their batch, then the queue.
+def rows(seats: Seats, held: Callable[[str], Reason | None], behind: Reason = Reason.QUEUE_ORDER) -> list[dict[str, Any]]:
+    """Running sequences in the order of admission, those that are returned with their batch, then the head of the queue.
 
     `held`: why one was last held back; `behind`: why one waits of which no schedule has said anything.
     """
     found = [
-        _row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt", held) for request in running
+        _row(request, "decode" if is_decode(request) else "recompute" if request.preemptions else "prompt", held)
+        for request in seats.running
     ]
-    found += [_row(request, "returning", held) for request in returning]
-    for place, request in enumerate(waiting):
+    found += [_row(request, "returning", held) for request, _, _ in seats.parked]
+    for place, request in enumerate(islice(seats.queue(), WAITING_ROWS)):
         row = _row(request, "preempted" if request.preemptions else "queued", held)
         if row["held"] is None and place and not request.computed:
             row["held"] = str(behind)
