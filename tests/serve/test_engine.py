@@ -286,6 +286,22 @@ def test_an_interrupt_leaves_the_state_as_it_was():
     assert made.output == plain_loop([1, 2], 4, eos=())
 
 
+def test_an_interrupted_listener_is_told_the_rest():
+    engine = make()
+    heard = []
+
+    def interrupted(event):
+        heard.append(event)
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    engine.submit(Request("a", (1,), SamplingParams(max_tokens=3), on_event=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_until_idle()
+    engine.run_until_idle()
+    assert [event.finish_reason for event in heard] == [None, None, "length"]
+
+
 def test_a_listener_that_raises_harms_nobody(caplog):
     engine = make()
 

@@ -103,6 +103,29 @@ def test_lines_that_fail_are_in_the_error_file(client):
     assert errors[1]["response"]["body"]["error"]["param"] == "temperature"
 
 
+def test_a_line_that_the_server_fails_at_fails_alone(client, world, monkeypatch):
+    real = world.service.chat_tokens
+
+    def defective(messages, **given):
+        return real(messages, **given) if messages[0]["content"] == "Hi" else 1 // 0
+
+    monkeypatch.setattr(world.service, "chat_tokens", defective)
+    batch = ended(client, begun(client, upload(client, HELLO, {"messages": [{"role": "user", "content": "Ho"}]})))
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+    assert [row["response"]["status_code"] for row in results(client, batch.error_file_id)] == [500]
+
+
+def test_results_that_cannot_be_written_fail_the_batch(client, world, monkeypatch):
+    file = upload(client, HELLO)
+
+    def full(*given):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(FileStore, "put", full)
+    batch = ended(client, begun(client, file))
+    assert (batch.status, batch.errors.data[0].code) == ("failed", "server_error")
+
+
 def test_responses_are_possible_and_remembered(client):
     batch = ended(client, begun(client, upload(client, {"input": "Hi"}, url=RESPONSES), RESPONSES))
     body = results(client, batch.output_file_id)[0]["response"]["body"]
@@ -227,9 +250,10 @@ def test_a_folder_keeps_files_and_batches_over_a_restart(tmp_path):
 
 
 def test_a_store_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(InputError, match="--files"):
-        FileStore(100, tmp_path)
+    for foreign in ("{", "{}", "[]"):
+        (tmp_path / "x.json").write_text(foreign)
+        with pytest.raises(InputError, match="--files"):
+            FileStore(100, tmp_path)
     store = FileStore(10)
     with pytest.raises(APIError, match="larger --files-limit"):
         store.put("a", "batch", b"x" * 11)
@@ -243,6 +267,10 @@ def test_a_store_that_cannot_be_read_is_named(tmp_path):
         (b"{", None),
         (b"[]", None),
         (b"[" * 100_000, None),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": ' + b"[" * 300 + b"]" * 300 + b"}}", None),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "\\ud800"}}', None),
+        (b'{"custom_id": "\\ud800", "url": "/v1/completions", "body": {}}', None),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {"top_p": NaN}}', None),
         (b'{"custom_id": "a", "url": "/v1/completions", "body": {}, "x": 1}', "x"),
         (b'{"custom_id": "", "url": "/v1/completions", "body": {}}', "custom_id"),
         (b'{"custom_id": 1, "url": "/v1/completions", "body": {}}', "custom_id"),

@@ -84,6 +84,8 @@ class Engine:
         self._requests: dict[str, Request] = {}  # every one that has not ended
         self._seats = Seats()
         self._foreseen: Foreseen | None = None
+        self._proposing = False  # outside the lock; whoever ends meanwhile is kept for the drafter to forget
+        self._ended_meanwhile: list[Request] = []
         self._worker = Worker("armillary-executor") if config.async_scheduling == "on" else None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -303,13 +305,22 @@ class Engine:
         with self._lock:
             wanting = [request for request in self._seats.running if is_decode(request) and request.max_length - request.known > 1]
             most = [request.max_length - request.known - 1 for request in wanting]
+            self._proposing = bool(wanting)
         if not wanting:
             return
-        proposed = drafter.propose(wanting, most)
-        with self._lock:
-            for request, tokens, bound in zip(wanting, proposed, most, strict=True):
-                request.drafts = tuple(tokens[:bound])
-                request.draft_laws = drafter.laws(request) if request.drafts else ()
+        proposed: Sequence[tuple[int, ...]] = [()] * len(wanting)
+        try:
+            proposed = drafter.propose(wanting, most)
+        finally:
+            with self._lock:
+                for request, tokens, bound in zip(wanting, proposed, most, strict=True):
+                    if request.finish_reason is None:
+                        request.drafts = tuple(tokens[:bound])
+                        request.draft_laws = drafter.laws(request) if request.drafts else ()
+                self._proposing = False
+                for request in self._ended_meanwhile:
+                    drafter.forget(request)
+                self._ended_meanwhile.clear()
 
     def _apply(self, schedule: Schedule, scheduled: dict[str, Request]) -> Plan:
         """Carry out what the schedule says about memory and seats; give the batch."""
@@ -323,7 +334,7 @@ class Engine:
             self._seats.preempt(request)
             self._memory.release(request)
             request.computed = request.kept = 0
-            request.drafts = ()
+            request.drafts, request.draft_laws = (), ()
             request.preemptions += 1
         self._seats.admit(admitted)
         hits: dict[str, Hit] = {}
@@ -376,10 +387,10 @@ class Engine:
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):
+            request.drafts, request.draft_laws = (), ()
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count - entry.drafts
-            request.drafts = ()
             if index not in failed:
                 self._memory.keep(request)
             if entry.start < len(request.prompt) <= request.computed and not request.output:
@@ -467,7 +478,9 @@ class Engine:
         if request.adapter and self.adapters is not None:
             self.adapters.end(request.adapter)
         self._seats.release_forks(request)
-        if self.drafter is not None:
+        if self._proposing:
+            self._ended_meanwhile.append(request)
+        elif self.drafter is not None:
             self.drafter.forget(request)
         self._history.finished(request, at, error)
         self._outbox.put(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))

@@ -50,7 +50,10 @@ class Outbox:
             try:
                 assert request.on_event is not None
                 request.on_event(event)
-            except Exception:
+            except BaseException as error:
+                if not isinstance(error, Exception):  # Ctrl-C: whoever delivers next goes on from here
+                    self._delivering = False
+                    raise
                 if request.id not in self._broken:
                     log.exception("the listener of request '%s' raised; the request goes on", request.id)
                     self._broken.add(request.id)

@@ -29,6 +29,8 @@ REFUSED = [
     ({"type": "string", "minimum": 3}, "s.minimum"),
     ({"allOf": [S, {"maxLength": 3}]}, "s.allOf"),
     ({"oneOf": [S, {"enum": ["a"]}]}, "s.oneOf[1]"),
+    ({"oneOf": [{"$ref": "#"}, S]}, "s.oneOf[1]"),
+    ({"oneOf": [{"$ref": "#/$defs/a"}, S], "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}}}, "s.oneOf[1]"),
     ({"anyOf": [S], "minLength": 2}, "s.minLength"),
     ({"$ref": "other.json"}, "s.$ref"),
     ({"$ref": "#/$defs/missing"}, "s.$ref"),
@@ -54,6 +56,17 @@ def test_what_would_not_be_followed_is_refused_by_place(schema, place):
         followed(schema, "s")
     assert caught.value.field == place
     assert str(caught.value).startswith(place)
+
+
+def test_alternatives_may_lead_back_to_one_another():
+    linked = {"oneOf": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/list"}, {"type": "null"}]}
+    node = {"type": "object", "properties": {"next": linked}}
+    nodes = {"type": "array", "items": {"oneOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}
+    rewritten = followed({"$ref": "#/$defs/node", "$defs": {"node": node, "list": nodes}}, "s")
+    assert rewritten["$defs"]["node"]["properties"]["next"] == {"anyOf": linked["oneOf"]}
+    nodes["items"]["oneOf"].append({"type": "object"})  # further in, where only a reference leads
+    with pytest.raises(InputError, match="earlier alternative"):
+        followed({"$ref": "#/$defs/node", "$defs": {"node": node, "list": nodes}}, "s")
 
 
 def test_depth_size_and_counts_are_bounded():

@@ -134,6 +134,30 @@ class Fixed:
         pass
 
 
+def test_who_is_cancelled_while_drafts_are_proposed_leaves_nothing_behind():
+    decoder = tiny()
+    model = DraftModel("draft", forward_of("torch", decoder), num_blocks=40, block_size=4, context=256)
+    drafter = Adaptive(model, 3, VirtualClock())
+    config = EngineConfig(kv_blocks=40, block_size=4, max_batch_tokens=16)
+    engine = Engine(LocalExecutor(forward_of("torch", decoder)), config, clock=VirtualClock(), drafter=drafter)
+    requests = [asked(range(number, 9), name=f"{number}", temperature=1.0) for number in range(3)]
+    prepare = model.prepare
+
+    def cancel_first(asking):
+        if asking and requests[0].finish_reason is None:
+            engine.cancel("0")  # as another thread may
+        prepare(asking)
+
+    model.prepare = cancel_first
+    for request in requests:
+        engine.submit(request)
+    engine.run_until_idle()
+    assert [request.finish_reason for request in requests] == ["cancelled", "length", "length"]
+    assert engine.stats.drafted_tokens > 0
+    assert (model._pool.used_count, model._sequences, drafter._evidence) == (0, {}, {})
+    assert [request.draft_laws for request in requests] == [()] * 3  # a vocabulary each, and callers keep their requests
+
+
 def test_lengths_follow_what_is_accepted_and_drafting_is_tried_again():
     proposer = Fixed()
     drafter, request = Adaptive(proposer, 8, VirtualClock()), asked([1])

@@ -97,6 +97,7 @@ class _Reader:
         self._root = root
         self._field = field
         self._nodes = 0
+        self._following: set[str] = set()  # references whose targets are being looked at for `_signature`
 
     def node(self, schema: Any, at: str, depth: int) -> Any:
         """One schema within the whole."""
@@ -150,7 +151,7 @@ class _Reader:
         if word == "allOf" and len(value) > 1:
             raise _wrong(f"{at}.allOf", f"{len(value)} schemas together are not followed", "merge them into one")
         parts = [self.node(one, f"{at}.{word}[{index}]", depth + 1) for index, one in enumerate(value)]
-        if word == "oneOf":
+        if word == "oneOf" and not self._following:  # a reference's target is checked where it stands
             self._check_apart(parts, f"{at}.oneOf")
         return parts[0] if len(parts) == 1 else {"anyOf": parts}
 
@@ -178,14 +179,18 @@ class _Reader:
 
     def _signature(self, part: Any) -> dict[str, dict[str, frozenset[str]]]:
         """By type that a value may have: the listed values of its required properties (and of itself, under "")."""
-        for _ in range(MAX_DEPTH):
-            if "$ref" not in part:
-                break
+        if "$ref" in part:
             name = part["$ref"]
+            if name in self._following:  # it leads to itself: it may be anything
+                return {kind: {} for kind in BY_TYPE}
             target = self._root
             for step in name[2:].split("/") if len(name) > 1 else ():
                 target = target[step.replace("~1", "/").replace("~0", "~")]
-            part = self.node(target, self._field, 0)
+            self._following.add(name)
+            try:
+                return self._signature(self.node(target, self._field, 0))
+            finally:
+                self._following.remove(name)
         if "enum" in part:
             return {kind: {"": frozenset(map(_text, part["enum"]))} for value in part["enum"] for kind in _types_of(value)}
         if "anyOf" in part:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Message
 
 from armillary.serve.http.errors import APIError
@@ -43,8 +43,8 @@ def parse_line(raw: bytes, endpoints: Collection[str] = ENDPOINTS) -> Line:
     if len(raw) > MAX_LINE_BYTES:
         raise LineError(f"the line has {len(raw):,} bytes; at most {MAX_LINE_BYTES:,} are read")
     try:
-        given = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        given = from_json(raw, allow_inf_nan=False)  # as a body is read, so that what it takes can be written again
+    except ValueError as error:
         raise LineError(f"the line is not JSON ({str(error)[:80]})") from None
     if not isinstance(given, dict):
         raise LineError("the line is not a JSON object")
@@ -115,7 +115,11 @@ async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, str
         else:
             parts.append(message.get("body", b""))
 
-    await app(scope, receive, send)
+    try:
+        await app(scope, receive, send)
+    except Exception:  # a defect, logged: it is raised again for a server to see after a 500 has been sent
+        if not parts:
+            raise
     return status, headers, json.loads(b"".join(parts))
 
 

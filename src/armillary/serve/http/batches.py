@@ -175,12 +175,16 @@ class BatchRunner:
                 raise
             end = "cancelled"
         except Exception as error:
-            log.error("batch %s failed", batch["id"], exc_info=error)
-            self._fail(
-                batch, [{"code": "server_error", "message": "the server failed: its log has the details", "line": None, "param": None}]
-            )
+            self._broke(batch, error)
             return
-        await self._finish(batch, lines, results, end)
+        try:
+            await self._finish(batch, lines, results, end)
+        except Exception as error:  # a disk that is full
+            self._broke(batch, error)
+
+    def _broke(self, batch: Json, error: Exception) -> None:
+        log.error("batch %s failed", batch["id"], exc_info=error)
+        self._fail(batch, [{"code": "server_error", "message": "the server failed: its log has the details", "line": None, "param": None}])
 
     async def _answer(self, batch: Json, lines: list[Line], results: list[Json | None]) -> None:
         counts = batch["request_counts"]

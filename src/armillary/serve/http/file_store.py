@@ -37,12 +37,13 @@ class FileStore:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 found = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
-            except (OSError, ValueError) as error:
+                found.sort(key=lambda one: one["created_at"])
+                for one in found:
+                    (self._files if one["object"] == "file" else self._records)[one["id"]] = one
+            except (OSError, ValueError, KeyError, TypeError) as error:  # not there, or not ours
                 raise InputError(
                     f"the folder of files {folder} cannot be used ({error})", "choose another --files", field="files"
                 ) from error
-            for one in sorted(found, key=lambda one: one["created_at"]):
-                (self._files if one["object"] == "file" else self._records)[one["id"]] = one
 
     @property
     def used(self) -> int:
