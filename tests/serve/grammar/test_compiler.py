@@ -25,6 +25,7 @@ def test_errors_say_what_is_wrong_and_where(compiler):
         (grammars.regex("(?=a)b"), "Lookahead"),
         (grammars.ebnf('root ::= "a" b'), 'Rule "b" is not defined'),
         (grammars.ebnf("root ::= root"), "no text follows"),
+        (grammars.ebnf("\N{GRINNING FACE}"), "Unexpected character"),
         (grammars.json_schema({"$ref": "#"}, field="response_format.json_schema.schema"), "no text follows"),
     ]:
         with pytest.raises(InputError, match=words) as caught:

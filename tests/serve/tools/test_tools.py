@@ -64,6 +64,8 @@ INVALID = [
     '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
     '<tool_call>\n{"name": "ping", "arguments": []}\n</tool_call>',
     '<tool_call>\n{"name": "ping"',
+    '<tool_call>\n{"name": "ping", "arguments": {"a": "\\ud800"}}\n</tool_call>',
+    '<tool_call>\n{"name": "ping", "arguments": {"a": 1e999}}\n</tool_call>',
     "<tool_call>",
     "a <tool_cal b",
     "no call at all\n",

@@ -137,8 +137,9 @@ class GrammarCompiler:
             first = compiled.matcher().mask(())
         except ArmillaryError:
             raise
-        except RuntimeError as error:  # xgrammar's own words, less its source file
-            words = (_WHERE.sub("", str(error)).strip().splitlines() or ["it cannot be compiled"])[0]
+        except (RuntimeError, UnicodeDecodeError) as error:  # its own words, which may end within a character
+            said = error.object.decode("utf-8", "replace") if isinstance(error, UnicodeDecodeError) else str(error)
+            words = (_WHERE.sub("", said).strip().splitlines() or ["it cannot be compiled"])[0]
             raise InputError(words[:300], "correct it", field=grammar.field) from None
         if not bool(first.any()):
             raise InputError("no text follows this grammar", "look for a rule that only leads to itself", field=grammar.field)

@@ -21,11 +21,13 @@ def read_calls(text: str, row: CallFormat, known: Collection[str]) -> list[Call]
         return None
     try:
         found = python_calls(text, _literal) if row.syntax == "python" else _json(text, row)
+        written = [(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)) for name, arguments in found]
+        "".join(arguments for _, arguments in written).encode()  # a lone surrogate can be written in both, and sent in neither
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-    if not found or any(name not in known for name, _ in found):
+    if not written or any(name not in known for name, _ in written):
         return None
-    return [Call(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in found]
+    return [Call(name, arguments) for name, arguments in written]
 
 
 def _json(text: str, row: CallFormat) -> list[tuple[str, dict[str, Any]]]:
