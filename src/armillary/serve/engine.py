@@ -311,6 +311,8 @@ class Engine:
         proposed: Sequence[tuple[int, ...]] = [()] * len(wanting)
         try:
             proposed = drafter.propose(wanting, most)
+        except Exception:  # nobody's answer depends on it
+            log.exception("the drafter failed; the iteration goes on without drafts")
         finally:
             with self._lock:
                 for request, tokens, bound in zip(wanting, proposed, most, strict=True):

@@ -107,6 +107,11 @@ def test_choices_of_any_text(tokenizer, compiler):
         assert matcher.complete
 
 
+def test_the_first_bytes_of_a_character_may_be_forced(compiler):
+    for choices, forced in ((["да", "нет"], b"\xd0"), (["é", "è"], b"\xc3"), (["ja😀", "ja😃"], "ja😀".encode()[:-1])):
+        assert compiler.compile(grammars.choice(choices)).matcher().forced() == forced
+
+
 def test_a_matcher_of_ones_own(tokenizer, compiler):
     compiled = compiler.compile(grammars.regex("(ab|cd)+"))
     one, other = compiled.matcher(), compiled.matcher()

@@ -158,6 +158,18 @@ def test_who_is_cancelled_while_drafts_are_proposed_leaves_nothing_behind():
     assert [request.draft_laws for request in requests] == [()] * 3  # a vocabulary each, and callers keep their requests
 
 
+def test_a_drafter_that_fails_costs_the_drafts_and_no_answer(caplog):
+    class Defective(Adaptive):
+        def propose(self, requests, most):
+            raise RuntimeError("no idea")
+
+    decoder, prompts = tiny(), [(1, 2, 3), (4, 5)]
+    expected, _, _ = served(decoder, "torch", None, prompts)
+    outputs, stats, _ = served(decoder, "torch", Defective(NGram(), 3, VirtualClock()), prompts)
+    assert (outputs, stats.drafted_tokens) == (expected, 0)
+    assert "no idea" in caplog.text
+
+
 def test_lengths_follow_what_is_accepted_and_drafting_is_tried_again():
     proposer = Fixed()
     drafter, request = Adaptive(proposer, 8, VirtualClock()), asked([1])

@@ -81,7 +81,10 @@ class Matcher:
 
     def forced(self) -> bytes:
         """The text that must come next, whatever the model thinks: empty where it has a choice."""
-        text = "" if self._matcher.is_terminated() else self._matcher.find_jump_forward_string()
+        try:
+            text = "" if self._matcher.is_terminated() else self._matcher.find_jump_forward_string()
+        except UnicodeDecodeError as error:  # it ends within a character, whose first bytes alone are forced
+            return bytes(error.object)
         return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
 
     def fork(self) -> Matcher:
