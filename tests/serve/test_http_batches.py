@@ -22,7 +22,9 @@ HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("world"), operations=Operations(files=FileStore(200_000)), api_key="s3cret")
+    operations = Operations(files=FileStore(200_000))
+    world = World(tmp_path_factory.mktemp("world"), operations=operations, api_key="s3cret")
+    world.drain = operations.drain
     world.http.headers["authorization"] = "Bearer s3cret"
     yield world
     world.close()
@@ -167,6 +169,18 @@ def test_a_cancelled_batch_keeps_what_it_has(client, world):
     assert again.request_counts.completed == 70
     with pytest.raises(openai.BadRequestError, match="has ended"):
         client.batches.cancel(again.id)
+
+
+def test_a_draining_server_does_not_wait_for_its_batches(client, world):
+    with world.typist.hold():
+        batch = begun(client, upload(client, HELLO))
+        while not world.engine.snapshot()["running"]:
+            time.sleep(0.01)
+        assert world.drain.in_flight == 0
+        background = client.responses.create(input="Hi", background=True)
+        assert world.drain.in_flight == 1  # its client comes back for it
+    assert ended(client, batch).status == "completed"
+    client.responses.delete(background.id)
 
 
 def test_what_is_refused_for_now_is_asked_again(client, world, monkeypatch):

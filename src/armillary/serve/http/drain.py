@@ -5,12 +5,13 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from armillary.serve.http.errors import RETRY_AFTER_SECONDS, APIError
+from armillary.serve.http.exchange import current
 from armillary.serve.request import Event, Request
 
 
 class Drain:
     """Whether a server is leaving, and what is to be finished before it does: answers, and (it is an observer) requests without one,
-    which a response in the background has."""
+    which a response in the background has. Lines of batches are not waited for: one line would follow another."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -23,7 +24,9 @@ class Drain:
         return max(self.exchanges, len(self._requests))
 
     def submitted(self, request: Request) -> None:
-        self._requests.add(request)
+        exchange = current()
+        if exchange is None or not exchange.apart:
+            self._requests.add(request)
 
     def event(self, request: Request, event: Event) -> None:
         if event.finish_reason is not None:

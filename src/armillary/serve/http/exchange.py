@@ -32,6 +32,7 @@ class Exchange:
     complete: bool = False  # the answer was sent to its end
     left: bool = False  # the client went before that
     requests: list[Request] = field(default_factory=list)
+    apart: bool = False  # no client waits for it
 
 
 _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -43,10 +44,10 @@ def current() -> Exchange | None:
 
 
 def begin_apart(path: str) -> None:
-    """From here on this task runs for an exchange of its own, with the key of the one that it came from."""
+    """From here on this task runs for an exchange of its own, that nobody waits for, with the key of the one that it came from."""
     parent = _current.get()
     key = parent.key if parent is not None else None
-    _current.set(Exchange(f"req-{secrets.token_hex(12)}", "POST", path, Headers(), time.perf_counter_ns(), key))
+    _current.set(Exchange(f"req-{secrets.token_hex(12)}", "POST", path, Headers(), time.perf_counter_ns(), key, apart=True))
 
 
 class Exchanges:
