@@ -64,7 +64,7 @@ def test_unknown_families_are_named_and_the_known_ones_listed(raw, named):
         ({"num_experts": 8}, "mixture of experts"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
-        ({"hidden_act": "relu"}, "relu"),
+        ({"hidden_act": "relu6"}, "relu6"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "strange": 1}}, "strange"),
