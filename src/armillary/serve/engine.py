@@ -406,7 +406,7 @@ class Engine:
                 elif request.sampling.max_tokens == 0 and request.computed == request.known:
                     self._end(request, "length", Event(request.id, None, "", None, "length", outcome.end))
             except Exception as error:  # its logits or its text stream: only this request ends
-                log.exception("request '%s' failed alone", request.id)
+                log.error("request '%s' failed alone: %s", request.id, error, exc_info=not isinstance(error, InputError))
                 self._seats.drop(request)
                 self._finish(request, "error", outcome.end, error)
 

@@ -49,7 +49,7 @@ class FleetConfig(Config):
         if bool(self.prefill_workers) != bool(self.decode_workers):
             missing = "decode_workers" if self.prefill_workers else "prefill_workers"
             raise InputError(
-                f"{self.prefill_workers} prefill workers and {self.decode_workers} decode workers answer nothing",
+                f"prefill_workers is {self.prefill_workers} and decode_workers {self.decode_workers}: the one kind answers nothing without the other",
                 f"give {missing} too, at least 1",
                 field=missing,
             )
