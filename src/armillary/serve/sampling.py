@@ -196,11 +196,16 @@ def _draw(
         if not math.isfinite(peak):
             results.append(_unusable(rows[i], peak))
         elif params.temperature < GREEDY_BELOW:
-            results.append(int(values.argmax()))
+            results.append(_first_best(values))
         else:
             u = uniform(request, rows[i].position, seed)
             results.append(one(values, peak, params.temperature, params.top_k, params.top_p, params.min_p, u))
     return results
+
+
+def _first_best(values: Tensor) -> int:
+    """The first token with the largest of `values` [vocab]: torch's own way takes five times as long on a CPU."""
+    return int(values.numpy().argmax()) if values.device.type == "cpu" else int(values.argmax())
 
 
 def _unusable(row: Row, peak: float) -> SamplingError:

@@ -57,6 +57,11 @@ class Forward(Protocol):
     def name(self) -> str: ...
 
     @property
+    def own_threads(self) -> bool:
+        """Whether it computes with threads of its own, not with torch's."""
+        ...
+
+    @property
     def prepared(self) -> str:
         """How the weights came to lie as they do, and how long it took, in words."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class LocalExecutor:
 
     def run(self, plan: Plan) -> Outcome:
         start = self._clock.now()
-        self._set_threads()
-        with torch.inference_mode():
+        with self._torch_threads(), torch.inference_mode():
             if not plan.requests:
                 return Outcome((), (), start, self._clock.now())
             sampled, scores, failed, pooled = self._run(plan)
@@ -128,10 +128,21 @@ class LocalExecutor:
                 )
         return sampled, scores, list(dict(failed).items()), pooled
 
-    def _set_threads(self) -> None:
-        """torch counts threads for the process: another executor, or a test, may have changed it."""
-        if torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
+    @contextmanager
+    def _torch_threads(self) -> Iterator[None]:
+        """torch counts threads for the process: another executor, or a test, may have changed it.
+
+        Beside kernels with threads of their own it gets one: OpenMP's others spin for milliseconds after each operation on a row
+        of logits, on the cores that the next iteration needs (a mask cost 5.5 ms an iteration by that).
+        """
+        before, wanted = torch.get_num_threads(), 1 if self.forward.own_threads else self.threads
+        if before != wanted:
+            torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            if self.forward.own_threads and before != wanted:
+                torch.set_num_threads(before)
 
 
 def _tokens(request: Request, entry: Entry) -> Sequence[int]:

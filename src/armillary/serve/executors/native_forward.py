@@ -35,6 +35,8 @@ class NativeForward:
     Raises InputError where the kernels cannot run (`unsupported` says why), and for weights that the format cannot hold.
     """
 
+    own_threads = True
+
     def __init__(
         self,
         source: Decoder | Weights,

@@ -47,6 +47,8 @@ class OffloadForward:
     of the same batches with everything in the arena. Raises CapacityError when the policy needs more than `memory`.
     """
 
+    own_threads = False
+
     def __init__(
         self,
         source: Decoder | Weights,

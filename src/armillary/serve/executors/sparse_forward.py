@@ -33,6 +33,8 @@ class SparseForward(TorchForward):
     sequence computes depends on its company through the union. `computed` and `possible` count neurons over all sparse steps.
     """
 
+    own_threads = False
+
     def __init__(
         self, decoder: Decoder, predictors: Sequence[NeuronPredictor], *, num_blocks: int, block_size: int, share: float | None = None
     ) -> None:

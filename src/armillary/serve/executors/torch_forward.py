@@ -30,6 +30,8 @@ class TorchForward:
     what is kept of keys and values, and read. Raises InputError where torch has no kernels for that.
     """
 
+    own_threads = False
+
     def __init__(
         self,
         decoder: Decoder,
