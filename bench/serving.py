@@ -25,7 +25,7 @@ CASES = {  # title, program and arguments
     "prefix": ("Prefix cache", ["prefix.py"]),
     "drafts": ("Speculative decoding", ["drafts.py"]),
     "replicas": ("Replicas, and prefill apart from decode", ["replicas.py"]),
-    "structured": ("Structured output: what a grammar costs", ["structured.py"]),
+    "structured": ("Structured output: what a grammar costs", ["structured.py", "--repeats", "2"]),
     "quest": ("Quest: decoding at a long context", ["quest.py"]),
     "lora": ("Adapters of LoRA in one batch", ["lora.py"]),
 }
