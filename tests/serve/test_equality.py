@@ -43,7 +43,10 @@ class Erratic:
         schedule = self.inner.step(rest)
         self.count += 1
         thrown = Preemption(victim.id, Reason.MAKE_ROOM, freed)
-        return Schedule(state.index, schedule.entries, (thrown, *schedule.preempted), schedule.held)
+        # The inner policy does not know that the victim's share of common blocks is given back already.
+        running = {request.id: request for request in others}
+        further = [replace(one, blocks=room.give_back(running[one.request_id])) for one in schedule.preempted]
+        return Schedule(state.index, schedule.entries, (thrown, *further), schedule.held)
 
 
 def forward_of(backend, decoder, blocks, block_size):
