@@ -21,12 +21,12 @@ from armillary.serve.history import EngineStats, History
 from armillary.serve.iteration_times import IterationTimes
 from armillary.serve.lookahead import Foreseen, foresee
 from armillary.serve.outbox import Outbox
-from armillary.serve.policies.entries import is_decode
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
 from armillary.serve.schedule import Hit, Limits, Outcome, Plan, Reason, Schedule, SchedulerPolicy, State
 from armillary.serve.seats import Seats
 from armillary.serve.sequence_memory import SequenceMemory
 from armillary.serve.speculation import Drafter
+from armillary.serve.speculation.proposals import Proposals
 from armillary.serve.verify import ScheduleError, verify, verify_outcome
 from armillary.serve.worker import Worker
 
@@ -84,11 +84,10 @@ class Engine:
         self._requests: dict[str, Request] = {}  # every one that has not ended
         self._seats = Seats()
         self._foreseen: Foreseen | None = None
-        self._proposing = False  # outside the lock; whoever ends meanwhile is kept for the drafter to forget
-        self._ended_meanwhile: list[Request] = []
         self._worker = Worker("armillary-executor") if config.async_scheduling == "on" else None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._proposals = Proposals(self._lock)
         self._outbox = Outbox(self._changed)
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -244,7 +243,7 @@ class Engine:
 
     def _iterate(self) -> bool:
         if self.drafter is not None:
-            self._propose(self.drafter)
+            self._proposals.ask(self.drafter, self._seats.running)
         with self._lock:
             if not self._seats.running and not self._seats.waiting:
                 return False
@@ -299,30 +298,6 @@ class Engine:
                 with self._lock, suppress(Exception):  # a policy's defect shows when it is asked again
                     self._foreseen = foresee(self.policy, plan, self._state())
         return running.result()
-
-    def _propose(self, drafter: Drafter) -> None:
-        """Have tokens proposed for every sequence that decodes and has more than one to come."""
-        with self._lock:
-            wanting = [request for request in self._seats.running if is_decode(request) and request.max_length - request.known > 1]
-            most = [request.max_length - request.known - 1 for request in wanting]
-            self._proposing = bool(wanting)
-        if not wanting:
-            return
-        proposed: Sequence[tuple[int, ...]] = [()] * len(wanting)
-        try:
-            proposed = drafter.propose(wanting, most)
-        except Exception:  # nobody's answer depends on it
-            log.exception("the drafter failed; the iteration goes on without drafts")
-        finally:
-            with self._lock:
-                for request, tokens, bound in zip(wanting, proposed, most, strict=True):
-                    if request.finish_reason is None:
-                        request.drafts = tuple(tokens[:bound])
-                        request.draft_laws = drafter.laws(request) if request.drafts else ()
-                self._proposing = False
-                for request in self._ended_meanwhile:
-                    drafter.forget(request)
-                self._ended_meanwhile.clear()
 
     def _apply(self, schedule: Schedule, scheduled: dict[str, Request]) -> Plan:
         """Carry out what the schedule says about memory and seats; give the batch."""
@@ -480,10 +455,8 @@ class Engine:
         if request.adapter and self.adapters is not None:
             self.adapters.end(request.adapter)
         self._seats.release_forks(request)
-        if self._proposing:
-            self._ended_meanwhile.append(request)
-        elif self.drafter is not None:
-            self.drafter.forget(request)
+        if self.drafter is not None:
+            self._proposals.forget(self.drafter, request)
         self._history.finished(request, at, error)
         self._outbox.put(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
 
