@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from armillary.serve.http.schemas.prompts import prompts
 from armillary.serve.http.schemas.sampling import MAX_CHOICES, MAX_LOGPROBS, MAX_TOKENS, SamplingBody
 from armillary.serve.http.schemas.structure import StructuredBody
 from armillary.serve.http.schemas.written import TEXT, TOKENS, either, some
@@ -29,20 +30,10 @@ class CompletionBody(SamplingBody, StructuredBody):
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompts(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list) or not value:
-            raise ValueError("send a string, a list of strings, a list of token ids, or a list of such lists; none of them empty")
-        if _is_tokens(value):
-            return [value]
-        if len(value) > MAX_CHOICES:
-            raise ValueError(f"{len(value)} prompts: send at most {MAX_CHOICES} in one request")
-        for index, prompt in enumerate(value):
-            if not isinstance(prompt, str) and not _is_tokens(prompt):
-                raise ValueError(f"prompt {index} is neither a string nor a list of token ids")
-            if type(prompt) is not type(value[0]):
-                raise ValueError("strings and token ids cannot be mixed in one request")
-        return value
+        given = prompts(value, MAX_CHOICES, "prompt")
+        if any(type(one) is not type(given[0]) for one in given):
+            raise ValueError("strings and token ids cannot be mixed in one request")
+        return given
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -55,7 +46,3 @@ class CompletionBody(SamplingBody, StructuredBody):
                 f"{len(self.prompt)} prompts with n = {self.n} make {len(self.prompt) * self.n} choices: ask for at most {MAX_CHOICES}"
             )
         return self
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from armillary.serve.http.body import Body
+from armillary.serve.http.schemas.prompts import prompts
 
 MAX_INPUTS = 2048
 
@@ -25,22 +26,7 @@ class EmbeddingsBody(Body):
     @field_validator("input", mode="before")
     @classmethod
     def _inputs(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [value]
-        if not isinstance(value, list) or not value:
-            raise ValueError("send a string, a list of strings, a list of token ids, or a list of such lists; none of them empty")
-        if _is_tokens(value):
-            return [value]
-        if len(value) > MAX_INPUTS:
-            raise ValueError(f"{len(value)} inputs: send at most {MAX_INPUTS} in one request")
-        for index, one in enumerate(value):
-            if not isinstance(one, str) and not _is_tokens(one):
-                raise ValueError(f"input {index} is neither a string nor a list of token ids")
-        return value
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+        return prompts(value, MAX_INPUTS, "input")
 
 
 class RerankBody(Body):
