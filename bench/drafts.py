@@ -15,11 +15,12 @@ import statistics
 import sys
 from typing import Any
 
+from quiet import quiet
+
 from armillary.models.load import LoadedModel, load
 from armillary.serve.llm import LLM
 from armillary.serve.request import SamplingParams
 
-QUIET = 0.5
 BAR = 1.8
 TOKENS = 256
 SIDES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -89,8 +90,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
-    if os.getloadavg()[0] > QUIET and not options.force:
-        print(f"not measured: the load average is {os.getloadavg()[0]:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     found: dict[str, list[dict[str, Any]]] = {}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from quiet import quiet
 from safetensors.torch import save_file
 
 from armillary.kernels.cpu_library import PARTS
@@ -25,7 +25,6 @@ from armillary.models.lora_config import projections
 from armillary.serve.llm import LLM
 from armillary.serve.request import SamplingParams
 
-QUIET = 0.5
 RANK, ADAPTERS = 16, 8
 PROMPT, TOKENS = 16, 64
 BATCHES = (8, 32)
@@ -77,8 +76,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer")
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
-    if os.getloadavg()[0] > QUIET and not options.force:
-        print(f"not measured: the load average is {os.getloadavg()[0]:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     lines = ["| weights | sequences | adapters | tok/s | beside none |", "|---|---:|---:|---:|---:|"]

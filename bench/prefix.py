@@ -20,11 +20,11 @@ from typing import Any
 from cases import TEXT
 from peers.prefix import Prefix
 from prefix_ours import VARIANTS
+from quiet import quiet
 from sides import hf_folder, peer_python, run_side
 
 from armillary.models.load import load
 
-QUIET = 0.5  # load average above which timings mean nothing
 REQUESTS, SHARED, OWN = 16, 1024, 16
 BARS = (  # ours, against, at least
     (("armillary", "fp32"), ("armillary", "fp32, no prefix cache"), 10.0),
@@ -40,9 +40,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a side may take")
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
-    before = os.getloadavg()[0]
-    if before > QUIET and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     found: dict[tuple[str, str], Mapping[str, Any]] = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import quiet
 
 from armillary.cluster.machine import describe
 from armillary.kernels.cpu_step import DecoderStep
@@ -26,7 +27,6 @@ from armillary.models.load import LoadedModel, load
 from armillary.serve.executors.forward import FlatBatch, Span
 from armillary.serve.executors.native_forward import NativeForward
 
-QUIET = 0.5
 SIDES = (("none", "fp32"), ("none", "fp16"), ("int4", "fp32"), ("int4", "fp16"))  # weights, keys and values
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 BAR = 4.0
@@ -88,8 +88,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
     before = os.getloadavg()[0]
-    if before > QUIET and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     rows = [

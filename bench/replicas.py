@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cases import TEXT
+from quiet import quiet
 
 from armillary.core.trace_summary import percentile
 from armillary.models.load import LoadedModel, load
@@ -29,7 +30,6 @@ from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.surface import Serving
 
-QUIET = 0.5  # load average above which timings mean nothing
 STREAMS, PROMPT, LONG, TOKENS = 8, 128, 1500, 120
 GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
 
@@ -40,8 +40,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
     before = os.getloadavg()[0]
-    if before > QUIET and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     tokens = loaded.tokenizer.encode(TEXT.read_text(), special=False)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import TEXT
+from quiet import quiet
 
 from armillary.cluster.machine import describe
 from armillary.models.load import LoadedModel, load
@@ -26,7 +27,6 @@ from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Outcome, Plan
 from armillary.serve.text import TextStream
 
-QUIET = 0.5
 BAR = 3.0  # percent
 RUNNING, QUEUE, PROMPT = 256, 1000, 32
 CASES: tuple[tuple[str, dict[str, Any], int, bool], ...] = (  # name, options, waiting requests, text
@@ -85,8 +85,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
     before = os.getloadavg()[0]
-    if before > QUIET and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     lines = ["| weights | policy | a step | scheduling | share | bar | met |", "|---|---|---:|---:|---:|---:|---|"]

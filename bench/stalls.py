@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cases import TEXT
+from quiet import quiet
 
 from armillary.cluster.machine import describe
 from armillary.models.load import LoadedModel, load
 from armillary.serve.llm import LLM
 from armillary.serve.request import Event, Request, SamplingParams
 
-QUIET = 0.5
 BAR = 4.0  # times shorter than with prompts first
 DECODES, TOKENS, PROMPT = 8, 64, 1500
 TARGETS = {"none": "200ms", "int4": "100ms"}
@@ -114,8 +114,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
     before = os.getloadavg()[0]
-    if before > QUIET and not options.force:
-        print(f"not measured: the load average is {before:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     found = {weights: measure(loaded, weights, options.repeats) for weights in ("none", "int4")}

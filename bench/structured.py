@@ -9,17 +9,17 @@ forces drafted (jump-forward), as the server does it. The answers are a list tha
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from typing import Any
+
+from quiet import quiet
 
 from armillary.models.load import LoadedModel, load
 from armillary.serve.grammar import grammar as grammars
 from armillary.serve.llm import LLM
 from armillary.serve.request import SamplingParams
 
-QUIET = 0.5
 BAR = 0.05  # of the free rate, lost to masks
 TOKENS = 192
 PROMPT = "A list of people in JSON, with name, age, city and job of each:\n"
@@ -58,8 +58,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
     options = parser.parse_args()
-    if os.getloadavg()[0] > QUIET and not options.force:
-        print(f"not measured: the load average is {os.getloadavg()[0]:.2f}; wait for a quiet machine, or --force", file=sys.stderr)
+    if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
     print(f"SmolLM2-135M, {TOKENS} tokens an answer, median of {options.repeats} rounds; a list of objects with four fields.\n")
