@@ -1,0 +1,1 @@
+"""Virtual time: what an iteration would cost on hardware that is not here."""
