@@ -235,7 +235,7 @@ def test_a_failure_is_an_error_or_the_last_event(client, world, stream):
         ({"input": [{"role": "judge", "content": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": "x", "extra": 1}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),

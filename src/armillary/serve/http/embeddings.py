@@ -17,8 +17,9 @@ from starlette.types import Receive
 from armillary.core.errors import InputError
 from armillary.serve.embedder import Embedder
 from armillary.serve.http.body import Body, read_body
-from armillary.serve.http.endpoints import documented, ignored, off_loop
+from armillary.serve.http.endpoints import documented, ignored
 from armillary.serve.http.errors import APIError
+from armillary.serve.http.off_loop import off_loop
 from armillary.serve.http.schemas.embeddings import EmbeddingsBody, RerankBody
 from armillary.serve.service import ContextError
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from armillary.core.errors import InputError
 from armillary.serve.http.answers import ChatAnswer, CompletionAnswer
 from armillary.serve.http.body import Body, read_body
+from armillary.serve.http.held_to import held_to, told
+from armillary.serve.http.off_loop import off_loop
 from armillary.serve.http.schemas.chat import ChatBody
 from armillary.serve.http.schemas.completions import CompletionBody
 from armillary.serve.http.schemas.tokens import DetokenizeBody, TokenizeBody
@@ -20,15 +20,6 @@ from armillary.serve.http.sse import ChunkWire, EventStream, whole
 from armillary.serve.request import SamplingParams
 from armillary.serve.service import Service
 from armillary.serve.streams import AsyncStream
-from armillary.serve.tools.constraint import constraint
-
-T = TypeVar("T")
-INLINE_CHARACTERS = 4_096  # about a millisecond of tokenising; more goes to a thread so that streams keep flowing
-
-
-async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Do work on `size` characters: at once when small, on a thread when it would hold up the event loop."""
-    return work() if size <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
 async def named(service: Service, model: str | None) -> Service:
@@ -63,18 +54,11 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         body = await read_body(request, ChatBody, max_body_bytes)
         served = await named(service, body.model)
         messages, toolbox = [message.for_template() for message in body.messages], body.toolbox
-        told = sum(len(str(tool.parameters)) for tool in toolbox.tools) if toolbox is not None else 0
-        size = sum(len(message.content) for message in body.messages) + told
+        size = sum(len(message.content) for message in body.messages) + told(toolbox)
         prompt = await off_loop(size, lambda: service.chat_tokens(messages, toolbox=toolbox))
         room = service.room(len(prompt), body.wanted_tokens, "messages")
         sampling = service.check_sampling(body.sampling(room, logprobs=body.wanted_logprobs))
-        grammar = await asyncio.to_thread(body.grammar) if body.structured else None
-        if toolbox is not None:
-            if grammar is not None:
-                raise InputError(
-                    f"{grammar.field} says what the answer must look like, and so do tools", "send one of them", field=grammar.field
-                )
-            grammar = await off_loop(told, lambda: constraint(toolbox, service.call_format))
+        compiled = await held_to(service, body.grammar if body.structured else None, toolbox)
         answer = ChatAnswer(
             served,
             service.new_id("chatcmpl"),
@@ -85,7 +69,6 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
             toolbox=toolbox,
         )
-        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
         stream = served.start(
             answer.id,
             [prompt],
@@ -117,8 +100,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             echoes=[echo for echo in echoes for _ in range(body.n)] if body.echo else None,
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
         )
-        grammar = await asyncio.to_thread(body.grammar) if body.structured else None
-        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
+        compiled = await held_to(service, body.grammar if body.structured else None)
         stream = served.start(
             answer.id, prompts, each, n=body.n, arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
         )

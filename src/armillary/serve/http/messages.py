@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from armillary.serve.http.body import read_body
-from armillary.serve.http.endpoints import documented, ignored, named, off_loop
+from armillary.serve.http.endpoints import documented, ignored, named
 from armillary.serve.http.errors import APIError, anthropic_body
+from armillary.serve.http.off_loop import off_loop
 from armillary.serve.http.schemas.messages import CountBody, MessagesBody
 from armillary.serve.http.sse import EventStream, named_frame, whole
 from armillary.serve.request import Event

@@ -14,8 +14,10 @@ from starlette.types import Receive, Scope, Send
 from armillary.core.errors import NotFoundError
 from armillary.serve.http.answers import failure
 from armillary.serve.http.body import read_body
-from armillary.serve.http.endpoints import documented, ignored, named, off_loop
+from armillary.serve.http.endpoints import documented, ignored, named
 from armillary.serve.http.errors import APIError, as_api_error
+from armillary.serve.http.held_to import held_to, told
+from armillary.serve.http.off_loop import off_loop
 from armillary.serve.http.response_answer import ResponseAnswer
 from armillary.serve.http.response_store import ResponseStore, StoredResponse
 from armillary.serve.http.schemas.items import conversation
@@ -40,12 +42,12 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         served = await named(service, body.model)
         items = (*_earlier(store, body.previous_response_id), *body.input)
         messages = conversation(items, body.instructions)
-        prompt = await off_loop(sum(len(message["content"]) for message in messages), lambda: service.chat_tokens(messages))
+        toolbox = body.toolbox
+        size = sum(len(message["content"]) for message in messages) + told(toolbox)
+        prompt = await off_loop(size, lambda: service.chat_tokens(messages, toolbox=toolbox))
         room = service.room(len(prompt), body.max_output_tokens, "input")
         sampling = service.check_sampling(body.sampling(room, logprobs=body.wanted_logprobs))
-        grammar = await asyncio.to_thread(body.text.format.grammar)
-        compiled = await service.grammars.compiled(grammar) if grammar is not None else None
-
+        compiled = await held_to(service, body.text.format.grammar if body.text.format.type != "text" else None, toolbox)
         response_id = service.new_id("resp")
         stream: AsyncStream | None = None
 
@@ -55,7 +57,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
             if store.holds(stored):
                 store.keep(stored)
 
-        answer = ResponseAnswer(served, response_id, body, len(prompt), ended)
+        answer = ResponseAnswer(served, response_id, body, len(prompt), ended, toolbox)
         stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer))
         stream = served.start(
             response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
@@ -178,12 +180,24 @@ def _earlier(store: ResponseStore, name: str | None) -> tuple[Json, ...]:
             param="previous_response_id",
             code="previous_response_in_progress",
         )
+    if any(one["type"] == "function_call" and one["status"] == "incomplete" for one in stored.response["output"]):
+        raise APIError(
+            400,
+            f"response {name!r} ended within the arguments of a call: continue the one before it, with a larger max_output_tokens",
+            param="previous_response_id",
+            code="previous_response_incomplete",
+        )
     return stored.conversation
 
 
 def _replayed(output: list[Json]) -> list[Json]:
     """A response's output as items of the next input."""
-    return [{"type": "message", "role": "assistant", "content": "".join(part["text"] for part in one["content"])} for one in output]
+    return [
+        {name: one[name] for name in ("type", "call_id", "name", "arguments")}
+        if one["type"] == "function_call"
+        else {"type": "message", "role": "assistant", "content": "".join(part["text"] for part in one["content"])}
+        for one in output
+    ]
 
 
 def _listed(response_id: str, index: int, one: Json) -> Json:

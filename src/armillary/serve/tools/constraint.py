@@ -32,7 +32,7 @@ def constraint(toolbox: Toolbox, row: CallFormat) -> Grammar | None:
     forced = toolbox.choice == "required"
     if not forced and toolbox.parallel and not any(tool.strict for tool in toolbox.tools):
         return None
-    calls = [_call(tool, f"tools[{toolbox.tools.index(tool)}].function.parameters", row) for tool in toolbox.callable]
+    calls = [_call(tool, f"tools[{toolbox.tools.index(tool)}].{toolbox.schema_field}", row) for tool in toolbox.callable]
     listed = {
         "type": "tags_with_separator",
         "tags": calls,
@@ -49,7 +49,7 @@ def constraint(toolbox: Toolbox, row: CallFormat) -> Grammar | None:
     if not row.start:
         raise InputError(
             f"the {row.name} way of writing calls has no tag that tells a call from text",
-            "leave strict and parallel_tool_calls out, or set tool_choice to required",
+            "leave strict out and allow parallel calls, or require a call (tool_choice)",
             field="tool_choice",
         )
     return structural_tag(

@@ -30,13 +30,15 @@ class Tool:
 class Toolbox:
     """The tools of one request. `choice`: the model may call (auto), must (required), must this one (`named`).
 
-    A request whose model must not call has no toolbox.
+    A request whose model must not call has no toolbox. `schema_field` is what the API calls a tool's parameters, for errors; the
+    tool's name stands beside them.
     """
 
     tools: tuple[Tool, ...]
     choice: Literal["auto", "required"] = "auto"
     named: str | None = None
     parallel: bool = True
+    schema_field: str = "function.parameters"
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.tools) <= MAX_TOOLS:
@@ -44,7 +46,8 @@ class Toolbox:
         names = [tool.name for tool in self.tools]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise InputError(f"two tools are named {name!r}", "give each its own name", field=f"tools[{index}].function.name")
+                place = f"tools[{index}].{self.schema_field}".rpartition(".")[0]
+                raise InputError(f"two tools are named {name!r}", "give each its own name", field=f"{place}.name")
         if self.named is not None and self.named not in names:
             raise InputError(
                 f"tool_choice names {self.named[:64]!r}, which is not among the tools", "add it, or name another", field="tool_choice"

@@ -56,6 +56,11 @@ class CallStream:
         self._value = _Value()
         self.calls = 0
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the latest call lacks its end: one whose arguments are told as they are written."""
+        return self._guaranteed and self._in_call
+
     def push(self, text: str) -> list[Piece]:
         """The next text; gives what is certain now."""
         self._buffer += text

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
+
+from armillary.core.errors import InputError
 
 Json = dict[str, Any]
 
@@ -25,6 +29,8 @@ def item(index: int, given: Any) -> Json:
         call = {
             name: _text(index, given, name, limit) for name, limit in (("call_id", MAX_CALL_ID), ("name", MAX_NAME), ("arguments", None))
         }
+        if not _is_object(call["arguments"]):
+            raise ValueError(f"item {index}: arguments are no JSON object: send back what the model wrote")
         return {"type": "function_call", **call}
     if kind == "function_call_output":
         _only(index, given, ("type", "call_id", "output", *REPLAYED))
@@ -72,14 +78,25 @@ def _text(index: int, given: Json, name: str, limit: int | None) -> str:
     return value
 
 
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _only(index: int, given: Json, known: tuple[str, ...]) -> None:
     for name in given.keys() - set(known):
         if given[name] is not None:
             raise ValueError(f"item {index}: unknown field {str(name)[:100]!r}")
 
 
-def conversation(items: list[Json] | tuple[Json, ...], instructions: str | None = None) -> list[Json]:
-    """Items as chat messages: OpenAI's `developer` is its newer name for `system`; calls join the assistant's turn before them."""
+def conversation(items: Sequence[Json], instructions: str | None = None) -> list[Json]:
+    """Items as chat messages: OpenAI's `developer` is its newer name for `system`; calls join the assistant's turn before them.
+
+    Raises InputError for the output of a call that was never made.
+    """
+    calls: set[str] = set()
     messages: list[Json] = [{"role": "system", "content": instructions}] if instructions else []
     for one in items:
         if one["type"] == "message":
@@ -89,6 +106,13 @@ def conversation(items: list[Json] | tuple[Json, ...], instructions: str | None 
                 messages.append({"role": "assistant", "content": ""})
             call = {"id": one["call_id"], "type": "function", "function": {"name": one["name"], "arguments": one["arguments"]}}
             messages[-1].setdefault("tool_calls", []).append(call)
+            calls.add(one["call_id"])
+        elif one["call_id"] not in calls:
+            raise InputError(
+                f"input: there is an output of the call {one['call_id']!r}, which nothing before it has made",
+                "send the function_call first, or continue the response that made it (previous_response_id)",
+                field="input",
+            )
         else:
             messages.append({"role": "tool", "tool_call_id": one["call_id"], "content": one["output"]})
     return messages

@@ -10,6 +10,7 @@ from armillary.core.errors import InputError
 from armillary.serve.grammar.grammar import Grammar, json_object, json_schema
 from armillary.serve.http.schemas.items import item
 from armillary.serve.http.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, DrawingBody
+from armillary.serve.http.schemas.tools import ResponseToolFields
 from armillary.serve.http.schemas.written import TEXT, either, some, typed
 
 MAX_ITEMS = 4096
@@ -49,13 +50,10 @@ class TextConfig(BaseModel):
     format: TextFormat = Field(default_factory=lambda: TextFormat.model_validate({}))
 
 
-class ResponsesBody(DrawingBody):
+class ResponsesBody(DrawingBody, ResponseToolFields):
     """`input` is a string (one user message) or items; the answer may run to the end of the context unless `max_output_tokens` bounds it."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "max_tool_calls": (),
         "reasoning": ({},),
         "truncation": ("disabled",),

@@ -1,10 +1,11 @@
-"""Functions that a model may call, as the chat API has them, and calls within a conversation."""
+"""Functions that a model may call, as OpenAI's two APIs have them, and calls within a conversation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from armillary.core.errors import InputError
 from armillary.serve.http.body import Body
@@ -43,7 +44,7 @@ class ToolFields(Body):
     """`tool_choice`: none, auto, required, or `{"type": "function", "function": {"name": ...}}`."""
 
     tools: list[ToolBody] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
     parallel_tool_calls: bool = True
 
     @field_validator("tool_choice", mode="before")
@@ -56,25 +57,64 @@ class ToolFields(Body):
     @property
     def toolbox(self) -> Toolbox | None:
         """What may be called; None when nothing may."""
-        if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise InputError(
-                "tool_choice asks for a call, and there are no tools", "send tools, or leave tool_choice out", field="tool_choice"
-            )
-        if not self.tools or self.tool_choice == "none":
-            return None
-        tools = tuple(
-            Tool(
-                tool.function.name,
-                tool.function.description or "",
-                tool.function.parameters or {"type": "object", "properties": {}},
-                bool(tool.function.strict),
-            )
-            for tool in self.tools
-        )
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
-        forced = named is not None or self.tool_choice == "required"
-        # A named function is called once, as OpenAI does it.
-        return Toolbox(tools, "required" if forced else "auto", named, self.parallel_tool_calls and named is None)
+        choice = self.tool_choice if isinstance(self.tool_choice, str) else "auto"
+        return toolbox([tool.function for tool in self.tools], choice, named, self.parallel_tool_calls, "function.parameters")
+
+
+class ResponseTool(ToolFunction):
+    """A function as the Responses API has it: without an object of its own."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind != "function":
+            raise ValueError(f"a tool of type {str(kind)[:40]!r} is not carried out by this server: send functions (type function)")
+        return data
+
+
+class ResponseChoice(NamedFunction):
+    type: Literal["function"]
+
+
+class ResponseToolFields(Body):
+    """`tool_choice`: none, auto, required, or `{"type": "function", "name": ...}`."""
+
+    tools: list[ResponseTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ResponseChoice = "auto"
+    parallel_tool_calls: bool = True
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _one_of(cls, value: Any) -> Any:
+        if value in ("none", "auto", "required") or (isinstance(value, dict) and value.get("type") == "function"):
+            return value
+        raise ValueError('send "none", "auto", "required", or {"type": "function", "name": "..."}')
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        """What may be called; None when nothing may."""
+        named = self.tool_choice.name if isinstance(self.tool_choice, ResponseChoice) else None
+        choice = self.tool_choice if isinstance(self.tool_choice, str) else "auto"
+        return toolbox(self.tools, choice, named, self.parallel_tool_calls, "parameters")
+
+
+def toolbox(
+    functions: Sequence[ToolFunction], choice: Literal["none", "auto", "required"], named: str | None, parallel: bool, schema_field: str
+) -> Toolbox | None:
+    """What may be called, None when nothing may. A named function is called once, as OpenAI does it."""
+    forced = named is not None or choice == "required"
+    if not functions and forced:
+        raise InputError("tool_choice asks for a call, and there are no tools", "send tools, or leave tool_choice out", field="tool_choice")
+    if not functions or choice == "none":
+        return None
+    tools = tuple(
+        Tool(one.name, one.description or "", one.parameters or {"type": "object", "properties": {}}, bool(one.strict)) for one in functions
+    )
+    return Toolbox(tools, "required" if forced else "auto", named, parallel and named is None, schema_field)
 
 
 class CalledFunction(BaseModel):
