@@ -246,8 +246,8 @@ def test_results_that_find_no_room_fail_the_batch(client):
 
 def test_a_folder_keeps_files_and_batches_over_a_restart(tmp_path):
     store = FileStore(1000, tmp_path / "files")
-    file = store.put("a.jsonl", "batch", b"content")
-    gone = store.put("b.jsonl", "batch", b"other")
+    file = store.put("a.jsonl", "batch", [b"con", b"tent"])
+    gone = store.put("b.jsonl", "batch", [b"other"])
     store.delete(gone["id"])
     for name, status in (("batch_1", "in_progress"), ("batch_2", "completed")):
         store.keep({"id": name, "object": "batch", "status": status, "created_at": 5})
@@ -270,7 +270,7 @@ def test_a_store_that_cannot_be_read_is_named(tmp_path):
             FileStore(100, tmp_path)
     store = FileStore(10)
     with pytest.raises(APIError, match="larger --files-limit"):
-        store.put("a", "batch", b"x" * 11)
+        store.put("a", "batch", [b"x"] * 11)
     with pytest.raises(NotFoundError):
         store.content("file-none")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Collection
+from functools import partial
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -20,6 +21,7 @@ from armillary.serve.http.batch_line import Line, answer_line, check_endpoint, p
 from armillary.serve.http.body import Body, read_body
 from armillary.serve.http.endpoints import documented
 from armillary.serve.http.errors import APIError
+from armillary.serve.http.exchange import owner
 from armillary.serve.http.file_store import FileStore, page
 from armillary.serve.http.schemas.responses import MAX_METADATA, Key, Note
 
@@ -31,6 +33,10 @@ IN_FLIGHT = 64  # lines of all batches that are being answered
 MAX_BATCHES = 1000
 MAX_PAGE = 100
 WINDOW_SECONDS = 24 * 3600
+UNANSWERED = {
+    "expired": "the batch's 24 hours were over before this line's turn",
+    "cancelled": "the batch was cancelled before this line's turn",
+}
 ENDED = ("completed", "failed", "expired", "cancelled")
 MAX_BODY_BYTES = 64 * 1024
 
@@ -62,9 +68,9 @@ def router(api: ASGIApp, store: FileStore, endpoints: Collection[str]) -> APIRou
     async def create(request: Request) -> Json:
         body = await read_body(request, BatchBody, MAX_BODY_BYTES)
         check_endpoint(body.endpoint, endpoints)
-        store.get(body.input_file_id, "input_file_id")
-        if len(store.records()) >= MAX_BATCHES:
-            ended = [one for one in store.records() if one["status"] in ENDED]
+        store.get(body.input_file_id, owner(), "input_file_id")
+        if len(store.records()) >= MAX_BATCHES:  # the oldest that has ended goes: one of the same key before anybody else's
+            ended = [one for one in chain(store.records(), store.records(owner())) if one["status"] in ENDED]
             if not ended:
                 raise APIError(
                     429, f"{MAX_BATCHES:,} batches run: come back when one has ended", code="over_capacity", headers={"Retry-After": "60"}
@@ -76,15 +82,15 @@ def router(api: ASGIApp, store: FileStore, endpoints: Collection[str]) -> APIRou
     async def listed(
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20, after: Annotated[str | None, Query(max_length=128)] = None
     ) -> Json:
-        return page(store.records(), limit, after, store.record)
+        return page(store.records(owner()), limit, after, partial(store.record, owner=owner()))
 
     @routes.get("/v1/batches/{batch_id}")
     async def one(batch_id: str) -> Json:
-        return store.record(batch_id)
+        return store.record(batch_id, owner())
 
     @routes.post("/v1/batches/{batch_id}/cancel")
     async def cancel(batch_id: str) -> Json:
-        batch = store.record(batch_id)
+        batch = store.record(batch_id, owner())
         if batch["status"] in ENDED and batch["status"] != "cancelled":
             raise APIError(
                 400,
@@ -130,7 +136,7 @@ class BatchRunner:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": body.metadata,
         }
-        self._store.keep(batch)
+        self._store.keep(batch, owner())
         task = asyncio.create_task(self._run(batch))
         self._running[batch["id"]] = task
         task.add_done_callback(lambda _: self._running.pop(batch["id"], None))
@@ -159,7 +165,7 @@ class BatchRunner:
         end = "completed"
         try:
             async with asyncio.timeout(batch["expires_at"] - time.time()):
-                content = await asyncio.to_thread(self._store.content, batch["input_file_id"], "input_file_id")
+                content = await asyncio.to_thread(self._store.content, batch["input_file_id"], owner(), "input_file_id")
                 lines, problems = await asyncio.to_thread(parse_lines, content, (batch["endpoint"],))
                 if problems:
                     self._fail(batch, problems)
@@ -203,19 +209,20 @@ class BatchRunner:
         """Results in the order of the lines: those of success in one file, all others in another."""
         if end == "completed":
             self._turn(batch, "finalizing")
-        words = {
-            "expired": "the batch's 24 hours were over before this line's turn",
-            "cancelled": "the batch was cancelled before this line's turn",
-        }
-        filled = [result or unanswered(line, f"batch_{end}", words.get(end, "")) for line, result in zip(lines, results, strict=True)]
-        with contextlib.suppress(asyncio.CancelledError):
-            try:
-                for name, wanted in (("output", True), ("error", False)):
-                    rows = [to_json(result) + b"\n" for result in filled if succeeded(result) is wanted]
-                    if rows:
-                        file = await asyncio.to_thread(self._store.put, f"{batch['id']}_{name}.jsonl", "batch_output", b"".join(rows))
-                        batch[f"{name}_file_id"] = file["id"]
-            except APIError as error:  # no room for them
-                self._fail(batch, [{"code": "files_full", "message": str(error), "line": None, "param": None}])
-                return
+        try:
+            await asyncio.to_thread(self._write, batch, lines, results, end, owner())
+        except APIError as error:  # no room for them
+            self._fail(batch, [{"code": "files_full", "message": str(error), "line": None, "param": None}])
+            return
         self._turn(batch, end)
+
+    def _write(self, batch: Json, lines: list[Line], results: list[Json | None], end: str, key: str) -> None:
+        """The two files, for the key's owner. On a thread of its own, and each row is encoded when its turn has come."""
+        word = UNANSWERED.get(end, "")
+        filled = [result or unanswered(line, f"batch_{end}", word) for line, result in zip(lines, results, strict=True)]
+        for name, wanted in (("output", True), ("error", False)):
+            rows = [result for result in filled if succeeded(result) is wanted]
+            if rows:
+                encoded = (to_json(row) + b"\n" for row in rows)
+                file = self._store.put(f"{batch['id']}_{name}.jsonl", "batch_output", encoded, key)
+                batch[f"{name}_file_id"] = file["id"]

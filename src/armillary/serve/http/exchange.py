@@ -43,6 +43,12 @@ def current() -> Exchange | None:
     return _current.get()
 
 
+def owner() -> str:
+    """The name of the key that this code runs for, "" where there are none: whose data it may see."""
+    exchange = _current.get()
+    return (exchange.key or "") if exchange is not None else ""
+
+
 def begin_apart(path: str) -> None:
     """From here on this task runs for an exchange of its own, that nobody waits for, with the key of the one that it came from."""
     parent = _current.get()

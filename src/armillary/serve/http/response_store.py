@@ -25,6 +25,7 @@ class StoredResponse:
     input: list[Json]  # this request's items
     conversation: tuple[Json, ...]  # all earlier items and these
     cancel: Callable[[], object]
+    owner: str = ""  # the name of the key that it was made with: to any other it is not there
     bytes: int = field(default=0)
 
 
@@ -52,10 +53,10 @@ class ResponseStore:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= oldest.bytes
 
-    def get(self, name: str, field: str = "response_id") -> StoredResponse:
+    def get(self, name: str, owner: str = "", field: str = "response_id") -> StoredResponse:
         """Raises NotFoundError for one that never was, was not stored, was deleted or has made room for others."""
         stored = self._kept.get(name)
-        if stored is None:
+        if stored is None or stored.owner != owner:
             raise NotFoundError(
                 f"there is no response {name[:128]!r}",
                 f"send the whole conversation as input: the server keeps its latest {self._max_responses:,} responses, "
@@ -65,8 +66,8 @@ class ResponseStore:
         self._kept.move_to_end(name)
         return stored
 
-    def delete(self, name: str) -> StoredResponse:
-        stored = self.get(name)
+    def delete(self, name: str, owner: str = "") -> StoredResponse:
+        stored = self.get(name, owner)
         del self._kept[name]
         self._bytes -= stored.bytes
         return stored

@@ -16,6 +16,7 @@ from armillary.serve.http.answers import failure
 from armillary.serve.http.body import read_body
 from armillary.serve.http.endpoints import documented, ignored, named
 from armillary.serve.http.errors import APIError, as_api_error
+from armillary.serve.http.exchange import owner
 from armillary.serve.http.held_to import held_to, told
 from armillary.serve.http.off_loop import off_loop
 from armillary.serve.http.response_answer import ResponseAnswer
@@ -58,7 +59,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
                 store.keep(stored)
 
         answer = ResponseAnswer(served, response_id, body, len(prompt), ended, toolbox)
-        stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer))
+        stored = StoredResponse(answer.response, body.input, items, lambda: _stop(stream, answer), owner())
         stream = served.start(
             response_id, [prompt], [sampling], arrival=arrival, cache_salt=body.cache_salt or "", grammar=compiled, **body.turn(arrival)
         )
@@ -84,16 +85,16 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
     @routes.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
         _no_query(request)
-        return _json(store.get(response_id).response)
+        return _json(store.get(response_id, owner()).response)
 
     @routes.delete("/v1/responses/{response_id}")
     async def delete(response_id: str) -> Json:
-        store.delete(response_id).cancel()
+        store.delete(response_id, owner()).cancel()
         return {"id": response_id, "object": "response", "deleted": True}
 
     @routes.post("/v1/responses/{response_id}/cancel")
     async def cancel(response_id: str) -> Response:
-        stored = store.get(response_id)
+        stored = store.get(response_id, owner())
         status = stored.response["status"]
         if status not in ("in_progress", "cancelled"):
             raise APIError(
@@ -114,7 +115,7 @@ def router(service: Service, max_body_bytes: int) -> APIRouter:
         after: str | None = None,
     ) -> Response:
         _no_query(request, "limit", "order", "after")
-        items = [_listed(response_id, index, one) for index, one in enumerate(store.get(response_id).input)]
+        items = [_listed(response_id, index, one) for index, one in enumerate(store.get(response_id, owner()).input)]
         if order == "desc":
             items.reverse()
         begin = 0
@@ -170,7 +171,7 @@ def _earlier(store: ResponseStore, name: str | None) -> tuple[Json, ...]:
     if name is None:
         return ()
     try:
-        stored = store.get(name)
+        stored = store.get(name, owner())
     except NotFoundError as error:
         raise APIError(404, str(error), param="previous_response_id", code="previous_response_not_found") from None
     if stored.response["status"] == "in_progress":
