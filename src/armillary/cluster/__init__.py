@@ -1,1 +1,1 @@
-"""What computation runs on: for now, this machine, measured."""
+"""What computation runs on: this machine, measured, and the catalogue of devices, links, nodes and racks."""
