@@ -38,7 +38,7 @@ def test_a_fat_tree_has_k_cubed_over_four_hosts_and_full_bisection(k: int) -> No
     assert sum(vertex.kind == "switch" for vertex in tree.vertices) == 5 * k**2 // 4
     assert len(tree.edges) == 3 * k**3 // 4
     assert tree.bisection == pytest.approx(k**3 / 8 * LINK.bandwidth)
-    assert halves(tree) == pytest.approx(tree.bisection, rel=1e-6)
+    assert halves(tree) == pytest.approx(tree.bisection, rel=1e-5)
     ports = [len(tree.neighbours[number]) for number, vertex in enumerate(tree.vertices) if vertex.kind == "switch"]
     assert set(ports) == {k}
 
@@ -55,7 +55,7 @@ def test_paths_of_a_fat_tree_pass_one_three_or_five_switches() -> None:
 @pytest.mark.parametrize("shape", [(4,), (2, 2), (4, 2), (4, 4), (4, 2, 2), (4, 4, 4), (2, 6, 4), (8, 1, 2)])
 def test_a_torus_is_cut_twice_through_its_longest_side(shape: tuple[int, ...]) -> None:
     graph = torus(tuple(sorted(shape, reverse=True)), LINK)
-    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-6)
+    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-5)
     leaving = [sum(edge.bandwidth for _, edge in graph.neighbours[device]) for device in graph.devices]
     assert leaving == pytest.approx([LINK.bandwidth] * len(graph.devices))  # a device's link is all that leaves it
     assert max(len(graph.path(0, other)) for other in graph.devices) == sum(side // 2 for side in shape)  # the diameter
@@ -64,7 +64,7 @@ def test_a_torus_is_cut_twice_through_its_longest_side(shape: tuple[int, ...]) -
 @pytest.mark.parametrize("shape", [(4,), (2, 2), (4, 2)])
 def test_no_half_of_a_small_torus_is_cut_more_cheaply(shape: tuple[int, ...]) -> None:
     graph = torus(shape, LINK)
-    assert worst_halves(graph) == pytest.approx(graph.bisection, rel=1e-6)
+    assert worst_halves(graph) == pytest.approx(graph.bisection, rel=1e-5)
 
 
 def test_a_pod_of_tpu_v4_has_about_the_bisection_that_google_publishes() -> None:
@@ -79,7 +79,7 @@ def test_the_nvlink_domain_of_an_nvl72() -> None:
     rack = of_cluster(cluster("gb200-nvl72"))
     assert len(rack.devices) == 72
     assert rack.bisection == 36 * 900e9
-    assert halves(rack) == pytest.approx(rack.bisection, rel=1e-6)
+    assert halves(rack) == pytest.approx(rack.bisection, rel=1e-5)
     assert rack.latency(0, 71) == catalogue.link("nvlink-5").latency
     assert sum(edge.bandwidth for edge in rack.edges) * 2 == pytest.approx(130e12, rel=0.01)
 
@@ -87,7 +87,7 @@ def test_the_nvlink_domain_of_an_nvl72() -> None:
 @pytest.mark.parametrize("text", ["dgx-h100", "mi300x8", "tpu-v4-tray", "4xa100-80g-pcie", "tpu-v4-cube"])
 def test_every_fabric_has_the_bisection_of_its_closed_form(text: str) -> None:
     graph = of_cluster(cluster(text))
-    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-6)
+    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-5)
     link = cluster(text).domain_link
     assert link is not None
     assert graph.latency(0, 1) == link.latency
@@ -101,7 +101,7 @@ def test_rails_carry_what_the_cards_send_unless_oversubscribed(text: str, nodes:
     graph = rail_optimised(node, nodes, radix=radix, oversubscription=oversubscription)
     assert len(graph.devices) == nodes * node.devices
     assert graph.bisection == pytest.approx(nodes // 2 * node.network_bandwidth / oversubscription)
-    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-6)
+    assert halves(graph) == pytest.approx(graph.bisection, rel=1e-5)
 
 
 def test_the_same_card_of_two_nodes_is_one_leaf_apart() -> None:
@@ -125,8 +125,8 @@ def test_paths_join_their_ends_and_cuts_are_symmetric(shape: list[int], data: st
     assert at == b
     assert len(graph.path(a, b)) == len(graph.path(b, a))
     if a != b:
-        assert graph.cut([a], [b]) == pytest.approx(graph.cut([b], [a]), rel=1e-6)
-        assert graph.cut([a], [b]) >= graph.bandwidth(a, b) * (1 - 1e-6)
+        assert graph.cut([a], [b]) == pytest.approx(graph.cut([b], [a]), rel=1e-5)
+        assert graph.cut([a], [b]) >= graph.bandwidth(a, b) * (1 - 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Topology:
         return sum(edge.latency for edge in self.path(start, end))
 
     def cut(self, senders: Iterable[int], receivers: Iterable[int]) -> float:
-        """B/s that two groups of vertices can exchange one way at most, over all paths (maximum flow, to a part in 10^8)."""
+        """B/s that two groups of vertices can exchange one way at most, over all paths (maximum flow, to a part in 10^5)."""
         import numpy as np
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import maximum_flow
