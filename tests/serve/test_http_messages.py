@@ -131,7 +131,7 @@ def test_tokens_are_counted_as_they_would_be_sent(client, world):
         ({"messages": [*HELLO, {"role": "assistant", "content": "x "}]}, "white space"),
         ({"messages": [{"role": "user", "content": []}]}, "no turn says anything"),
         ({"stop_sequences": [" "]}, "white space"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
+        ({"extra_body": {"mcp_servers": [{}]}}, "mcp_servers"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"extra_body": {"max_tokns": 1}}, "did you mean 'max_tokens'"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import anthropic
 import jsonschema
 import openai
 import pytest
@@ -228,6 +229,28 @@ def test_a_call_that_is_required_is_made_and_valid(client, choice):
             if call.function.name == "weather":
                 jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
         assert whole.message.tool_calls[0].function.arguments == stream.message.tool_calls[0].function.arguments
+
+
+def test_all_three_apis_make_the_same_call(real, client):
+    function, fields = WEATHER["function"], {"temperature": 0, "model": client.models.list().data[0].id}
+    call = ask(client, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, temperature=0).choices[0].message.tool_calls[0]
+    item = client.responses.create(
+        input=HELLO, tools=[{"type": "function", **function}], tool_choice="required", parallel_tool_calls=False, **fields
+    ).output[0]
+    with anthropic.Anthropic(base_url=real.url, api_key="any", max_retries=0, timeout=120) as claude:
+        tool = {"name": "weather", "description": function["description"], "input_schema": function["parameters"]}
+        message = claude.messages.create(
+            model=fields["model"],
+            messages=HELLO,
+            tools=[tool],
+            tool_choice={"type": "any", "disable_parallel_tool_use": True},
+            max_tokens=300,
+            extra_body={"temperature": 0},
+        )
+    arguments = json.loads(call.function.arguments)
+    jsonschema.validate(arguments, function["parameters"])
+    assert (item.name, item.arguments) == (call.function.name, call.function.arguments)
+    assert (message.stop_reason, message.content[0].name, message.content[0].input) == ("tool_use", call.function.name, arguments)
 
 
 def test_arguments_are_streamed_while_they_are_written(client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import anthropic
 import openai
 import pytest
 from http_world import World
@@ -19,6 +20,7 @@ PING = '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed (pip install 'armillary[grammar]'): calls are NOT tested")
     world = World(tmp_path_factory.mktemp("typist"), config={"kv_blocks": 1024, "context": 4096}, max_context=4096)
     yield world
     world.close()
@@ -152,3 +154,105 @@ def test_what_responses_do_not_take_is_refused_by_name(client, fields, param):
     with pytest.raises(openai.BadRequestError) as error:
         respond(client, **fields)
     assert error.value.param.startswith(param)
+
+
+# -- Messages ------------------------------------------------------------------------------------------------------------
+
+TOOLS = [
+    {"name": "weather", "description": "The weather of a city.", "input_schema": PARAMETERS},
+    {"name": "ping", "input_schema": {"type": "object", "properties": {}}, "cache_control": {"type": "ephemeral"}},
+]
+HELLO = [{"role": "user", "content": "Weather in Ulm?"}]
+
+
+@pytest.fixture
+def claude(world):
+    with anthropic.Anthropic(base_url=world.url, api_key="any", max_retries=0, timeout=60) as client:
+        yield client
+    world.wait_idle()
+
+
+def ask(client, **fields):
+    return client.messages.create(**{"model": "typist", "max_tokens": 300, "messages": HELLO, "tools": TOOLS, **fields})
+
+
+def blocks(message):
+    return [(block.name, block.input) if block.type == "tool_use" else block.text for block in message.content]
+
+
+@pytest.mark.parametrize("choice", [None, {"type": "any"}, {"type": "any", "disable_parallel_tool_use": True}])
+def test_tool_uses_are_blocks_whole_or_streamed(world, claude, choice):
+    both = choice is None or not choice.get("disable_parallel_tool_use")
+    says(world, ("" if choice else "Well, ") + CALL + ("\n" + PING if both else ""))
+    expected = [*([] if choice else ["Well, "]), ("weather", {"city": "Ulm", "days": 2}), *([("ping", {})] if both else [])]
+    fields = {"tool_choice": choice} if choice else {}
+    whole = ask(claude, **fields)
+    with claude.messages.stream(model="typist", max_tokens=300, messages=HELLO, tools=TOOLS, **fields) as stream:
+        events = list(stream)
+    for message in (whole, stream.get_final_message()):
+        assert (message.stop_reason, blocks(message)) == ("tool_use", expected)
+        ids = [block.id for block in message.content if block.type == "tool_use"]
+        assert len({*ids}) == len(ids)
+        assert all(name.startswith("toolu_") for name in ids)
+    framed = [(event.type, event.index) for event in events if event.type in ("content_block_start", "content_block_stop")]
+    assert framed == [(kind, index) for index in range(len(expected)) for kind in ("content_block_start", "content_block_stop")]
+    deltas = [event.partial_json for event in events if event.type == "input_json"]
+    assert (len(deltas) > 2) == bool(choice)  # held to calls, they are told as they are written
+
+
+def test_a_named_tool_is_used_once_and_none_is_text(world, claude):
+    says(world, PING)
+    assert blocks(ask(claude, tool_choice={"type": "tool", "name": "ping"})) == [("ping", {})]
+    message = ask(claude, tool_choice={"type": "none"})
+    assert (blocks(message), message.stop_reason) == ([PING], "end_turn")
+
+
+def test_a_conversation_goes_on_after_a_result(world, claude):
+    says(world, CALL)
+    first = ask(claude)
+    seen = says(world, "It rains.")
+    result = {"type": "tool_result", "tool_use_id": first.content[0].id, "content": [{"type": "text", "text": "rain"}]}
+    history = [*HELLO, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
+    second = ask(claude, messages=history)
+    assert (blocks(second), second.stop_reason) == (["It rains."], "end_turn")
+    assert f"<|im_start|>assistant\n{CALL}<|im_end|>" in seen[0]
+    assert "<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>" in seen[0]
+    counted = claude.messages.count_tokens(model="typist", messages=history, tools=TOOLS).input_tokens
+    assert counted == len(world.tokenizer.encode(seen[0], special=False))
+    with pytest.raises(anthropic.BadRequestError, match="no turn before it has made"):
+        ask(claude, messages=[{"role": "user", "content": [result]}])
+
+
+def test_an_input_that_is_cut_off_is_what_there_is_of_it(world, claude):
+    says(world, CALL)
+    message = ask(claude, tool_choice={"type": "any"}, max_tokens=CALL.index("2") - 1)
+    assert (message.stop_reason, blocks(message)) == ("max_tokens", [("weather", {"city": "Ulm"})])
+
+
+def test_half_a_character_in_an_input_is_a_replacement_and_a_number_out_of_range_an_error(world, claude):
+    free = [{"name": "f", "input_schema": {"type": "object", "properties": {"x": {"anyOf": [{"type": "string"}, {"type": "number"}]}}}}]
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": VALUE}}\n</tool_call>'
+    says(world, call.replace("VALUE", '"\\ud83d \\ud83d\\ude00 \\\\ud83d"'))
+    assert blocks(ask(claude, tools=free, tool_choice={"type": "any"})) == [("f", {"x": "\ufffd \U0001f600 \\ud83d"})]
+    says(world, call.replace("VALUE", "1e999"))
+    with pytest.raises(anthropic.InternalServerError, match="out of range"):
+        ask(claude, tools=free, tool_choice={"type": "any"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tools": [{**TOOLS[0], "defer_loading": True}]}, "defer_loading"),
+        ({"tools": [{"name": "f"}]}, "input_schema"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "two tools"),
+        ({"tools": [], "tool_choice": {"type": "any"}}, "no tools"),
+        ({"tool_choice": {"type": "tool"}}, "needs the name"),
+        ({"tool_choice": {"type": "tool", "name": "pong"}}, "pong"),
+        ({"tools": [{"name": "f", "input_schema": {"uniqueItems": True}}], "tool_choice": {"type": "any"}}, "input_schema.uniqueItems"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "It"}], "tool_choice": {"type": "any"}}, "continued"),
+    ],
+)
+def test_what_messages_do_not_take_is_refused_by_name(claude, fields, named):
+    with pytest.raises(anthropic.BadRequestError, match=named):
+        ask(claude, **fields)

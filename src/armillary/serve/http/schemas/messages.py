@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from armillary.core.errors import InputError
-from armillary.serve.http.body import Body
+from armillary.serve.http.schemas.message_tools import MessageToolFields
 from armillary.serve.http.schemas.sampling import MAX_STOP_LENGTH, MAX_TOKENS
 from armillary.serve.http.schemas.turn import TurnBody
 from armillary.serve.http.schemas.written import TEXT, either, some, typed
@@ -61,12 +61,10 @@ def _block(index: int, given: Any, kinds: tuple[str, ...]) -> Json:
     return block
 
 
-class CountBody(Body):
+class CountBody(MessageToolFields):
     """A conversation as it would be sent; only its tokens are counted."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ({"type": "none"},),
         "thinking": ({"type": "disabled"},),
         "mcp_servers": ([],),
         "output_config": ({},),
@@ -87,13 +85,23 @@ class CountBody(Body):
     def conversation(self) -> tuple[list[Json], str]:
         """As chat messages, and what the answer begins with: the text of a last turn that is the assistant's.
 
-        Turns of the same role that follow each other are one turn, as Anthropic has it.
+        Turns of the same role that follow each other are one turn, as Anthropic has it. Raises InputError for a result of a
+        tool use that is not there.
         """
         messages: list[Json] = []
+        used: set[str] = set()
         if self.system:
             messages.append({"role": "system", "content": _text(self.system)})
         for turn in self.messages:
             for block in turn.content:
+                if block["type"] == "tool_use":
+                    used.add(block["id"])
+                elif block["type"] == "tool_result" and block["tool_use_id"] not in used:
+                    raise InputError(
+                        f"messages: there is a result of the tool use {block['tool_use_id'][:128]!r}, which no turn before it has made",
+                        "send the assistant's tool_use first",
+                        field="messages",
+                    )
                 _add(messages, turn.role, block)
         if not messages or messages[-1]["role"] == "system":
             raise InputError("messages: no turn says anything", "send a user message with a text", field="messages")
@@ -105,6 +113,12 @@ class CountBody(Body):
         if last["content"] != last["content"].rstrip():
             raise InputError(
                 "messages: the last assistant text ends with white space, which no model continues well", "strip it", field="messages"
+            )
+        if self.tools and self.tool_choice.type in ("any", "tool"):
+            raise InputError(
+                "messages: the last turn is the assistant's, whose text would be continued, and tool_choice asks for a call",
+                "leave one of them out",
+                field="tool_choice",
             )
         return messages, last["content"]
 

@@ -22,6 +22,9 @@ class ToolFunction(BaseModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description or "", self.parameters or {"type": "object", "properties": {}}, bool(self.strict))
+
 
 class ToolBody(BaseModel):
     model_config = _STRICT
@@ -59,7 +62,7 @@ class ToolFields(Body):
         """What may be called; None when nothing may."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
         choice = self.tool_choice if isinstance(self.tool_choice, str) else "auto"
-        return toolbox([tool.function for tool in self.tools], choice, named, self.parallel_tool_calls, "function.parameters")
+        return toolbox([one.function.tool() for one in self.tools], choice, named, self.parallel_tool_calls, "function.parameters")
 
 
 class ResponseTool(ToolFunction):
@@ -99,22 +102,19 @@ class ResponseToolFields(Body):
         """What may be called; None when nothing may."""
         named = self.tool_choice.name if isinstance(self.tool_choice, ResponseChoice) else None
         choice = self.tool_choice if isinstance(self.tool_choice, str) else "auto"
-        return toolbox(self.tools, choice, named, self.parallel_tool_calls, "parameters")
+        return toolbox([one.tool() for one in self.tools], choice, named, self.parallel_tool_calls, "parameters")
 
 
 def toolbox(
-    functions: Sequence[ToolFunction], choice: Literal["none", "auto", "required"], named: str | None, parallel: bool, schema_field: str
+    tools: Sequence[Tool], choice: Literal["none", "auto", "required"], named: str | None, parallel: bool, schema_field: str
 ) -> Toolbox | None:
     """What may be called, None when nothing may. A named function is called once, as OpenAI does it."""
     forced = named is not None or choice == "required"
-    if not functions and forced:
+    if not tools and forced:
         raise InputError("tool_choice asks for a call, and there are no tools", "send tools, or leave tool_choice out", field="tool_choice")
-    if not functions or choice == "none":
+    if not tools or choice == "none":
         return None
-    tools = tuple(
-        Tool(one.name, one.description or "", one.parameters or {"type": "object", "properties": {}}, bool(one.strict)) for one in functions
-    )
-    return Toolbox(tools, "required" if forced else "auto", named, parallel and named is None, schema_field)
+    return Toolbox(tuple(tools), "required" if forced else "auto", named, parallel and named is None, schema_field)
 
 
 class CalledFunction(BaseModel):
