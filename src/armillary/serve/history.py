@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from armillary.serve.request import FinishReason, Request
@@ -107,7 +108,7 @@ class History:
         schedule = plan.schedule
         self.stats.iterations += 1
         self.stats.scheduled_tokens += schedule.tokens
-        self.stats.iteration_sizes[min(31, (max(1, schedule.tokens) - 1).bit_length())] += 1
+        self.stats.iteration_sizes[_size_class(schedule.tokens)] += 1
         entries = tuple((entry.request_id, entry.count) for entry in schedule.entries)
         preempted = tuple(preemption.request_id for preemption in schedule.preempted)
         self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted, blocks_used))
@@ -119,6 +120,21 @@ class History:
         for entry in schedule.entries:
             kind = "decode" if entry.reason is Reason.DECODE else "prompt"
             self.trace.add(f"request/{entry.request_id}", kind, start, end, str(entry.reason), {"tokens": entry.count})
+
+    def repeated(self, plan: Plan, times: Sequence[int], blocks_used: Sequence[int]) -> None:
+        """The decodes of `plan` were carried out again and again: iteration i from times[i] to times[i + 1] ns, with `blocks_used[i]`."""
+        count, tokens = len(times) - 1, plan.schedule.tokens
+        self.stats.iterations += count
+        self.stats.scheduled_tokens += count * tokens
+        self.stats.iteration_sizes[_size_class(tokens)] += count
+        if self.trace is None:
+            return
+        lanes = [f"request/{entry.request_id}" for entry in plan.schedule.entries]
+        for (start, end), used in zip(pairwise(times), blocks_used, strict=True):
+            self.trace.add("engine", "step", start, end, "", {"tokens": tokens, "sequences": tokens, "blocks_used": used, "preempted": 0})
+            self.trace.count("kv_blocks", end, {"used": used})
+            for lane in lanes:
+                self.trace.add(lane, "decode", start, end, str(Reason.DECODE), {"tokens": 1})
 
     def failed(self, plan: Plan, error: Exception, start: int, end: int) -> None:
         """An iteration raised."""
@@ -155,6 +171,10 @@ class History:
             newer.append({name: getattr(iteration, name) for name in Iteration.__slots__})
         newer.reverse()
         return newer
+
+
+def _size_class(tokens: int) -> int:
+    return min(31, (max(1, tokens) - 1).bit_length())
 
 
 def _origin(request: Request, hit: Hit) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from armillary.serve.request import Request, TokenLogprob
 
@@ -198,6 +198,16 @@ class SchedulerPolicy(Protocol):
     behind: Reason
 
     def step(self, state: State) -> Schedule: ...
+
+
+@runtime_checkable
+class Repeating(Protocol):
+    """A policy that knows when it would say the same again, so that a simulation need not ask each time."""
+
+    def repeats(self, state: State, schedule: Schedule) -> bool:
+        """Of its `schedule` for `state`, in which everything that runs decodes one token and nothing else happens: whether the next
+        ones say the same, each sequence a token further, until a sequence arrives, ends or lacks a KV block."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

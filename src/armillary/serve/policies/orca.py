@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from armillary.serve.policies.entries import drafts_that_fit, entry
 from armillary.serve.policies.orders.queue import Queue
+from armillary.serve.policies.repetition import repeats
 from armillary.serve.request import Request
 from armillary.serve.schedule import Entry, Hold, Reason, Room, Schedule, State
 
@@ -57,3 +58,6 @@ class Orca:
             tokens += count
         told = self._queue.told(state, admitted, held)
         return Schedule(state.index, tuple(entries), (), told, self._queue.overdue(state, admitted))
+
+    def repeats(self, state: State, schedule: Schedule) -> bool:
+        return repeats(state, schedule, self._queue)

@@ -34,3 +34,6 @@ class RequestLevel:
             spare -= drafts
         held = (Hold(state.waiting[0].id, Reason.BATCH_CLOSED),) if state.waiting else ()
         return Schedule(state.index, tuple(entries), (), held)
+
+    def repeats(self, state: State, schedule: Schedule) -> bool:
+        return self._admission.repeats(state, schedule)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, turned_away
 from armillary.serve.policies.orders.queue import Queue
+from armillary.serve.policies.repetition import repeats
 from armillary.serve.policies.token_budget import TILE, tokens_within
 from armillary.serve.policies.victims import LAST, Victims
 from armillary.serve.request import Request
@@ -84,6 +85,9 @@ class Sarathi:
             seats -= 1
         told = self._queue.told(state, admitted, held)
         return Schedule(state.index, tuple(entries), preempted, told, self._queue.overdue(state, admitted))
+
+    def repeats(self, state: State, schedule: Schedule) -> bool:
+        return repeats(state, schedule, self._queue, timed=self._tbt_target is not None)
 
     def _budget(self, state: State, decodes: int) -> int:
         """Tokens of this iteration. While nobody decodes there is no time between tokens to keep."""

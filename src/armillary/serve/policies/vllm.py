@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, turned_away
 from armillary.serve.policies.orders.queue import Queue
+from armillary.serve.policies.repetition import repeats
 from armillary.serve.policies.victims import LAST, Victims
 from armillary.serve.request import Request
 from armillary.serve.schedule import Entry, Hold, Reason, Room, Schedule, State
@@ -72,6 +73,9 @@ class VLLM:
             seats -= 1
         told = self._queue.told(state, admitted, held)
         return Schedule(state.index, tuple(entries), preempted, told, self._queue.overdue(state, admitted))
+
+    def repeats(self, state: State, schedule: Schedule) -> bool:
+        return repeats(state, schedule, self._queue)
 
 
 def _growth(running: Sequence[Request], state: State) -> int:

@@ -39,6 +39,11 @@ class Queue:
         self._max_wait = max_wait
         self.behind = order.behind if order is not None else Reason.QUEUE_ORDER
 
+    @property
+    def in_order_of_arrival(self) -> bool:
+        """Whether nobody overtakes: who is next changes only when somebody comes or goes."""
+        return self._order is None
+
     def waiting(self, state: State, closed: Reason | None = None) -> Iterable[Request]:
         """Each in its turn; as they stand in the queue where it is `closed` to all, for putting it in order costs time in its length."""
         return state.waiting if self._order is None or closed is not None else self._ranked(self._order, state)

@@ -1,0 +1,88 @@
+"""Carries plans out in virtual time: no tensors, tokens by a rule, durations from a cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.core.clock import VirtualClock
+from armillary.serve.request import Request, TokenLogprob
+from armillary.serve.schedule import Entry, Outcome, Plan, Reason
+from armillary.sim.batch import Batch
+from armillary.sim.costs import CostModel
+
+Drawn = Callable[[Request, int], int]
+"""The token at a position of a request, that nobody has to compute."""
+
+BLANK = 0  # the token of a sequence whose text is of no account
+
+
+def batch_of(plan: Plan) -> Batch:
+    """What of a plan its cost depends on."""
+    prompts: list[tuple[int, int]] = []
+    decodes = cached = sampled = 0
+    for entry in plan.schedule.entries:
+        if entry.count == 1 and entry.reason is Reason.DECODE:
+            decodes += 1
+            cached += entry.start
+        else:
+            prompts.append((entry.count, entry.start))
+        if entry.sample:
+            sampled += 1 + entry.drafts
+    return Batch(tuple(prompts), decodes, cached, sampled)
+
+
+class VirtualExecutor:
+    """`Executor[Plan, Outcome]` that moves `clock` by `cost` an iteration.
+
+    `drawn` names the tokens; without it all are `BLANK` (a simulation of lengths alone).
+    """
+
+    def __init__(self, clock: VirtualClock, cost: CostModel, drawn: Drawn | None = None) -> None:
+        self.clock, self.cost = clock, cost
+        self._drawn = drawn
+
+    def run(self, plan: Plan) -> Outcome:
+        start = self.clock.now()
+        end = start + self.duration(plan)
+        self.clock.advance_to(end)
+        return self.outcome(plan, start, end)
+
+    def duration(self, plan: Plan) -> int:
+        """ns that the iteration takes."""
+        return self.cost.iteration(batch_of(plan))
+
+    def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:
+        """ns of `count` iterations of the decodes of `plan`, one after another. [count]"""
+        entries = plan.schedule.entries
+        return self.cost.decodes(len(entries), sum(entry.start for entry in entries), count)
+
+    def outcome(self, plan: Plan, start: int, end: int) -> Outcome:
+        """What an iteration from `start` to `end` gives."""
+        drawn = tuple(self._tokens(request, entry) for entry, request in zip(plan.schedule.entries, plan.requests, strict=True))
+        return Outcome(drawn, ((),) * len(drawn), start, end)
+
+    def tokens(self, request: Request, count: int) -> list[int]:
+        """The next `count` tokens of a request."""
+        if self._drawn is None:
+            return [BLANK] * count
+        known = request.known
+        return [self._drawn(request, position) for position in range(known, known + count)]
+
+    def _tokens(self, request: Request, entry: Entry) -> tuple[TokenLogprob, ...]:
+        """The tokens after the known ones, as far as the drafts are right, and one more."""
+        if not entry.sample:
+            return ()
+        if self._drawn is None and not entry.drafts:
+            return _BLANK
+        known, drafts, tokens = request.known, request.drafts[: entry.drafts], list[TokenLogprob]()
+        for ahead in range(entry.drafts + 1):
+            tokens.append(TokenLogprob(self._drawn(request, known + ahead) if self._drawn is not None else BLANK))
+            if ahead < len(drafts) and tokens[-1].token != drafts[ahead]:
+                break
+        return tuple(tokens)
+
+
+_BLANK = (TokenLogprob(BLANK),)

@@ -1,0 +1,127 @@
+"""The engine in virtual time: it decides as the real one does, and passes iterations that repeat at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from armillary.core.errors import InputError
+from armillary.core.trace import Trace
+from armillary.serve.config import EngineConfig
+from armillary.serve.engine import Engine
+from armillary.serve.executors.virtual import VirtualExecutor
+from armillary.serve.iteration_times import KEPT
+from armillary.serve.request import Event, FinishReason, Request
+from armillary.serve.schedule import Entry, Plan, Reason, Schedule, SchedulerPolicy
+from armillary.serve.simulation.leap import Leap, first_end, growths, only_decodes, repeats
+from armillary.serve.speculation import Drafter
+from armillary.serve.verify import verify_outcome
+
+
+class VirtualEngine(Engine):
+    """`begin` decides what comes next, `end` carries it out; `step` does both, as in the real engine, whose code all of it is.
+
+    With `fast_forward` a schedule that repeats becomes one leap: durations in one array, tokens, blocks and counters in one go. What
+    happens to every request, and the trace, are those of stepping (a law under test); only the page's list of recent iterations
+    has one line a leap. `ended` is told of each request that has.
+    """
+
+    def __init__(
+        self,
+        executor: VirtualExecutor,
+        config: EngineConfig,
+        *,
+        trace: Trace | None = None,
+        policy: SchedulerPolicy | None = None,
+        drafter: Drafter | None = None,
+        fast_forward: bool = True,
+        ended: Callable[[Request], None] | None = None,
+    ) -> None:
+        if config.async_scheduling == "on":
+            raise InputError("virtual time has no second thread", "simulate with async_scheduling off", field="async_scheduling")
+        super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter)
+        self.virtual, self.virtual_clock = executor, executor.clock
+        self._leaps = fast_forward and drafter is None and config.kv_policy == "dense"
+        self._ended = ended
+
+    def begin(self) -> Leap | None:
+        """The next iteration, and those that repeat it, begin now; None when there is nothing to do. `end` must follow."""
+        if self.drafter is not None:
+            self._proposals.ask(self.drafter, self._seats.running)
+        if not self._seats.running and not self._seats.waiting:
+            return None
+        began = self.clock.now()
+        plan = self._apply(*self._decide())
+        if not (self._leaps and only_decodes(plan, self._seats.running) and repeats(self.policy, self._state(), plan.schedule)):
+            return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64), [])
+        count, grown = first_end(plan.requests), list[tuple[int, int]]()
+        if count > 1:
+            grown, count = growths(plan.requests, self.limits, count, self._memory.pool.free_count)
+        return Leap(plan, began, began + np.cumsum(self.virtual.durations(plan, count)), grown)
+
+    def end(self, leap: Leap, count: int | None = None) -> None:
+        """The first `count` iterations of a leap (by default all) are over, and it is the time at which the last of them ends."""
+        plan, ends = leap.plan, leap.ends if count is None else leap.ends[:count]
+        start, end = leap.start, int(ends[-1])
+        if len(ends) > 1:
+            times = [start, *ends.tolist()]
+            plan, start = self._repeat(plan, times, leap.grown), times[-2]
+        self.virtual_clock.advance_to(end)
+        outcome = self.virtual.outcome(plan, start, end)
+        verify_outcome(outcome, plan)
+        self._collect(plan, outcome)
+        self._times.note(plan.schedule.tokens, end - start)
+        self._return_batch()
+        self._outbox.deliver()
+
+    def step(self) -> bool:
+        leap = self.begin()
+        if leap is not None:
+            self.end(leap)
+        return leap is not None
+
+    def _repeat(self, plan: Plan, times: Sequence[int], grown: Sequence[tuple[int, int]]) -> Plan:
+        """All iterations between `times` but the last, whose plan it gives."""
+        requests, last = plan.requests, len(times) - 2
+        computed = [entry.start for entry in plan.schedule.entries]
+        for request in requests:
+            request.output += self.virtual.tokens(request, last)
+        used = self._move_blocks(requests, computed, grown, last)
+        self._history.repeated(plan, times[:-1], used)
+        for request, start in zip(requests, computed, strict=True):
+            request.computed = start + last
+            request.last_token = times[-2]
+        self.stats.generated_tokens += last * len(requests)
+        for place in range(max(0, last - KEPT), last):
+            self._times.note(len(requests), times[place + 1] - times[place])
+        self._index += last
+        entries = tuple([Entry(request.id, request.computed, 1, True, len(request.blocks), Reason.DECODE) for request in requests])
+        schedule = Schedule(plan.schedule.index + last, entries, (), plan.schedule.held)
+        return Plan(schedule, requests, tuple(request.blocks for request in requests))
+
+    def _move_blocks(self, requests: Sequence[Request], computed: Sequence[int], grown: Sequence[tuple[int, int]], last: int) -> list[int]:
+        """What iterations 0 to `last` do to blocks, but what the last one does at its end; used blocks while each of those before it ran.
+
+        In the order of stepping: a block may be named, evicted and found again within a leap.
+        """
+        size, pool, used = self.limits.block_size, self._memory.pool, list[int]()
+        moves = [(iteration, False, place) for iteration, place in grown if iteration <= last]
+        if self.config.prefix_cache == "on":
+            for place, start in enumerate(computed):  # iteration i ends with start + 1 + i tokens computed
+                moves += [(i, True, place) for i in range(-(start + 1) % size, last, size)]
+            moves.sort()
+        for iteration, full, place in moves:
+            used += [pool.used_count] * (iteration + full - len(used))
+            request = requests[place]
+            if full:
+                request.computed = computed[place] + 1 + iteration
+                self._memory.keep(request)
+            else:
+                self._memory.grow(request, len(request.blocks) + 1)
+        return used + [pool.used_count] * (last - len(used))
+
+    def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
+        super()._finish(request, reason, at, error, event)
+        if self._ended is not None:
+            self._ended(request)

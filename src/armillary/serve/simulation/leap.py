@@ -1,0 +1,70 @@
+"""Iterations that repeat: how many there can be, and what they do to memory, in the order in which stepping would do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.serve.request import Request
+from armillary.serve.schedule import Limits, Plan, Reason, Repeating, Schedule, SchedulerPolicy, State
+
+
+@dataclass(slots=True)
+class Leap:
+    """A plan, and when each of the iterations that repeat it ends (ns, rising). The first has begun; the others can still be called off."""
+
+    plan: Plan
+    start: int
+    ends: NDArray[np.int64]  # [iterations]
+    grown: list[tuple[int, int]]  # (iteration, place in the batch) of each block that is taken after the first iteration, in order
+
+    def until(self, instant: int) -> int:
+        """How many iterations have begun when something comes at `instant`: it is seen when the last of these has ended."""
+        return min(len(self.ends), int(np.searchsorted(self.ends, instant, side="left")) + 1)
+
+
+def only_decodes(plan: Plan, running: Sequence[Request]) -> bool:
+    """Whether a plan is one token for everything that runs, and nothing else.
+
+    Sequences that may end by what they say, or whose listeners are to be told of every token, do not count: they are stepped.
+    """
+    schedule = plan.schedule
+    if schedule.preempted or schedule.overdue or plan.copies or len(schedule.entries) != len(running):
+        return False
+    for entry, request in zip(schedule.entries, plan.requests, strict=True):
+        if entry.reason is not Reason.DECODE or entry.count != 1 or not entry.sample or request.on_event is not None:
+            return False
+        sampling = request.sampling
+        if not sampling.ignore_eos or sampling.stop_token_ids or sampling.logprobs is not None:
+            return False
+        if request.constraint is not None or request.text is not None:
+            return False
+    return True
+
+
+def repeats(policy: SchedulerPolicy, state: State, schedule: Schedule) -> bool:
+    """Whether the policy knows that it would say the same again; one that does not say is asked every time."""
+    return isinstance(policy, Repeating) and policy.repeats(state, schedule)
+
+
+def first_end(requests: Sequence[Request]) -> int:
+    """In which iteration from now on the first sequence ends, from 1."""
+    return min(request.sampling.max_tokens - len(request.output) for request in requests)
+
+
+def growths(requests: Sequence[Request], limits: Limits, count: int, free: int) -> tuple[list[tuple[int, int]], int]:
+    """(iteration, place in the batch) of each block that `count` iterations take after the first, in order, and how many of them `free` blocks allow."""
+    size, found = limits.block_size, list[tuple[int, int]]()
+    for place, request in enumerate(requests):
+        known = request.known
+        # Iteration i computes the token at known - 1 + i: the first that the table has no block for, and every block's first after it.
+        found += [(i, place) for i in range(max(1, len(request.blocks) * size - known + 1), count, size)]
+    found.sort()
+    if len(found) > free:
+        count = found[free][0]
+        del found[free:]
+        found = [one for one in found if one[0] < count]
+    return found, count

@@ -1,0 +1,31 @@
+"""What an iteration of a decoder computes, as far as its cost depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`prompts`: of each piece of a prompt (query, cached): `query` new tokens that follow `cached` computed ones.
+
+    `decodes` sequences compute one token each, after `cached` tokens in all. `sampled`: how many next tokens are drawn.
+    """
+
+    prompts: tuple[tuple[int, int], ...] = ()
+    decodes: int = 0
+    cached: int = 0
+    sampled: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(query for query, _ in self.prompts)
+
+    @property
+    def tokens(self) -> int:
+        """All that go through the linear layers."""
+        return self.prompt_tokens + self.decodes
+
+    @property
+    def sequences(self) -> int:
+        return len(self.prompts) + self.decodes
