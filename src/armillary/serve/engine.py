@@ -270,7 +270,7 @@ class Engine:
 
     def _state(self) -> State:
         running, free = tuple(self._seats.running), self._memory.pool.free_count
-        return State(self._index, self._seats.waiting, running, free, self.limits, self._memory, self.clock.now(), self._times.recent())
+        return State(self._index, self._seats.waiting, running, free, self.limits, self._memory, self.clock.now(), self._times)
 
     def _decide(self) -> tuple[Schedule, dict[str, Request]]:
         """The next schedule and whom it names: the one made ahead where it still fits, otherwise the policy's for the state as it is."""

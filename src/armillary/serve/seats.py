@@ -55,7 +55,7 @@ class Seats:
 
     def release_forks(self, parent: Request) -> None:
         """Those that waited for the parent's prompt take the place in the queue that they had before those who came later."""
-        forks = self._forks.release(parent)
+        forks = self._forks.release(parent) if len(self._forks) else ()
         if forks:
             place = next((i for i, request in enumerate(self.waiting) if request.number > forks[0].number), len(self.waiting))
             for fork in reversed(forks):

@@ -36,10 +36,14 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
     if len(scheduled) != len(schedule.entries):
         raise ScheduleError("a request has two entries in one iteration")
     for entry in schedule.entries:
+        request = scheduled[entry.request_id]
         if entry.request_id in preempted:
             raise ScheduleError(f"request '{entry.request_id}' is preempted and scheduled in one iteration")
-        request = scheduled[entry.request_id]
-        hit = Hit() if entry.request_id in running or not entry.start else state.memory.hit(request)
+        if entry.request_id in running or not entry.start:
+            _verify_entry(entry, request, state, request.computed)
+            room.free -= entry.blocks - len(request.blocks)
+            continue
+        hit = state.memory.hit(request)
         _verify_entry(entry, request, state, max(request.computed, hit.tokens))
         if hit.forked and request.parent is not None and request.parent.id in preempted:
             raise ScheduleError(f"request '{request.id}' begins with the blocks of '{request.parent.id}', which is preempted")
@@ -74,19 +78,22 @@ def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) ->
 
 
 def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -> None:
-    name = f"entry of request '{entry.request_id}'"
-    if entry.start != computed:
-        raise ScheduleError(f"{name} starts at {entry.start}, its cache ends at {computed}")
     end = entry.start + entry.count
-    known = end - entry.drafts
-    if entry.count < 1 or known > request.known:
-        raise ScheduleError(f"{name} computes {entry.count} tokens, {request.known - computed} are wanted")
-    if entry.sample != (known == request.known and request.sampling.max_tokens > 0):
-        raise ScheduleError(f"{name} must sample exactly when it reaches the last known token")
-    if not 0 <= entry.drafts <= (len(request.drafts) if entry.sample else 0):
-        raise ScheduleError(f"{name} verifies {entry.drafts} drafts, {len(request.drafts)} were proposed")
-    if entry.blocks < max(len(request.blocks), state.limits.blocks_for(end)):
-        raise ScheduleError(f"{name} owns {entry.blocks} KV blocks, {state.limits.blocks_for(end)} are needed")
+    known, wanted = end - entry.drafts, request.known
+    if entry.start != computed:
+        raise _defect(entry, f"starts at {entry.start}, its cache ends at {computed}")
+    if entry.count < 1 or known > wanted:
+        raise _defect(entry, f"computes {entry.count} tokens, {wanted - computed} are wanted")
+    if entry.sample != (known == wanted and request.sampling.max_tokens > 0):
+        raise _defect(entry, "must sample exactly when it reaches the last known token")
+    if entry.drafts and not 0 <= entry.drafts <= (len(request.drafts) if entry.sample else 0):
+        raise _defect(entry, f"verifies {entry.drafts} drafts, {len(request.drafts)} were proposed")
+    if entry.blocks < len(request.blocks) or entry.blocks < state.limits.blocks_for(end):
+        raise _defect(entry, f"owns {entry.blocks} KV blocks, {max(len(request.blocks), state.limits.blocks_for(end))} are needed")
+
+
+def _defect(entry: Entry, what: str) -> ScheduleError:
+    return ScheduleError(f"entry of request '{entry.request_id}' {what}")
 
 
 def verify_outcome(outcome: Outcome, plan: Plan) -> None:
@@ -98,7 +105,7 @@ def verify_outcome(outcome: Outcome, plan: Plan) -> None:
         raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
     failed = {index for index, _ in outcome.failed}
     for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
-        if index not in failed and not entry.sample <= len(sampled) <= entry.sample + entry.drafts:
+        if not entry.sample <= len(sampled) <= entry.sample + entry.drafts and index not in failed:
             raise ArmillaryError(
                 f"the executor drew {len(sampled)} tokens for request '{entry.request_id}', which samples {int(entry.sample)} after {entry.drafts} drafts"
             )

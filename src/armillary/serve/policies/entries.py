@@ -10,7 +10,8 @@ from armillary.serve.schedule import Entry, Hit, Preemption, Reason
 
 def is_decode(request: Request) -> bool:
     """One new token for a sequence whose cache is complete but for it."""
-    return request.known - request.computed == 1 and len(request.output) > 0
+    output = request.output
+    return len(output) > 0 and len(request.prompt) + len(output) - request.computed == 1
 
 
 def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:  # noqa: B008
@@ -28,6 +29,11 @@ def entry(request: Request, count: int, blocks: int, hit: Hit = Hit()) -> Entry:
         reason = Reason.PROMPT if count >= left else Reason.CHUNK
     samples = count >= left and request.sampling.max_tokens > 0  # max_tokens 0: only the prompt is scored
     return Entry(request.id, start, count, samples, blocks, reason, max(0, count - left))
+
+
+def decode(request: Request, known: int, blocks: int, drafts: int = 0) -> Entry:
+    """`entry` for a decode of `known` known tokens, with so many of its drafts."""
+    return Entry(request.id, known - 1, 1 + drafts, True, blocks, Reason.DECODE, drafts)
 
 
 def drafts_that_fit(request: Request, tokens: int, blocks: int, block_size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, turned_away
+from armillary.serve.policies.entries import decode, drafts_that_fit, entry, is_decode, turned_away
 from armillary.serve.policies.orders.queue import Queue
 from armillary.serve.policies.repetition import repeats
 from armillary.serve.policies.token_budget import TILE, tokens_within
@@ -47,10 +47,12 @@ class Sarathi:
 
         spare = budget - len(running)  # for drafts: they leave a token to everyone
         for request in decodes:
-            blocks = max(len(request.blocks), limits.blocks_for(request.known))
-            drafts = drafts_that_fit(request, spare, blocks - len(request.blocks) + room.free, limits.block_size)
-            more = max(0, limits.blocks_for(request.known + drafts) - blocks)
-            entries.append(entry(request, 1 + drafts, blocks + more))
+            known, owned, drafts, more = request.known, len(request.blocks), 0, 0
+            blocks = max(owned, limits.blocks_for(known))
+            if request.drafts:
+                drafts = drafts_that_fit(request, spare, blocks - owned + room.free, limits.block_size)
+                more = max(0, limits.blocks_for(known + drafts) - blocks)
+            entries.append(decode(request, known, blocks + more, drafts))
             room.free -= more
             budget -= 1 + drafts
             spare -= drafts
@@ -99,5 +101,8 @@ class Sarathi:
 
 def _growth(running: Sequence[Request], state: State) -> int:
     """Blocks that the decodes among `running` need for their next token."""
-    decodes = (request for request in running if is_decode(request))
-    return sum(max(0, state.limits.blocks_for(request.known) - len(request.blocks)) for request in decodes)
+    blocks, blocks_for = 0, state.limits.blocks_for
+    for request in running:
+        if is_decode(request):
+            blocks += max(0, blocks_for(request.known) - len(request.blocks))
+    return blocks

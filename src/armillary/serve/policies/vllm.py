@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from armillary.serve.policies.entries import drafts_that_fit, entry, is_decode, turned_away
+from armillary.serve.policies.entries import decode, drafts_that_fit, entry, is_decode, turned_away
 from armillary.serve.policies.orders.queue import Queue
 from armillary.serve.policies.repetition import repeats
 from armillary.serve.policies.victims import LAST, Victims
@@ -45,6 +45,10 @@ class VLLM:
                 continue
             blocks = max(len(request.blocks), limits.blocks_for(request.computed + count))
             if is_decode(request):
+                if not request.drafts:
+                    entries.append(decode(request, request.known, blocks))
+                    budget -= 1
+                    continue
                 drafts = drafts_that_fit(request, min(spare, budget - count), blocks - len(request.blocks) + room.free, limits.block_size)
                 more = max(0, limits.blocks_for(request.known + drafts) - blocks)
                 count, blocks = count + drafts, blocks + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -125,3 +125,29 @@ class VirtualEngine(Engine):
         super()._finish(request, reason, at, error, event)
         if self._ended is not None:
             self._ended(request)
+
+
+def replay(engine: VirtualEngine, requests: Iterable[Request]) -> None:
+    """Run `requests`, in the order of their `arrival` (ns), to their end; each is submitted when it is that time, or as soon as an iteration then running ends.
+
+    They are taken one by one, so that a workload need not be in memory. Raises InputError for one that arrives before the one before it.
+    """
+    clock, coming = engine.virtual_clock, iter(requests)
+    following = next(coming, None)
+    while True:
+        while following is not None and (following.arrival or 0) <= clock.now():
+            before = following.arrival or 0
+            engine.submit(following)
+            following = next(coming, None)
+            if following is not None and (following.arrival or 0) < before:
+                raise InputError(
+                    f"request '{following.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
+                )
+        leap = engine.begin()
+        if leap is not None:
+            engine.end(leap, leap.until(following.arrival or 0) if following is not None else None)
+        elif following is not None:
+            clock.advance_to(following.arrival or 0)
+        else:
+            engine.check()
+            return

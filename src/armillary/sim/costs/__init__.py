@@ -1,6 +1,6 @@
 """What an iteration costs on some device: one model of it a file, one interface."""
 
+from armillary.sim.costs.linear import Decoding, Linear
 from armillary.sim.costs.model import CostModel
-from armillary.sim.costs.linear import Linear
 
-__all__ = ["CostModel", "Linear"]
+__all__ = ["CostModel", "Decoding", "Linear"]
