@@ -22,7 +22,8 @@ def test_events_are_sorted_by_time_and_then_by_when_they_were_scheduled(schedule
     seen = []
     while (event := queue.pop()) is not None:
         seen.append((queue.now, event))
-    assert seen == sorted(kept) and len(queue) == 0
+    assert seen == sorted(kept)
+    assert len(queue) == 0
 
 
 def test_what_an_event_causes_comes_after_what_was_there():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Hit, Outcome, Plan, Room, Schedule, State
+from armillary.serve.schedule import Entry, Outcome, Plan, Room, Schedule, State
 
 
 class ScheduleError(ArmillaryError):

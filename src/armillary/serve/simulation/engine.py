@@ -14,7 +14,7 @@ from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.iteration_times import KEPT
 from armillary.serve.request import Event, FinishReason, Request
 from armillary.serve.schedule import Entry, Plan, Reason, Schedule, SchedulerPolicy
-from armillary.serve.simulation.leap import Leap, first_end, growths, only_decodes, repeats
+from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, repeats
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
 
@@ -43,6 +43,7 @@ class VirtualEngine(Engine):
         super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter)
         self.virtual, self.virtual_clock = executor, executor.clock
         self._leaps = fast_forward and drafter is None and config.kv_policy == "dense"
+        self._sharing = config.prefix_cache == "on"
         self._ended = ended
 
     def begin(self) -> Leap | None:
@@ -56,6 +57,8 @@ class VirtualEngine(Engine):
         if not (self._leaps and only_decodes(plan, self._seats.running) and repeats(self.policy, self._state(), plan.schedule)):
             return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64), [])
         count, grown = first_end(plan.requests), list[tuple[int, int]]()
+        if self._sharing and self._seats.waiting:
+            count = min(count, first_full(plan, self.limits.block_size))
         if count > 1:
             grown, count = growths(plan.requests, self.limits, count, self._memory.pool.free_count)
         return Leap(plan, began, began + np.cumsum(self.virtual.durations(plan, count)), grown)
@@ -107,7 +110,7 @@ class VirtualEngine(Engine):
         """
         size, pool, used = self.limits.block_size, self._memory.pool, list[int]()
         moves = [(iteration, False, place) for iteration, place in grown if iteration <= last]
-        if self.config.prefix_cache == "on":
+        if self._sharing:
             for place, start in enumerate(computed):  # iteration i ends with start + 1 + i tokens computed
                 moves += [(i, True, place) for i in range(-(start + 1) % size, last, size)]
             moves.sort()

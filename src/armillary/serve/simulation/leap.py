@@ -55,6 +55,11 @@ def first_end(requests: Sequence[Request]) -> int:
     return min(request.sampling.max_tokens - len(request.output) for request in requests)
 
 
+def first_full(plan: Plan, block_size: int) -> int:
+    """The iteration, from 1, at whose end a block becomes full: others may find it then, and with what they share those who wait may fit."""
+    return 1 + min(-(entry.start + 1) % block_size for entry in plan.schedule.entries)
+
+
 def growths(requests: Sequence[Request], limits: Limits, count: int, free: int) -> tuple[list[tuple[int, int]], int]:
     """(iteration, place in the batch) of each block that `count` iterations take after the first, in order, and how many of them `free` blocks allow."""
     size, found = limits.block_size, list[tuple[int, int]]()

@@ -51,7 +51,7 @@ class Linear:
     def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
         line = self._line(sequences)
         read = cached + np.arange(count, dtype=np.int64) * sequences
-        return whole(line.fixed + (line.per_cached * read + line.per_sequence * sequences))
+        return whole(line.fixed + (line.per_cached * read.astype(np.float64) + line.per_sequence * sequences))
 
     def _line(self, decodes: int) -> Decoding:
         return self.large if self.large is not None and decodes >= self.switch else self.small
