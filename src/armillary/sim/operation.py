@@ -34,7 +34,8 @@ COLLECTIVES: Final = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"
 class Operation:
     """Counts of one repetition on one device; `repeat` layers do the same.
 
-    A GEMM is `matrices` products [m, k] x [k, n] (experts; else one). FLOPs count a multiply-add as two and attention causally: a query
+    A GEMM is `matrices` products [m, k] x [k, n] (experts; else one). In attention m is the query tokens, n the query heads and k the width
+    of their keys; in what is bound by memory m is the tokens. FLOPs count a multiply-add as two and attention causally: a query
     reads what precedes it. Bytes are those that a kernel which fuses nothing more than `name` says must move: `weight_bytes` of weights
     and `kv_bytes` of cached keys and values (read and written) lie in the device's memory whatever the batch, `read_bytes` and
     `write_bytes` are activations.
