@@ -161,7 +161,6 @@ NEVER = {  # pairs of which one rules the other out, and why
         "a batch is served whole, forks would wait for the next": [("request-level", "n > 1")],
         "its blocks hold no whole beginning to be shared": [("StreamingLLM, wide", "n > 1")],
         "one KV policy is served": [("StreamingLLM, wide", "Quest, all pages")],
-        "choices are requests of their own there": [("n > 1", "disaggregation")],
         "a draft follows the token that is being drawn": [("async", "n-gram drafts"), ("async", "layers' drafts")],
     }.items()
     for pair in pairs

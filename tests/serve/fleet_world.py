@@ -172,8 +172,8 @@ class World:
     def later(self, duration, action):
         self.at(self.clock.now() + duration, action)
 
-    def submit(self, name, prompt, max_tokens, at=None, **sampling):
-        request = Request(str(name), tuple(prompt), SamplingParams(max_tokens=max_tokens, **sampling))
+    def submit(self, name, prompt, max_tokens, at=None, parent=None, **sampling):
+        request = Request(str(name), tuple(prompt), SamplingParams(max_tokens=max_tokens, **sampling), parent=parent)
         if at is None:
             self.dispatcher.submit(request)
         else:

@@ -16,7 +16,7 @@ from fleet_world import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_dispatcher import prompts
+from test_dispatcher import families, prompts
 from test_fleet import ENGINE, make, run, same, those, wait
 
 from armillary.core.errors import InputError
@@ -163,7 +163,7 @@ def every_cache_is_read_once(seed, folder):
         token_bytes=4,
         exchange=SharedFolder(folder),
     )
-    requests = [world.submit(i, prompt, rng.randint(1, 8), at=rng.randrange(20_000)) for i, prompt in enumerate(prompts(25, seed))]
+    requests = families(world, rng, prompts(25, seed), (1, 8), 20_000)
     died = None
     if rng.random() < 0.7:
         died, at = rng.randrange(4), rng.randrange(20_000)
@@ -179,6 +179,27 @@ def every_cache_is_read_once(seed, folder):
     assert world.dispatcher.handover.transfers <= len(world.files.reads)
     assert not any(folder.iterdir())
     assert all(member.held_bytes == 0 for member in world.dispatcher.members)
+
+
+def test_choices_of_an_answer_are_prefilled_once_and_moved_once(tmp_path):
+    fleet = {"prefill_workers": 2, "decode_workers": 2}
+    world = World(fleet, {"prefix_cache": "off"}, token_bytes=4, exchange=SharedFolder(tmp_path))
+    made = prompts(6, length=(20, 40))
+    for i, prompt in enumerate(made):
+        first = world.submit(f"{i}/0", prompt, 6)
+        for j in range(1, 4):
+            world.submit(f"{i}/{j}", prompt, 6, parent=first)
+    assert world.dispatcher.waiting == 6 * 4
+    world.run()
+    assert all(events[-1].finish_reason == "length" for events in world.events.values())
+    prefill, decode = (
+        [replica.engine.stats for replica in world.replicas if replica.member.role == role] for role in ("prefill", "decode")
+    )
+    assert sum(stats.scheduled_tokens for stats in prefill) == sum(map(len, made))
+    assert sum(stats.forked_tokens for stats in decode) == sum(3 * (len(prompt) - 1) for prompt in made)
+    assert sum(stats.scheduled_tokens for stats in decode) == 6 * (5 + 3 * 6)
+    assert world.dispatcher.handover.transfers == 6
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_killed_server_left_in_memory_is_removed():

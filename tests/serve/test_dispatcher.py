@@ -21,6 +21,16 @@ def prompts(count, seed=0, length=(1, 40)):
     return [[rng.randrange(50) for _ in range(rng.randint(*length))] for _ in range(count)]
 
 
+def families(world, rng, made, lengths, until):
+    """A request for each prompt, of so many tokens at least and at most; two in five are another choice of the answer before."""
+    requests, at = [], 0
+    for i, prompt in enumerate(made):
+        parent = requests[-1] if requests and rng.random() < 0.4 else None
+        at = rng.randrange(until) if parent is None else at
+        requests.append(world.submit(i, prompt if parent is None else parent.prompt, rng.randint(*lengths), at=at, parent=parent))
+    return requests
+
+
 @pytest.mark.parametrize("router", routing.names())
 def test_answers_are_the_single_engines_whoever_routes(router):
     world = World({"replicas": 3, "router": router}, eos=(7,))
@@ -40,7 +50,7 @@ def test_answers_are_the_single_engines_whoever_routes(router):
 def test_a_tied_request_starts_once_however_long_messages_take(seed, replicas):
     rng = random.Random(seed)
     world = World({"replicas": replicas, "tail": "tied"}, {"max_running": 2}, delay=lambda: rng.randrange(400))
-    requests = [world.submit(i, prompt, 4, at=rng.randrange(3000)) for i, prompt in enumerate(prompts(20, seed))]
+    requests = families(world, rng, prompts(20, seed), (4, 4), 3000)
     cancelled = [str(i) for i in range(20) if rng.random() < 0.1]
     for name in cancelled:
         world.later(rng.randrange(4000), lambda name=name: world.dispatcher.cancel(name))
@@ -56,6 +66,27 @@ def test_a_tied_request_starts_once_however_long_messages_take(seed, replicas):
             assert request.output == world.expected(request)[: len(request.output)]
         else:
             world.check(request)
+
+
+@pytest.mark.parametrize("tail", ["none", "hedged", "tied"])
+def test_choices_of_an_answer_are_together_and_compute_their_prompt_once(tail):
+    world = World({"replicas": 3, "tail": tail}, {"prefix_cache": "off", "max_running": 4})
+    made = prompts(6, length=(20, 40))
+    answers = []
+    for i, prompt in enumerate(made):
+        first = world.submit(f"{i}/0", prompt, 6)
+        answers.append([first, *(world.submit(f"{i}/{j}", prompt, 6, parent=first) for j in range(1, 4))])
+    world.run()
+    for answer in answers:
+        for request in answer:
+            world.check(request)
+    engines = [replica.engine for replica in world.replicas]
+    assert sum(engine.stats.forked_tokens for engine in engines) == sum(3 * (len(prompt) - 1) for prompt in made)
+    computed = sum(engine.stats.scheduled_tokens for engine in engines)
+    assert computed == sum(len(prompt) + 3 + 4 * 5 for prompt in made)  # the prompt, its last token for each other, five more for each
+    assert all(engine.stats.finished["length"] for engine in engines)
+    told = world.dispatcher.stories.read("5/3")
+    assert any("where '5/0' has the prompt that they share" in line for line in told)
 
 
 def test_hedging_at_the_95th_percentile_sends_exactly_what_lies_beyond_it_twice():
@@ -155,7 +186,7 @@ def test_no_admitted_request_is_lost_when_replicas_die_or_fall_silent(seed, tail
         probation=Probation(silence=20_000, sentence=10_000),
         tick=1000,
     )
-    requests = [world.submit(i, prompt, 10, at=rng.randrange(20_000)) for i, prompt in enumerate(prompts(25, seed))]
+    requests = families(world, rng, prompts(25, seed), (10, 10), 20_000)
 
     def pulse():
         for replica in world.replicas:
@@ -178,9 +209,11 @@ def test_no_admitted_request_is_lost_when_replicas_die_or_fall_silent(seed, tail
     for request in requests:
         world.check(request)
     assert world.dispatcher.finished["length"] == 25
+    assert world.dispatcher.waiting == 0
     for replica in world.replicas:
         assert not replica.engine.snapshot()["running"]
         assert not replica.host._hosted
+        assert replica.host._unstarted == 0
 
 
 def test_a_request_that_kills_its_replicas_ends_and_the_others_go_on():

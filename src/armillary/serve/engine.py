@@ -438,7 +438,7 @@ class Engine:
             parent is not None
             and not self.policy.returns_together
             and parent.id in self._requests
-            and not parent.output
+            and parent.computed < len(request.prompt) - 1
             and request.sampling.prompt_logprobs is None
         )
 

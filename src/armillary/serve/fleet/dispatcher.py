@@ -14,6 +14,7 @@ from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend
 from armillary.serve.fleet.config import FleetConfig, Role, go_together
+from armillary.serve.fleet.followers import Followers, beside, hands_over
 from armillary.serve.fleet.handover import Exchange, Handover
 from armillary.serve.fleet.latencies import Latencies
 from armillary.serve.fleet.member import Attempt, Link, Member, Stage, Ticket
@@ -89,6 +90,7 @@ class Dispatcher:
         self._numbers = itertools.count()
         self.unanswered: dict[str, Ticket] = {}
         self._homeless: deque[Ticket] = deque()  # there is no replica for them now
+        self._followers = Followers()
         self._token_bytes = token_bytes
         self.handover = Handover(exchange)
         self.watch = Watch(self, probation or Probation(silence=round(config.silence * 1e9)), hedging or Hedging(config.hedge_budget), look)
@@ -98,7 +100,7 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Requests of which no attempt has started."""
-        return sum(member.waiting for member in self.members) + len(self._homeless)
+        return sum(member.waiting for member in self.members) + len(self._homeless) + len(self._followers)
 
     def submit(self, request: Request) -> None:
         """Raises as `Engine.submit`."""
@@ -114,6 +116,9 @@ class Dispatcher:
         if request.arrival is None:
             request.arrival = now
         ticket = Ticket(request, known_names(request, self.limits.block_size))
+        parent = self.tickets.get(request.parent.id) if request.parent is not None else None
+        if parent is not None and parent.request is request.parent:
+            ticket.parent = parent
         self.tickets[request.id] = self.unanswered[request.id] = ticket
         self.stories.begin(request.id, request.arrival)
         self.stats.prompt_tokens += len(request.prompt)
@@ -139,7 +144,18 @@ class Dispatcher:
     # -- where a request goes ----------------------------------------------------------------------------------------
 
     def _place(self, ticket: Ticket) -> bool:
-        """Send it to a replica, or keep it until there is one; False when it is kept."""
+        """Send it to a replica, or keep it until there is one; False when it is kept. Those that follow it are sent after it."""
+        parent = self._followers.add(ticket)
+        if parent is not None:
+            self.tell(ticket, f"it shares its prompt with '{parent.request.id}', and goes where that is going to be")
+            return True
+        first = beside(ticket)
+        if first is not None:
+            ticket.homeless = False
+            self.stats.routed += 1
+            self.send(ticket, first.member, "prefill" if first.stage == "prefill" else "whole")
+            self.tell(ticket, f"sent to replica {first.member.index}, where '{first.ticket.request.id}' has the prompt that they share")
+            return True
         stage, candidates = self.candidates(ticket)
         if not candidates:
             if ticket not in self._homeless:
@@ -166,7 +182,13 @@ class Dispatcher:
             self.stats.tied += 1
             self.send(ticket, self.members[second], stage, True)
             self.tell(ticket, f"also in the queue of replica {second}: the first of the two that could start it takes it")
+        self._lead(ticket)
         return True
+
+    def _lead(self, ticket: Ticket) -> None:
+        """Those that waited to know where it goes on are sent after it."""
+        for follower in self._followers.release(ticket):
+            self._place(follower)
 
     def candidates(self, ticket: Ticket, exclude: Collection[Member] = ()) -> tuple[Stage, list[Member]]:
         """What is to be done next, and the replicas that may: open ones, slow ones only where no other is."""
@@ -198,11 +220,12 @@ class Dispatcher:
         message: Message = {"op": "submit", "attempt": attempt.number, "tied": tied, "request": pack_request(request, now)}
         if stage == "prefill":
             attempt.kv_bytes = request.known * self._token_bytes
-            left = request.sampling.max_tokens - len(request.output)
-            message["leave"] = self.handover.place(attempt) if left > 1 else None
-            message["request"]["sampling"]["max_tokens"] = len(request.output) + min(left, 1)
+            message["leave"] = self.handover.place(attempt) if hands_over(ticket) else None
+            message["request"]["sampling"]["max_tokens"] = min(request.sampling.max_tokens, len(request.output) + 1)
         elif ticket.held is not None:
             message["fetch"] = {"place": ticket.held.place, "tokens": ticket.held.tokens, "bytes": ticket.held.size}
+        if ticket.parent is not None:
+            message["parent"] = next((one.number for one in ticket.parent.attempts if one.member is member), None)
         self._attempts[attempt.number] = attempt
         ticket.attempts.append(attempt)
         ticket.first_sent = ticket.first_sent if ticket.first_sent is not None else now
@@ -263,6 +286,7 @@ class Dispatcher:
         self.tell(attempt.ticket, f"replica {attempt.member.index} could start it first: taken out of every other queue")
         assert attempt.member.link is not None
         attempt.member.link.send({"op": "grant", "attempt": attempt.number})
+        self._lead(attempt.ticket)
 
     def _started(self, attempt: Attempt, reused: int) -> None:
         request, now = attempt.ticket.request, self.clock.now()
@@ -432,11 +456,14 @@ class Dispatcher:
         self.unanswered.pop(request.id, None)
         if ticket in self._homeless:
             self._homeless.remove(ticket)
+        ticket.homeless = False
+        self._followers.drop(ticket)
         self.finished[reason] += 1
         cause = f" ({error})" if error is not None else ""
         self.tell(ticket, f"ended: {reason}{cause}, {len(request.output)} tokens generated")
         self.stories.end(request.id)
         self._announce(request, event if event is not None else Event(request.id, None, "", None, reason, now, error))
+        self._lead(ticket)
         self.house()
 
     def tell(self, ticket: Ticket, words: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from armillary.core.contract import Executor
@@ -55,8 +55,11 @@ class Hosted:
     request: Request
     leave: Leave | None = None
     fetch: Fetch | None = None
+    parent: Hosted | None = None  # its prompt is this one's
+    forks: list[Hosted] = field(default_factory=list)  # that are ready, and begin after it
     tied: bool = False
     ready: bool = False
+    begun: bool = False  # the engine has it
     started: bool = False
     unfetched: bool = False
     scored: bool = False
@@ -119,6 +122,7 @@ class ReplicaHost:
         attempt = int(message["attempt"])
         try:
             hosted = Hosted(attempt, unpack_request(message["request"], self.engine.clock.now()), tied=bool(message["tied"]))
+            hosted.parent = self._hosted.get(message.get("parent", -1))
             self._connect(hosted, message)
         except (ArmillaryError, OSError) as error:
             self._send({"op": "refused", "attempt": attempt, "error": pack_error(error)})
@@ -141,6 +145,7 @@ class ReplicaHost:
         except Exception as error:
             with self._lock:
                 if self._hosted.pop(hosted.attempt, None) is not None:
+                    self._release(hosted)
                     self._send({"op": "refused", "attempt": hosted.attempt, "error": pack_error(error)})
             return
         with self._lock:
@@ -148,6 +153,10 @@ class ReplicaHost:
                 self._ready(hosted)
 
     def _ready(self, hosted: Hosted) -> None:
+        parent = hosted.parent
+        if parent is not None and not parent.begun and parent.attempt in self._hosted:  # its grammar is being compiled
+            parent.forks.append(hosted)
+            return
         hosted.ready = True
         if hosted.tied:
             self._tied.append(hosted)
@@ -174,9 +183,14 @@ class ReplicaHost:
         request.on_event = lambda event: self._event(hosted, event)
         self._by_id[request.id] = hosted
         try:
-            if request.adapter and self.engine.adapters is not None:
+            parent = hosted.parent.request if hosted.parent is not None and hosted.parent.attempt in self._hosted else None
+            if parent is not None:
+                request.parent, request.adapter = parent, parent.adapter
+            elif request.adapter and self.engine.adapters is not None:
                 request.adapter = self.engine.adapters.key(request.adapter)  # between processes it is a name
             self.engine.submit(request)
+            hosted.begun = True
+            self._release(hosted)
         except ArmillaryError as error:
             self._gone(hosted)
             self._send({"op": "refused", "attempt": hosted.attempt, "error": pack_error(error)})
@@ -194,11 +208,13 @@ class ReplicaHost:
         hosted = self._hosted.get(attempt) if attempt is not None else None
         if hosted is None:
             return
-        if not hosted.ready:
+        if not hosted.ready or hosted in self._tied:
+            if hosted.ready:
+                self._tied.remove(hosted)
+            if hosted.fetch is not None:
+                hosted.fetch.close()
             del self._hosted[hosted.attempt]
-        elif hosted in self._tied:
-            self._tied.remove(hosted)
-            del self._hosted[hosted.attempt]
+            self._release(hosted)
         elif self._claimed.pop(hosted.attempt, None) is not None:
             self._gone(hosted)
         elif not self.engine.cancel(hosted.request.id):
@@ -216,7 +232,15 @@ class ReplicaHost:
             self._unstarted -= hosted.request.known
         if hosted.fetch is not None:
             hosted.fetch.close()
+        self._release(hosted)
         self._claim()
+
+    def _release(self, parent: Hosted) -> None:
+        """It has begun, or is gone: its forks wait for it no longer."""
+        forks, parent.forks = parent.forks, []
+        for fork in forks:
+            if fork.attempt in self._hosted:
+                self._ready(fork)
 
     # -- what the engine does ----------------------------------------------------------------------------------------
 

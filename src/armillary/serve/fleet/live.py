@@ -96,7 +96,7 @@ class Live:
             "blocks": limits.blocks_for(request.known) if started else 0,
             "preemptions": request.preemptions,
             "arrival": request.arrival,
-            "held": None if ticket.attempts else "no replica can take it now",
+            "held": None if ticket.attempts else "its prompt is being computed" if ticket.follows else "no replica can take it now",
             "replicas": [attempt.member.index for attempt in ticket.attempts],
         }
 

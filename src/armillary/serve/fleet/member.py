@@ -49,11 +49,13 @@ class Ticket:
 
     request: Request
     names: tuple[bytes, ...]  # of the prompt's full blocks
+    parent: Ticket | None = None  # of the choice that computes the prompt they share
     attempts: list[Attempt] = field(default_factory=list)
     first_sent: int | None = None
     second: bool = False  # a hedge or a tie was sent
     refused: bool = False  # a hedge, which has been told
     homeless: bool = False  # no replica could take it, which has been told
+    follows: bool = False  # it waits until it is known where its parent's prompt will be
     deaths: int = 0
     together: bool = False  # prompt and answer in one place, after a transfer that failed
     held: Held | None = None  # its cache, computed by a prefill worker and not fetched yet
