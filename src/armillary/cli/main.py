@@ -33,6 +33,7 @@ _VERBS = {
     "batch": "Answer a file of requests (JSON lines) without a server.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
+    "bfcl": "How well a model calls functions (Berkeley Function Calling Leaderboard).",
     "models": "Models by name: list, pull, show, export, cache.",
     "data": "Text into token shards: list, prepare, inspect, dedup, autotune.",
     "trace": "Look into a saved trace: show, png, html.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import zipfile
 
@@ -11,7 +12,8 @@ import pytest
 
 from armillary.core.errors import FormatError, InputError
 from armillary.models.hub import _download_command
-from armillary.serve.tools.bfcl import Case, check, read_cases, read_output, score
+from armillary.serve.tools.bfcl import Case, check, read_output, score
+from armillary.serve.tools.bfcl_files import answer_file, category, question_files, read_cases, read_results, result_row
 
 FUNCTION = {
     "name": "geo.find",
@@ -178,12 +180,48 @@ def test_files_of_the_benchmark(tmp_path):
     )
     with pytest.raises(FormatError, match="no accepted answer"):
         read_cases(questions)
-    for name in ("BFCL_v4_simple_java.json", "BFCL_v4_memory.json"):
-        with pytest.raises(InputError):
-            read_cases(tmp_path / name)
+    for name, why in (("simple_java", "written in Java$"), ("simple_javascript", "JavaScript"), ("memory", "agent"), ("multi_turn_base", "several turns"), ("x", "none of")):  # fmt: skip
+        with pytest.raises(InputError) as error:
+            read_cases(tmp_path / f"BFCL_v4_{name}.json")
+        assert re.search(why, error.value.problem)
+    rows[0]["question"] *= 2
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(FormatError, match="not one turn"):
+        read_cases(questions, answers)
     questions.write_text("{")
     with pytest.raises(FormatError, match="line 1"):
         read_cases(questions, answers)
+
+
+def test_a_parameter_may_have_a_schemas_words_for_its_name():
+    named = {"type": "dict", "properties": {"format": {"type": "float", "default": 1, "format": "x"}, "type": {"type": "dict"}}}
+    (tool,) = case(functions=({"name": "f", "parameters": named},)).tools()
+    assert tool["function"]["parameters"]["properties"] == {"format": {"type": "number"}, "type": {"type": "object"}}
+
+
+def test_results_are_read_as_they_are_written(tmp_path):
+    file = tmp_path / "result.json"
+    calls = [("geo.find", {"city": "é"}), ("ping", {})]
+    rows = [
+        result_row("a", calls, ""),
+        result_row("b", [], "No."),
+        {"id": "c", "result": "[ping(n=1)]"},
+        {"id": "d", "result": [{"f": "["}]},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert read_results(file) == {"a": calls, "b": None, "c": [("ping", {"n": 1})], "d": None}
+
+
+def test_a_folders_categories_and_their_answers(tmp_path):
+    for name in ("BFCL_v4_simple_python.json", "BFCL_v4_live_irrelevance.json", "possible_answer/BFCL_v4_simple_python.json", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    live, simple = question_files(tmp_path)
+    assert (category(live), category(simple)) == ("live_irrelevance", "simple_python")
+    assert (answer_file(live, None), answer_file(simple, None)) == (None, tmp_path / "possible_answer" / simple.name)
+    assert question_files(tmp_path, ["simple_python"]) == question_files(simple) == [simple]
+    with pytest.raises(InputError, match="live_irrelevance, simple_python"):
+        question_files(tmp_path, ["simple"])
 
 
 WHEEL = ("bfcl-eval==2026.3.23", "bfcl_eval-2026.3.23-py3-none-any.whl", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")

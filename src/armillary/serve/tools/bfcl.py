@@ -10,17 +10,14 @@ Only Python's categories: Java's and JavaScript's values are written in those la
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from armillary.core.errors import FormatError, InputError
+from armillary.core.errors import FormatError
 from armillary.serve.tools.reading import python_calls
 
-MAX_FILE_BYTES = 256 * 1024 * 1024
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str}
 _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 _DROPPED = re.compile(r"[ ,./\-_*^]")
@@ -67,25 +64,6 @@ class Score:
     @property
     def accuracy(self) -> float:
         return 1.0 - len(self.errors) / self.total if self.total else 0.0
-
-
-def read_cases(questions: Path, answers: Path | None = None) -> list[Case]:
-    """A question file of the benchmark, and the file of accepted answers that belongs to it: JSON lines, joined by id."""
-    name = questions.stem.lower()
-    if "java" in name:
-        raise InputError(f"{questions.name} is written in Java or JavaScript", "give a Python category")
-    kind: Any = next((kind for kind in ("irrelevance", "relevance", "parallel", "multiple", "simple") if kind in name), None)
-    if kind is None:
-        raise InputError(
-            f"{questions.name} names no category that is scored by its calls", "categories: simple, multiple, parallel, (ir)relevance"
-        )
-    accepted = {row["id"]: row["ground_truth"] for row in _rows(answers, ("id", "ground_truth"))} if answers is not None else {}
-    cases = []
-    for row in _rows(questions, ("id", "question", "function")):
-        if kind not in ("irrelevance", "relevance") and row["id"] not in accepted:
-            raise FormatError(f"no accepted answer for {row['id']!r}", "give the file of possible answers that belongs to the questions")
-        cases.append(Case(row["id"], kind, tuple(row["question"][0]), tuple(row["function"]), tuple(accepted.get(row["id"], ()))))
-    return cases
 
 
 def read_output(text: str) -> list[tuple[str, dict[str, Any]]] | None:
@@ -216,7 +194,9 @@ def _as_schema(described: Any) -> Any:
         return [_as_schema(one) for one in described]
     if not isinstance(described, Mapping):
         return described
-    result = {key: _as_schema(value) for key, value in described.items() if key not in ("default", "optional", "format")}
+    result = {key: _as_schema(value) for key, value in described.items() if key not in ("default", "optional", "format", "properties")}
+    if isinstance(described.get("properties"), Mapping):  # whose names may be any of those
+        result["properties"] = {name: _as_schema(value) for name, value in described["properties"].items()}
     if isinstance(described.get("type"), str):
         result["type"] = _SCHEMA_TYPES.get(described["type"], described["type"])
     return result
@@ -264,20 +244,3 @@ def _sum(node: ast.BinOp) -> Any:
     except ArithmeticError as error:
         raise ValueError("not a number") from error
     raise ValueError("not a literal")
-
-
-def _rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise FormatError(f"{path.name} has over {MAX_FILE_BYTES:,} bytes", "check that it is the right file")
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path.name}, line {number} is not JSON ({str(error)[:80]})", "give a file of JSON lines") from error
-        if not isinstance(row, dict) or any(field not in row for field in fields):
-            raise FormatError(f"{path.name}, line {number} lacks one of {', '.join(fields)}", "give a file of the benchmark")
-        rows.append(row)
-    return rows
