@@ -8,7 +8,22 @@ from collections.abc import Callable
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
-VERBS = ("serve", "batch", "chat", "demo", "train", "doctor", "perplexity", "bfcl", "models", "data", "trace", "reproduce")
+VERBS = (
+    "serve",
+    "batch",
+    "chat",
+    "demo",
+    "train",
+    "doctor",
+    "cluster",
+    "calibrate",
+    "perplexity",
+    "bfcl",
+    "models",
+    "data",
+    "trace",
+    "reproduce",
+)
 
 
 def environment(**more: str) -> dict[str, str]:

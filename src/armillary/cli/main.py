@@ -32,6 +32,8 @@ _VERBS = {
     "train": "Pre-train a new model, or fine-tune one, from a TOML file.",
     "batch": "Answer a file of requests (JSON lines) without a server.",
     "doctor": "What this machine offers, and what will be slow on it and why.",
+    "cluster": "Devices, links, nodes and racks by name, with the source of every figure.",
+    "calibrate": "Measure this machine into a profile file, for cost models.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
     "bfcl": "How well a model calls functions (Berkeley Function Calling Leaderboard).",
     "models": "Models by name: list, pull, show, export, cache.",

@@ -1,4 +1,4 @@
-"""A cluster: nodes or racks of one kind, and how it is written: `h100`, `8xh100`, `dgx-h100:16`, `h100x8:16/roce-400`, `file.toml`."""
+"""A cluster: nodes or racks of one kind, and how it is written: `h100`, `8xh100`, `dgx-h100:16`, `h100x8:16/roce-400`, a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from armillary.cluster import catalogue as catalogues
+from armillary.cluster import profile
 from armillary.cluster.catalogue import Catalogue
 from armillary.cluster.catalogue_file import read_file
 from armillary.cluster.device import Device, Fabric, Link, Node, Rack
@@ -16,7 +17,8 @@ from armillary.core.errors import FormatError, InputError, NotFoundError
 MOST_NODES: Final = 1_000_000
 MOST_DEVICES: Final = 1024  # of one node
 SPELLING: Final = (
-    "write a device (h100), so many in a node (8xh100), a node or rack (dgx-h100:16), a network (h100x8:16/roce-400) or a TOML file"
+    "write a device (h100), so many in a node (8xh100), a node or rack (dgx-h100:16), a network (h100x8:16/roce-400), "
+    "or a file (TOML, or a profile.json)"
 )
 _FORM: Final = re.compile(r"(?P<shape>[^:/]+)(?::(?P<nodes>[0-9]{1,9}))?(?:/(?P<network>[^:/]+))?")
 _BEFORE: Final = re.compile(r"([0-9]{1,6})x(.+)")
@@ -100,7 +102,7 @@ class Cluster:
 
 
 def cluster(text: str, catalogue: Catalogue | None = None) -> Cluster:
-    """The cluster that `text` spells, or that the TOML file of that path describes.
+    """The cluster that `text` spells, or that the TOML file of that path describes, or the machine whose profile (.json) it is.
 
     `[COUNTx]NAME[xCOUNT][:NODES][/NETWORK]`: NAME is a device, a node or a rack of the catalogue; NODES counts nodes (racks for a rack);
     NETWORK is a link, one card a device unless the node has its own number. COUNT devices of a node that the catalogue describes are
@@ -109,6 +111,8 @@ def cluster(text: str, catalogue: Catalogue | None = None) -> Cluster:
     catalogue = catalogues.default() if catalogue is None else catalogue
     if text.endswith(".toml"):
         return _from_file(Path(text))
+    if text.endswith(".json"):
+        return Cluster(Path(text).stem, profile.load(Path(text)).node())
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise InputError(f"{text[:80]!r} spells no cluster", SPELLING, field="cluster")

@@ -27,15 +27,15 @@ def measure(seconds: float = 0.6, buffer_bytes: int = 256_000_000) -> Rates:
     size = 1024
     with torch.inference_mode():
         a, b, out = (torch.ones(size, size) for _ in range(3))
-        gemm = _best(lambda: torch.mm(a, b, out=out), seconds)
+        gemm = best_time(lambda: torch.mm(a, b, out=out), seconds)
         rows = buffer_bytes // (4 * 4096)
         matrix, vector, product = torch.ones(rows, 4096), torch.ones(4096), torch.ones(rows)
         # Two readers, for neither is the faster one everywhere: a matrix-vector product and a sum.
-        read = min(_best(lambda: torch.mv(matrix, vector, out=product), seconds / 2), _best(matrix.sum, seconds / 2))
+        read = min(best_time(lambda: torch.mv(matrix, vector, out=product), seconds / 2), best_time(matrix.sum, seconds / 2))
     return Rates(torch.get_num_threads(), 2 * size**3 / gemm, matrix.numel() * 4 / read)
 
 
-def _best(run: Callable[[], object], seconds: float) -> float:
+def best_time(run: Callable[[], object], seconds: float) -> float:
     """The shortest of the runs that fit into `seconds` (at least three, after one that warms up), in seconds."""
     run()
     best, deadline, runs = float("inf"), time.perf_counter() + seconds, 0
