@@ -9,12 +9,8 @@ from models import greedy, loaded, tiny
 
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
-from armillary.serve.fleet.adapters import NamedAdapters
-from armillary.serve.fleet.host import ReplicaHost
-from armillary.serve.fleet.messages import pack_request
 from armillary.serve.http.operations import Operations
 from armillary.serve.llm import build_engine
-from armillary.serve.request import Request, SamplingParams
 from armillary.serve.service import Service
 
 BASE = tiny("llama", seed=11)
@@ -150,22 +146,3 @@ def test_an_adapter_may_not_have_the_models_name(folders):
     engine = build_engine(MODEL, EngineConfig(**SETTINGS, lora={"tiny": folders["one"]}), keep_weights=True)
     with pytest.raises(InputError, match="model's own name"):
         Service(engine, MODEL)
-
-
-def test_between_processes_an_adapter_is_a_name(folders):
-    """A replica has weights of its own under it; the fleet's front knows the names alone."""
-    names = NamedAdapters(folders)
-    engine = build_engine(MODEL, EngineConfig(**SETTINGS, lora=folders), keep_weights=True)
-    said = []
-    host = ReplicaHost(engine, said.append)
-    request = Request("r", tuple(PROMPT), SamplingParams(8, temperature=0.0, ignore_eos=True), adapter=names.key("two"))
-    host.heard({"op": "submit", "attempt": 1, "tied": False, "request": pack_request(request, 0)})
-    host.heard({"op": "submit", "attempt": 2, "tied": False, "request": {**pack_request(request, 0), "id": "s", "adapter": "three"}})
-    engine.run_until_idle()
-    refused = [message for message in said if message["op"] == "refused"]
-    assert [(message["attempt"], message["error"]["kind"]) for message in refused] == [(2, "NotFoundError")]
-    assert engine.snapshot()["features"]["adapters"]["adapters"][1]["requests"] == 1
-    service = Service(engine, MODEL)
-    service.engine = type("Front", (), {"adapters": names})()
-    with pytest.raises(InputError, match="name them at the start"):
-        service.load_adapter("new", folders["one"])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
-from armillary.serve.adapters import AdapterStore, unknown
+from armillary.serve.adapters import unknown
 from armillary.serve.admission import known_tokens
 from armillary.serve.grammar.compiler import Compiled, GrammarCompiler
 from armillary.serve.request import Event, Request, SamplingParams
@@ -33,7 +33,7 @@ from armillary.serve.tools.definitions import Toolbox
 if TYPE_CHECKING:
     from armillary.models.chat_template import ChatTemplate
     from armillary.models.load import LoadedModel
-    from armillary.serve.surface import Serving
+    from armillary.serve.surface import Adapters, Serving
 
 Message = Mapping[str, Any]
 
@@ -102,13 +102,9 @@ class Service:
         """Raises NotFoundError with the closest name."""
         self._adapter_store().unload(name)
 
-    def _adapter_store(self) -> AdapterStore:
-        if not isinstance(self.engine.adapters, AdapterStore):
-            raise InputError(
-                "adapters neither come nor go here while requests are served",
-                "name them at the start (--lora), or serve one replica",
-                field="lora_name",
-            )
+    def _adapter_store(self) -> Adapters:
+        if self.engine.adapters is None:
+            raise InputError("this engine takes no adapters", "use the native or the torch backend", field="lora_name")
         return self.engine.adapters
 
     def check_model(self, name: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Protocol
 
 from armillary.core.clock import Clock
@@ -28,6 +29,14 @@ class Adapters(Protocol):
 
     def key(self, name: str) -> str:
         """What a request carries. Raises NotFoundError with the closest name."""
+        ...
+
+    def load(self, name: str, path: Path) -> object:
+        """Serve the peft folder at `path` as `name` from now on; requests that run keep the weights they have. Takes its time."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Raises NotFoundError with the closest name."""
         ...
 
 

@@ -68,7 +68,8 @@ def build_fleet(loaded: LoadedModel, config: EngineConfig, fleet: FleetConfig, *
         assert each.threads is not None
         launcher = RayLauncher(len(fleet.roles), each.threads)
     return Fleet(
-        Blueprint(FROM_MODEL, {"model": str(loaded.source_path), "engine": each.model_dump(mode="json")}),
+        # Replicas are given their adapters when they have been built: those of then, not of now.
+        Blueprint(FROM_MODEL, {"model": str(loaded.source_path), "engine": {**each.model_dump(mode="json"), "lora": {}}}),
         each,
         fleet,
         eos_ids=loaded.tokenizer.stop_ids,

@@ -20,7 +20,7 @@ from armillary.core.errors import ArmillaryError, CapacityError
 from armillary.core.trace import Trace
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
-from armillary.serve.fleet.adapters import NamedAdapters
+from armillary.serve.fleet.adapters import FleetAdapters
 from armillary.serve.fleet.channel import Channel
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.dispatcher import Dispatcher
@@ -64,6 +64,7 @@ class _Process:
         self.since = 0.0
         self.delay = 0.0
         self.restart_at: float | None = None
+        self.ready: Message = {}  # what it said when it had been built
         self.pid: int | None = None
         self.words = ""
 
@@ -99,7 +100,6 @@ class Fleet:
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self.clock = clock if clock is not None else RealClock()
         self.policy = policies.get(config.policy, *config.composition)
-        self.adapters = NamedAdapters(config.lora) if config.lora else None
         self.eos_ids = frozenset(eos_ids)
         self._blueprint = blueprint
         self._launcher = launcher if launcher is not None else LocalLauncher()
@@ -119,6 +119,7 @@ class Fleet:
             exchange=SharedFolder(self._folder) if self._folder is not None else Network() if fleet.prefill_workers else None,
         )
         self._processes = [_Process(member) for member in self.dispatcher.members]
+        self.adapters = FleetAdapters(config.lora, self._changed, lambda index, message: self._processes[index].send(message))
         self._live = Live(self.dispatcher, trace)
         self._arrived: deque[tuple[_Process, Started]] = deque()  # launched, not listened to yet
         self._answers: dict[int, queue.SimpleQueue[list[str] | None]] = {}
@@ -188,6 +189,7 @@ class Fleet:
         with self._changed:
             self._thread = None
             self.dispatcher.end_all()
+            self.adapters.closed()
             ending = [process for process in self._processes if process.started is not None]
             ending_now = [started for _, started in self._arrived]
             self._arrived.clear()
@@ -218,6 +220,9 @@ class Fleet:
             state = self._live.snapshot(since, self.policy.name, self.limits)
             for process, row in zip(self._processes, state["features"]["fleet"]["replicas"], strict=True):
                 row["pid"], row["computing"] = process.pid, process.words
+            reports = [found for member in self.dispatcher.members if (found := member.pulse.get("features", {}).get("adapters"))]
+            if adapters := self.adapters.state(reports):
+                state["features"]["adapters"] = adapters
             return state
 
     def explain(self, request_id: str) -> list[str] | None:
@@ -280,6 +285,7 @@ class Fleet:
                 process.member.health = "starting"
                 threading.Thread(target=self._launch, args=(process,), name=f"launch-{process.member.index}", daemon=True).start()
         self.dispatcher.tick()
+        self.adapters.tidy(lambda: {ticket.request.adapter for ticket in self.dispatcher.tickets.values()})
         for process in self._processes:
             if process.member.health == "silent" and self.clock.now() - process.member.heard > HOPELESS * 1e9:
                 self._bury(selector, process, f"silent for {HOPELESS:g} s")
@@ -345,6 +351,7 @@ class Fleet:
         process.started = process.channel = None
         log.warning("replica %d died (%s)", process.member.index, why or how)
         self._failed(process, ArmillaryError(f"replica {process.member.index} ended before it was ready ({why or how})", "see its log"))
+        self.adapters.left(process.member.index)
         self.dispatcher.lost(process.member, why or how)
         self._live.buried(process.member)
 
@@ -353,9 +360,17 @@ class Fleet:
         if op == "ready":
             if message["limits"] != asdict(self.limits):
                 raise ArmillaryError(f"replica {process.member.index} has other limits than asked for: {message['limits']}")
-            process.member.address = str(message["address"])
-            process.pid, process.words = int(message["pid"]), str(message["words"])
-            self.dispatcher.joined(process.member, process)
+            process.ready = message
+            if self.adapters.greet(process.member.index):
+                self._joined(process)
+        elif op == "adapter":
+            try:
+                if self.adapters.heard(process.member.index, message):
+                    self._joined(process)
+            except ArmillaryError as error:
+                if process.pid is None and self._broken is None:
+                    self._broken = error
+                raise
         elif op == "failed":
             if self._broken is None:
                 self._broken = unpack_error(message["error"])
@@ -367,6 +382,12 @@ class Fleet:
             self.dispatcher.heard(process.member, message)
             if op == "pulse":
                 self._live.pulse(process.member)
+
+    def _joined(self, process: _Process) -> None:
+        """It takes requests from now on."""
+        process.member.address = str(process.ready["address"])
+        process.pid, process.words = int(process.ready["pid"]), str(process.ready["words"])
+        self.dispatcher.joined(process.member, process)
 
     def _failed(self, process: _Process, error: Exception) -> None:
         """It is started again, later each time; the first start of all is not tried again."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
 from armillary.core.contract import Executor
@@ -91,6 +94,7 @@ class ReplicaHost:
         self._claimed: dict[int, Hosted] = {}
         self._unstarted = 0  # tokens that the engine was given, or that were claimed for it, and has not begun with
         self._lock = threading.RLock()
+        self._adapting = ThreadPoolExecutor(1, "replica-adapters")  # in order, and beside everything else
         engine.executor = Watched(engine.executor, self)
 
     def heard(self, message: Message) -> None:
@@ -102,6 +106,8 @@ class ReplicaHost:
                 self._begin(self._claimed.pop(attempt))
             elif op == "cancel":
                 self._cancel(attempt)
+        if op in ("load_adapter", "unload_adapter"):
+            self._adapting.submit(self._adapt, message)
         if op == "free" and self._files is not None:
             self._files.free(message["place"])
         if op == "explain":
@@ -115,6 +121,21 @@ class ReplicaHost:
             "iterations": state["iterations"][-64:],
             **{name: state[name] for name in ("iteration", "blocks", "stats", "features")},
         }
+
+    def _adapt(self, message: Message) -> None:
+        """An adapter comes, which takes its time, or goes."""
+        key, store, digest, failure = message["key"], self.engine.adapters, None, None
+        try:
+            if store is None:
+                raise InputError("this engine takes no adapters", "use the native or the torch backend", field="lora")
+            if message["op"] == "load_adapter":
+                digest = digest_of([stamp.path for stamp in store.load(key, message["path"]).files])
+            else:
+                store.unload(key)
+        except Exception as error:
+            failure = pack_error(error)
+        if message["op"] == "load_adapter":
+            self._send({"op": "adapter", "attempt": -1, "key": key, "digest": digest, "error": failure})
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -327,3 +348,13 @@ class Watched:
             others = tuple(pair for pair in outcome.failed if pair[0] not in dict(failed))
             outcome = Outcome(outcome.sampled, outcome.prompt_logprobs, outcome.start, outcome.end, (*failed, *others))
         return outcome
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Of their contents, the same wherever they lie."""
+    digest = blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
