@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from armillary.cluster import catalogue
 from armillary.cluster.catalogue import load
-from armillary.cluster.device import DTYPES, Device
+from armillary.cluster.device import Device, Dtype
 from armillary.core.errors import ArmillaryError, FormatError, InputError, NotFoundError
 
 PACKAGED = load()
@@ -54,7 +55,7 @@ def test_every_packaged_figure_has_a_source_and_what_is_confirmed_has_an_address
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_narrower_types_are_no_slower(device: Device) -> None:
-    assert set(device.flops) <= set(DTYPES)
+    assert set(device.flops) <= set(get_args(Dtype))
     order = [device.flops[dtype] for dtype in ("fp32", "tf32", "bf16", "fp8", "fp4") if dtype in device.flops]
     assert order == sorted(order)
     if "fp16" in device.flops and "bf16" in device.flops:

@@ -113,6 +113,15 @@ def test_the_same_card_of_two_nodes_is_one_leaf_apart() -> None:
     assert graph.bandwidth(graph.devices[0], graph.devices[1]) == 450e9
 
 
+def test_two_racks_meet_by_their_trays_cards() -> None:
+    racks = of_cluster(cluster("gb200-nvl72:2"))
+    assert len(racks.devices) == 144
+    assert racks.bisection == 72 * 50e9  # every device has a card; within a rack NVLink has 18 times as much each
+    assert halves(racks) == pytest.approx(racks.bisection, rel=1e-5)
+    assert racks.bandwidth(racks.devices[0], racks.devices[71]) == 900e9
+    assert racks.bandwidth(racks.devices[0], racks.devices[72]) == 50e9
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_paths_join_their_ends_and_cuts_are_symmetric(shape: list[int], data: st.DataObject) -> None:
@@ -138,7 +147,7 @@ def test_paths_join_their_ends_and_cuts_are_symmetric(shape: list[int], data: st
         (lambda: rail_optimised(catalogue.node("tpu-v4-tray"), 4), "rails join nodes with a network"),
         (lambda: rail_optimised(catalogue.node("dgx-h100"), 10_000), "more than a spine of 64 ports joins"),
         (lambda: fat_tree(4, LINK).cut([0], [0, 1]), "share no vertex"),
-        (lambda: of_cluster(cluster("gb200-nvl72:2")), "several gb200-nvl72"),
+        (lambda: rail_optimised(catalogue.node("gb200-tray"), 20, rack=catalogue.rack("gb200-nvl72")), "no whole number of racks of 18"),
         (lambda: topology.of_node(catalogue.node("t4-flexgen")).path(0, 5), "nothing leads"),
     ],
 )

@@ -78,7 +78,7 @@ def _measure(threads: int | None, quick: bool) -> Profile:
         seconds=time.monotonic() - start,
         load_before=before,
         load_after=os.getloadavg()[0],
-        others=others.share(machine.usable_cores),
+        others=others.share(machine.logical_cores),
         products=tuple(products),
         memory=tuple(memory),
         links=links,

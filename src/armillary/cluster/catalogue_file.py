@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 
-from armillary.cluster.device import Fabric, Kind, Provenance
+from armillary.cluster.device import Dtype, Fabric, Kind, Provenance
 from armillary.core.config import Bytes, Config, Duration, load_toml
 from armillary.core.errors import FormatError, InputError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 """Lower case letters, digits, points and dashes."""
 
-Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 T = TypeVar("T")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 from armillary.core.errors import InputError
 
 Kind = Literal["gpu", "tpu", "cpu"]
-DTYPES: Final = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
+Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 """What a peak can be given for; `fp32` is arithmetic in single precision throughout, `tf32` the tensor cores' rounded inputs."""
 
 

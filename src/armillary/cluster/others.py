@@ -16,8 +16,8 @@ class Others:
         self._stat = root / "proc/stat"
         self._start = (time.monotonic(), self._busy(), _own())
 
-    def share(self, cores: float) -> float | None:
-        """Share of `cores` cores' time since then that was neither ours nor idle; None where the system does not say."""
+    def share(self, cores: int) -> float | None:
+        """Share of the machine's `cores` cores' time since then that was neither ours nor idle; None where the system does not say."""
         began, busy, own = self._start
         now = self._busy()
         if busy is None or now is None:

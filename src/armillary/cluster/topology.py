@@ -197,11 +197,12 @@ def fat_tree(k: int, link: Link) -> Topology:
     return Topology(name, (*hosts, *edge_switches, *aggregates, *cores), tuple(edges), len(hosts) / 2 * link.bandwidth)
 
 
-def rail_optimised(node: Node, nodes: int, radix: int = RADIX, oversubscription: float = 1.0) -> Topology:
+def rail_optimised(node: Node, nodes: int, radix: int = RADIX, oversubscription: float = 1.0, rack: Rack | None = None) -> Topology:
     """`nodes` servers whose i-th cards meet in the leaf switches of rail i, and all leaves in spines (NVIDIA's DGX SuperPOD).
 
     Half of a leaf's ports go down; `oversubscription` 2 halves what goes up. Devices share the cards evenly, several cards of one device
     act as one. Traffic between devices of one node stays in the node; between rails it goes through the node's fabric or the spines.
+    With `rack`, the nodes stand in racks that are one fabric each. The bisection is that of an even number of nodes or racks.
     """
     if node.network is None or nodes < 2:
         raise InputError(f"rails join nodes with a network: {nodes} x {node.name}", "give a network and at least 2 nodes")
@@ -217,21 +218,25 @@ def rail_optimised(node: Node, nodes: int, radix: int = RADIX, oversubscription:
         raise InputError(
             f"{nodes} x {node.name} need {leaves} leaves, more than a spine of {radix} ports joins", "give a larger radix, or a fat tree"
         )
-    each = of_node(node)
+    inside, each = (1, of_node(node)) if rack is None else (rack.nodes, of_rack(rack))
+    if nodes % inside:
+        raise InputError(f"{nodes} nodes are no whole number of racks of {inside}", f"give a multiple of {inside}")
     vertices: list[Vertex] = []
     edges: list[Edge] = []
-    first_leaf = nodes * (len(each.vertices) + rails)
+    first_leaf = nodes // inside * len(each.vertices) + nodes * rails
     if first_leaf > MOST_VERTICES:
         raise InputError(f"{nodes} x {node.name} is a graph of over {MOST_VERTICES:,} vertices", "take fewer nodes: the closed forms scale")
     into = node.network if node.host_link is None else node.host_link
     for n in range(nodes):
-        base = len(vertices)
-        vertices += [Vertex(v.kind, f"{n}/{v.name}") for v in each.vertices]
-        edges += [Edge(base + e.a, base + e.b, e.bandwidth, e.latency) for e in each.edges]
+        if n % inside == 0:  # a new domain: all of its devices and switches come before its cards
+            base = len(vertices)
+            vertices += [Vertex(v.kind, f"{n // inside}/{v.name}") for v in each.vertices]
+            edges += [Edge(base + e.a, base + e.b, e.bandwidth, e.latency) for e in each.edges]
         for rail in range(rails):
             nic = len(vertices)
             vertices.append(Vertex("nic", f"{n}/{node.name}/nic{rail}"))
-            members = [base + device for device in range(node.devices) if device * rails // node.devices == rail]
+            first = base + n % inside * node.devices
+            members = [first + device for device in range(node.devices) if device * rails // node.devices == rail]
             # The card's latency holds from memory to memory: nothing is added on the way to the card.
             edges += [Edge(device, nic, max(into.bandwidth, card), 0) for device in members]
             edges.append(Edge(nic, first_leaf + rail * (leaves // rails) + n // down, card, node.network.latency / 2))
@@ -245,13 +250,7 @@ def rail_optimised(node: Node, nodes: int, radix: int = RADIX, oversubscription:
 
 
 def of_cluster(cluster: Cluster) -> Topology:
-    """The graph of a cluster: its node or rack alone, or its nodes on rails. Several racks are joined by their nodes' cards."""
+    """The graph of a cluster: its node or rack alone, or its nodes (in racks or not) on rails."""
     if cluster.rack is not None and cluster.nodes == cluster.rack.nodes:
         return of_rack(cluster.rack)
-    if cluster.nodes == 1:
-        return of_node(cluster.node)
-    if cluster.rack is not None:
-        raise InputError(
-            f"the graph of several {cluster.rack.name} is not built", "take the graph of one rack and the network's closed form"
-        )
-    return rail_optimised(cluster.node, cluster.nodes)
+    return of_node(cluster.node) if cluster.nodes == 1 else rail_optimised(cluster.node, cluster.nodes, rack=cluster.rack)
