@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -28,9 +29,10 @@ class BlockPool:
         self.total = total
         self.block_size = block_size
         self._forgotten = forgotten
-        self._free = list(range(total - 1, -1, -1))  # a stack: the next block is the last
-        self._place = list(range(total - 1, -1, -1))  # block -> where it lies in the stack; -1 while it is not free
-        self._references = [0] * total
+        # Packed, for a simulated cluster has thousands of pools.
+        self._free = array("i", range(total - 1, -1, -1))  # a stack: the next block is the last
+        self._place = array("i", range(total - 1, -1, -1))  # block -> where it lies in the stack; -1 while it is not free
+        self._references = array("i", bytes(4 * total))
         self._kept: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # the one that goes next is the first
 

@@ -328,7 +328,7 @@ class Engine:
                 copies.append((source, request.blocks[entry.start // self.limits.block_size]))
         self._history.scheduled(schedule, admitted, hits, now)
         requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
-        return Plan(schedule, requests, tuple(tuple(request.blocks) for request in requests), tuple(copies))
+        return Plan(schedule, requests, tuple([tuple(request.blocks) for request in requests]), tuple(copies))
 
     def _begin(self, request: Request, start: int) -> Hit:
         """An admitted sequence has its first `start` tokens from others."""

@@ -57,8 +57,10 @@ class Iteration:
 class History:
     """Written by the engine's thread under the engine's lock."""
 
-    def __init__(self, trace: Trace | None) -> None:
+    def __init__(self, trace: Trace | None, *, told: bool = True) -> None:
+        """`told`: whether every request's story is kept and the recent iterations are."""
         self.trace = trace
+        self.told = told
         self.stats = EngineStats()
         self.recent: deque[Iteration] = deque(maxlen=RECENT_ITERATIONS)
         self._stories: dict[str, Story] = {}
@@ -67,22 +69,28 @@ class History:
 
     def arrived(self, request: Request, at: int, ahead: int, behind: Reason) -> None:
         """`behind` is why it waits as long as no schedule names it, when there are requests `ahead`."""
+        if not self.told:
+            return
         story = Story(at, at)
         self._stories[request.id] = story
         story.arrived(request, ahead, behind)
 
     def tell(self, request_id: str, at: int, words: str) -> None:
         """Add to the story of a request that has not ended what the schedule does not say."""
-        self._stories[request_id].tell(at, words)
+        if self.told:
+            self._stories[request_id].tell(at, words)
 
     def preempted(self, request: Request, preemption: Preemption, at: int) -> None:
         self.stats.preemptions += 1
         self.stats.recomputed_tokens += request.computed
-        self._left_out.discard(request.id)
-        self._stories[request.id].preempted(request, preemption, at)
+        if self.told:
+            self._left_out.discard(request.id)
+            self._stories[request.id].preempted(request, preemption, at)
 
     def scheduled(self, schedule: Schedule, admitted: list[Request], hits: Mapping[str, Hit], at: int) -> None:
         """Who was let in, with what, and who was not; called before the iteration runs."""
+        if not self.told:
+            return
         new = {request.id: request for request in admitted}
         for entry in schedule.entries:
             request = new.get(entry.request_id)
@@ -105,16 +113,19 @@ class History:
 
     def ran(self, plan: Plan, start: int, end: int, blocks_used: int) -> None:
         """An iteration was carried out."""
-        schedule = plan.schedule
+        schedule, tokens = plan.schedule, plan.schedule.tokens
         self.stats.iterations += 1
-        self.stats.scheduled_tokens += schedule.tokens
-        self.stats.iteration_sizes[_size_class(schedule.tokens)] += 1
-        entries = tuple((entry.request_id, entry.count) for entry in schedule.entries)
-        preempted = tuple(preemption.request_id for preemption in schedule.preempted)
-        self.recent.append(Iteration(schedule.index, entries, schedule.tokens, start, end, preempted, blocks_used))
+        self.stats.scheduled_tokens += tokens
+        self.stats.iteration_sizes[_size_class(tokens)] += 1
+        if self.told:
+            entries = tuple([(entry.request_id, entry.count) for entry in schedule.entries])
+            preempted = tuple([preemption.request_id for preemption in schedule.preempted])
+            self.recent.append(Iteration(schedule.index, entries, tokens, start, end, preempted, blocks_used))
         if self.trace is None:
             return
-        sizes = {"tokens": schedule.tokens, "sequences": len(entries), "blocks_used": blocks_used, "preempted": len(preempted)}
+        sizes = {
+            "tokens": tokens, "sequences": len(schedule.entries), "blocks_used": blocks_used, "preempted": len(schedule.preempted),
+        }  # fmt: skip
         self.trace.add("engine", "step", start, end, "", sizes)
         self.trace.count("kv_blocks", end, {"used": blocks_used})
         for entry in schedule.entries:
@@ -146,6 +157,8 @@ class History:
         reason = request.finish_reason
         assert reason is not None
         self.stats.finished[reason] += 1
+        if not self.told:
+            return
         self._left_out.discard(request.id)
         story = self._stories.pop(request.id)
         story.ended(request, error, at)
@@ -155,7 +168,8 @@ class History:
 
     def held(self, request_id: str) -> Reason | None:
         """Why the request was last held back."""
-        return self._stories[request_id].held
+        story = self._stories.get(request_id)
+        return story.held if story is not None else None
 
     def explain(self, request_id: str) -> list[str] | None:
         """What happened to a request, in words; None when it is unknown or long gone."""

@@ -90,7 +90,7 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        return sum(entry.count for entry in self.entries)
+        return sum([entry.count for entry in self.entries])
 
 
 @dataclass(frozen=True, slots=True)

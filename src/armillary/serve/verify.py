@@ -32,7 +32,7 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
             raise ScheduleError(f"preempting '{victim.id}' gives back {freed} blocks, not {preemption.blocks}")
         preempted.add(victim.id)
 
-    scheduled = _scheduled(schedule, running, state)
+    scheduled, found = _scheduled(schedule, running, state)
     if len(scheduled) != len(schedule.entries):
         raise ScheduleError("a request has two entries in one iteration")
     for entry in schedule.entries:
@@ -52,20 +52,21 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
         raise ScheduleError(f"the schedule needs {-room.free} KV blocks more than are free")
     if not schedule.entries and (state.running or state.waiting):
         raise ScheduleError("the schedule runs nothing although there is work")
-    admitted = sum(entry.request_id not in running for entry in schedule.entries)
-    seats = len(running) - len(preempted) + admitted
+    seats = len(running) - len(preempted) + len(schedule.entries) - found
     if seats > limits.max_running:
         raise ScheduleError(f"{seats} sequences would run, the bound is {limits.max_running}")
-    alone = len(schedule.entries) == 1 and schedule.entries[0].start + schedule.tokens == scheduled[schedule.entries[0].request_id].known
-    if schedule.tokens > limits.max_batch_tokens and not alone:
-        raise ScheduleError(f"the iteration has {schedule.tokens} tokens, the budget is {limits.max_batch_tokens}")
+    tokens = schedule.tokens
+    alone = len(schedule.entries) == 1 and schedule.entries[0].start + tokens == scheduled[schedule.entries[0].request_id].known
+    if tokens > limits.max_batch_tokens and not alone:
+        raise ScheduleError(f"the iteration has {tokens} tokens, the budget is {limits.max_batch_tokens}")
     return scheduled
 
 
-def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) -> dict[str, Request]:
-    """Every entry's request, found among the running ones and then from the head of the queue."""
+def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) -> tuple[dict[str, Request], int]:
+    """Every entry's request, found among the running ones (how many those are) and then from the head of the queue."""
     scheduled = {entry.request_id: running[entry.request_id] for entry in schedule.entries if entry.request_id in running}
-    missing = {entry.request_id for entry in schedule.entries} - scheduled.keys()
+    found = len(scheduled)
+    missing = {entry.request_id for entry in schedule.entries} - scheduled.keys() if found < len(schedule.entries) else set()
     for request in state.waiting if missing else ():
         if request.id in missing:
             scheduled[request.id] = request
@@ -74,7 +75,7 @@ def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) ->
                 break
     if missing:
         raise ScheduleError(f"request '{min(missing)}' is scheduled but neither running nor waiting")
-    return scheduled
+    return scheduled, found
 
 
 def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -> None:

@@ -1,6 +1,7 @@
 """Leaping over iterations that repeat changes nothing that anybody can see; virtual time obeys the laws of queues."""
 
 import zlib
+from collections import Counter
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,6 +14,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.simulation.engine import VirtualEngine, replay
+from armillary.serve.simulation.recorder import Recorder
 from armillary.sim.costs import Decoding, Linear
 
 COST = Linear("a line", 9.4e6, 65e3, 50.3, Decoding(9.1e6, 50.7, 65e3), Decoding(5e6, 50.7, 99e3), switch=4)
@@ -30,11 +32,16 @@ def crc(request, position):
     return zlib.crc32(f"{request.cache_salt} {position}".encode()) % 3
 
 
+def seen(result):
+    gaps = Counter()
+    for ns, count in zip(result.gaps.tolist(), result.gap_counts.tolist(), strict=True):
+        gaps[ns] += count
+    return {name: getattr(result, name).tolist() for name in ("arrival", "finished", "answer")}, gaps
+
+
 def simulated(arrivals, fast, config, drawn=None, order="fcfs"):
-    trace, ended = Trace(), []
-    engine = VirtualEngine(
-        VirtualExecutor(VirtualClock(), COST, drawn), config, trace=trace, fast_forward=fast, ended=lambda one: ended.append(one.id)
-    )
+    trace, recorder = Trace(), Recorder()
+    engine = VirtualEngine(VirtualExecutor(VirtualClock(), COST, drawn), config, trace=trace, fast_forward=fast, recorder=recorder)
     requests, now = [], 0
     for number, (gap, known, maximum, salt) in enumerate(arrivals):
         now += gap
@@ -44,7 +51,7 @@ def simulated(arrivals, fast, config, drawn=None, order="fcfs"):
         (one.first_scheduled, one.first_token, one.last_token, one.finished, one.output, one.preemptions, one.reused) for one in requests
     ]
     words = [engine.explain(one.id) for one in requests]
-    return trace.spans(), trace.counters(), times, words, engine.stats, engine._times.recent(), ended, engine.clock.now()
+    return trace.spans(), trace.counters(), times, words, engine.stats, engine._times.recent(), seen(recorder.result()), engine.clock.now()
 
 
 # Two that say the same share each block as soon as it is full, so that the third fits before either ends.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,10 +11,12 @@ from armillary.core.trace import Trace
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.virtual import VirtualExecutor
+from armillary.serve.history import History
 from armillary.serve.iteration_times import KEPT
 from armillary.serve.request import Event, FinishReason, Request
-from armillary.serve.schedule import Entry, Plan, Reason, Schedule, SchedulerPolicy
+from armillary.serve.schedule import Entry, Hit, Plan, Reason, Schedule, SchedulerPolicy
 from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, repeats
+from armillary.serve.simulation.recorder import Recorder
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
 
@@ -24,7 +26,8 @@ class VirtualEngine(Engine):
 
     With `fast_forward` a schedule that repeats becomes one leap: durations in one array, tokens, blocks and counters in one go. What
     happens to every request, and the trace, are those of stepping (a law under test); only the page's list of recent iterations
-    has one line a leap. `ended` is told of each request that has.
+    has one line a leap. `recorder` notes each request's times and the gaps between tokens; an engine that is not `told` of
+    keeps nothing else: no story of any request for `explain`, no recent iterations.
     """
 
     def __init__(
@@ -36,7 +39,8 @@ class VirtualEngine(Engine):
         policy: SchedulerPolicy | None = None,
         drafter: Drafter | None = None,
         fast_forward: bool = True,
-        ended: Callable[[Request], None] | None = None,
+        recorder: Recorder | None = None,
+        told: bool = True,
     ) -> None:
         if config.async_scheduling == "on":
             raise InputError("virtual time has no second thread", "simulate with async_scheduling off", field="async_scheduling")
@@ -44,7 +48,28 @@ class VirtualEngine(Engine):
         self.virtual, self.virtual_clock = executor, executor.clock
         self._leaps = fast_forward and drafter is None and config.kv_policy == "dense"
         self._sharing = config.prefix_cache == "on"
-        self._ended = ended
+        self._recorder = recorder
+        if not told:
+            if trace is not None:
+                raise InputError(
+                    "a trace tells when requests waited, which an engine that keeps no stories does not know", "leave told, or the trace"
+                )
+            self._history = History(None, told=False)
+        self.queued_tokens = 0  # of prompts that have not been started
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._seats.queued
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self._seats.running)
+
+    def submit(self, request: Request) -> None:
+        super().submit(request)
+        self.queued_tokens += len(request.prompt)
 
     def begin(self) -> Leap | None:
         """The next iteration, and those that repeat it, begin now; None when there is nothing to do. `end` must follow."""
@@ -67,6 +92,8 @@ class VirtualEngine(Engine):
         """The first `count` iterations of a leap (by default all) are over, and it is the time at which the last of them ends."""
         plan, ends = leap.plan, leap.ends if count is None else leap.ends[:count]
         start, end = leap.start, int(ends[-1])
+        if self._recorder is not None:
+            self._recorder.waited(plan, ends)
         if len(ends) > 1:
             times = [start, *ends.tolist()]
             plan, start = self._repeat(plan, times, leap.grown), times[-2]
@@ -124,10 +151,17 @@ class VirtualEngine(Engine):
                 self._memory.grow(request, len(request.blocks) + 1)
         return used + [pool.used_count] * (last - len(used))
 
+    def _begin(self, request: Request, start: int) -> Hit:
+        if request.first_scheduled is None:
+            self.queued_tokens -= len(request.prompt)
+        return super()._begin(request, start)
+
     def _finish(self, request: Request, reason: FinishReason, at: int, error: Exception | None = None, event: Event | None = None) -> None:
         super()._finish(request, reason, at, error, event)
-        if self._ended is not None:
-            self._ended(request)
+        if request.first_scheduled is None:
+            self.queued_tokens -= len(request.prompt)
+        if self._recorder is not None:
+            self._recorder.ended(request)
 
 
 def replay(engine: VirtualEngine, requests: Iterable[Request]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +42,7 @@ class RouteState:
     request_id: str
     session: str
     prompt_tokens: int
-    replicas: tuple[ReplicaView, ...]
+    replicas: Sequence[ReplicaView]
     turn: int = 0
     seed: int = 0
 
@@ -62,6 +63,6 @@ class RoutingPolicy(Protocol):
     def step(self, state: RouteState) -> Route: ...
 
 
-def shortest(replicas: tuple[ReplicaView, ...]) -> ReplicaView:
+def shortest(replicas: Iterable[ReplicaView]) -> ReplicaView:
     """The least loaded; of equals the one with fewer prompt tokens in its queue, then the first."""
     return min(replicas, key=lambda replica: (replica.load, replica.queued_tokens, replica.index))

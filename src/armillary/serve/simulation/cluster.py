@@ -1,0 +1,126 @@
+"""Replicas of the engine behind the router in virtual time: nobody is asked anything between the events that concern them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+from armillary.core.errors import InputError
+from armillary.serve.fleet.prefix_index import PrefixIndex
+from armillary.serve.policies.routing.state import ReplicaView, RouteState, RoutingPolicy
+from armillary.serve.prefix_cache import known_names
+from armillary.serve.request import Request
+from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.leap import Leap
+from armillary.sim.events import EventQueue
+
+
+class Replica:
+    """An engine, and what it is at: a leap of which `count` iterations are to be run."""
+
+    def __init__(self, index: int, engine: VirtualEngine) -> None:
+        self.index, self.engine = index, engine
+        self.leap: Leap | None = None
+        self.count = 0
+        self.event: int | None = None  # when it is next looked at
+        self.prefixes = PrefixIndex(engine.limits.total_blocks)
+
+    def view(self, names: Sequence[bytes]) -> ReplicaView:
+        """What a router knows of it."""
+        engine = self.engine
+        size = engine.limits.block_size
+        matched = self.prefixes.matched(names) * size if names else 0
+        return ReplicaView(self.index, engine.queued, engine.running, engine.queued_tokens, len(self.prefixes) * size, matched)
+
+
+class Views(Sequence[ReplicaView]):
+    """All replicas' views, made when they are looked at: a router that looks at two of a thousand pays for two."""
+
+    def __init__(self, replicas: Sequence[Replica], names: Sequence[bytes]) -> None:
+        self._replicas, self._names = replicas, names
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    @overload
+    def __getitem__(self, place: int) -> ReplicaView: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ReplicaView]: ...
+    def __getitem__(self, place: int | slice) -> ReplicaView | Sequence[ReplicaView]:
+        if isinstance(place, slice):
+            return Views(self._replicas[place], self._names)
+        return self._replicas[place].view(self._names)
+
+
+class Cluster:
+    """`engines` behind `router`. Each has a clock of its own, which is at the beginning of its present iterations."""
+
+    def __init__(self, engines: Sequence[VirtualEngine], router: RoutingPolicy, *, seed: int = 0) -> None:
+        if not engines:
+            raise InputError("a cluster without replicas serves nothing", "give at least one", field="replicas")
+        self.replicas = [Replica(index, engine) for index, engine in enumerate(engines)]
+        self.router = router
+        self.routed = 0
+        self._seed = seed
+        self._events: EventQueue[Replica] = EventQueue()
+        self._named = any(engine.config.prefix_cache == "on" for engine in engines) and router.name in ("cache-aware", "consistent-hash")
+
+    def run(self, requests: Iterable[Request]) -> None:
+        """`requests`, in the order of their `arrival`, to their end; they are taken one by one.
+
+        One that arrives when an iteration ends is in time for the next. Raises InputError for one that arrives before the one before it.
+        """
+        events, before = self._events, 0
+        for request in requests:
+            at = request.arrival if request.arrival is not None else before
+            if at < before:
+                raise InputError(f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival")
+            before = at
+            while (then := events.next_time) is not None and then < at:
+                self._look_at(events.pop())
+            if at < events.now:
+                raise InputError(
+                    f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
+                )
+            self._route(request, at)
+        while (replica := events.pop()) is not None:
+            self._look_at(replica)
+        for replica in self.replicas:
+            replica.engine.check()
+
+    def _route(self, request: Request, at: int) -> None:
+        replica = self.replicas[0]
+        if len(self.replicas) > 1:
+            names = known_names(request, replica.engine.limits.block_size) if self._named else ()
+            session = names[0].hex() if names else request.id
+            state = RouteState(request.id, session, len(request.prompt), Views(self.replicas, names), self.routed, self._seed)
+            replica = self.replicas[self.router.step(state).replica]
+            if names:
+                replica.prefixes.sent(names)
+        self.routed += 1
+        replica.engine.submit(request)
+        if replica.leap is None:
+            if replica.event is None:
+                replica.event = self._events.at(at, replica)
+        elif (count := replica.leap.until(at)) < replica.count:  # what has not begun by now is decided again
+            self._await(replica, count)
+
+    def _look_at(self, replica: Replica | None) -> None:
+        """It is the time at which a replica has ended what it was at."""
+        assert replica is not None
+        replica.event = None
+        engine, now = replica.engine, self._events.now
+        if replica.leap is not None:
+            engine.end(replica.leap, replica.count)
+        engine.virtual_clock.advance_to(now)
+        replica.leap = engine.begin()
+        if replica.leap is not None:
+            self._await(replica, len(replica.leap.ends))
+
+    def _await(self, replica: Replica, count: int) -> None:
+        """The replica is looked at again after `count` iterations of its leap."""
+        assert replica.leap is not None
+        if replica.event is not None:
+            self._events.cancel(replica.event)
+        replica.count = count
+        replica.event = self._events.at(int(replica.leap.ends[count - 1]), replica)
