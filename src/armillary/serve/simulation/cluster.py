@@ -74,14 +74,12 @@ class Cluster:
         for request in requests:
             at = request.arrival if request.arrival is not None else before
             if at < before:
-                raise InputError(f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival")
-            before = at
-            while (then := events.next_time) is not None and then < at:
-                self._look_at(events.pop())
-            if at < events.now:
                 raise InputError(
                     f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
                 )
+            before = at
+            while (then := events.next_time) is not None and then < at:
+                self._look_at(events.pop())
             self._route(request, at)
         while (replica := events.pop()) is not None:
             self._look_at(replica)
