@@ -98,5 +98,6 @@ def test_rates_and_sizes() -> None:
     assert units.format_bytes(1_500_000_000) == "1.5 GB"
     assert units.format_bytes(12) == "12 B"
     assert units.format_rate(12.3e9) == "12.3 GB/s"
+    assert units.format_flops(1.1e11) == "110 GFLOP"
     assert units.format_rate(1.1e11, "FLOP") == "110 GFLOP/s"
     assert units.format_rate(12_300, "tokens") == "12.3k tokens/s"

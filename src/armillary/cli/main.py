@@ -36,7 +36,7 @@ _VERBS = {
     "calibrate": "Measure this machine into a profile file, for cost models.",
     "perplexity": "What a weight format costs in quality, measured on real text.",
     "bfcl": "How well a model calls functions (Berkeley Function Calling Leaderboard).",
-    "models": "Models by name: list, pull, show, export, cache.",
+    "models": "Models by name: list, published, pull, show, export, cache.",
     "data": "Text into token shards: list, prepare, inspect, dedup, autotune.",
     "trace": "Look into a saved trace: show, png, html.",
     "reproduce": "Run a published system's headline experiment; compare with its figure.",

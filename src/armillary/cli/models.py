@@ -121,11 +121,44 @@ def cache(
     print(f"In {kept_files.folder()}. `armillary models cache --clear` removes them; they are made again when needed.")
 
 
-@models.command(name="show")
-def show(model: Annotated[str, Parameter(help="A name, a .gguf file or a model folder.")], /, *, json: Json = False) -> None:
-    """What a model is: shape, parameters, stored types, tokenizer, template, and the memory it takes to serve."""
-    from armillary.cli.terminal import byte_progress, print_json, table
+@models.command(name="published")
+def published(*, json: Json = False) -> None:
+    """Architectures that are known without their weights: for `show --batch`, the simulator and the planners."""
+    from armillary.cli.model_operations import print_published
 
+    print_published(json)
+
+
+@models.command(name="show")
+def show(
+    model: Annotated[
+        str, Parameter(help="A name, a .gguf file, a model folder, or a published architecture (`armillary models published`).")
+    ],
+    /,
+    *,
+    batch: Annotated[
+        str | None,
+        Parameter(
+            help="List the operations of a batch instead: [COUNTx]TOKENS[@CACHED],..., such as 512,64x1@1000: a prompt and 64 decodes."
+        ),
+    ] = None,
+    layout: Annotated[str | None, Parameter(help="How it is spread over devices: tp, pp, ep, dp and sp, such as tp=8,pp=2,sp.")] = None,
+    weights: Annotated[
+        str | None, Parameter(help="Format of the matrices: fp32, fp16 (default), bf16, fp8, int8, q8_0, int4 or fp4.")
+    ] = None,
+    activations: Annotated[str | None, Parameter(help="Format between operations (default fp16).")] = None,
+    kv: Annotated[str | None, Parameter(help="Format of the KV cache (default fp16).")] = None,
+    json: Json = False,
+) -> None:
+    """What a model is: shape, parameters, stored types, tokenizer, template, the memory it takes; or what it does for a batch."""
+    from armillary.cli.terminal import byte_progress, print_json, table
+    from armillary.models.graph.published import published
+
+    if batch is not None or model.lower() in published() or any((layout, weights, activations, kv)):
+        from armillary.cli.model_operations import print_operations
+
+        print_operations(model, batch, layout, (weights or "fp16", activations or "fp16", kv or "fp16"), json)
+        return
     with byte_progress(model) as progress:
         facts = _facts(model, progress)
     if json:

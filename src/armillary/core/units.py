@@ -85,6 +85,11 @@ def format_bytes(size: float) -> str:
     return _scaled(size, "B")
 
 
+def format_flops(flops: float) -> str:
+    """`1.1e11 -> "110 GFLOP"`: decimal units, three significant digits."""
+    return _scaled(flops, "FLOP")
+
+
 def format_rate(per_second: float, unit: str = "B") -> str:
     """`format_rate(12.3e9) -> "12.3 GB/s"`, `(1.1e11, "FLOP") -> "110 GFLOP/s"`, `(12300, "tokens") -> "12.3k tokens/s"`."""
     return (_scaled(per_second, unit) if unit in _SYMBOLS else f"{format_count(per_second)} {unit}") + "/s"

@@ -1,6 +1,7 @@
 """Parameter counts: as published, as our decoder has them, as transformers' models have them."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from armillary.core.errors import InputError, NotFoundError
 from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.graph.architecture import Architecture, Latent, Mixture, from_config
+from armillary.models.graph.find import find, read
 from armillary.models.graph.parameters import active_parameters, embeddings, kv_bytes_per_token, parameters
 from armillary.models.graph.published import architecture, published
 
@@ -60,45 +62,57 @@ def test_the_graph_counts_our_decoder(changes):
 
 
 def test_the_graph_counts_transformers_models():
-    """Families that our decoder does not run, at their published widths with fewer layers."""
+    """Families that our decoder does not run, read from their configs, at their published widths with fewer layers."""
     import transformers
 
-    deepseek, falcon = architecture("deepseek-v3"), architecture("falcon-180b")
-    opt, gpt3, mixtral = architecture("opt-66b"), architecture("gpt3-175b"), architecture("mixtral-8x7b")
-
-    def few(model):
-        return dataclasses.replace(model, num_layers=2, windows=())
-
-    shallow = dataclasses.replace(deepseek, num_layers=2, mixture=dataclasses.replace(deepseek.mixture, dense_layers=1, experts=16))
-    pairs = [
-        (few(opt), transformers.OPTConfig, {"ffn_dim": opt.intermediate_size, "word_embed_proj_dim": opt.hidden_size}),
-        (few(gpt3), transformers.GPT2Config, {"n_positions": 2048}),
-        (few(falcon), transformers.FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 8, "tie_word_embeddings": False}),
-        (few(mixtral), transformers.MixtralConfig, {"num_key_value_heads": 8}),
-        (
-            shallow,
-            transformers.DeepseekV3Config,
-            {"n_routed_experts": 16, "first_k_dense_replace": 1, "num_key_value_heads": 128, "n_group": 4, "topk_group": 2},
+    few = {"num_hidden_layers": 2}
+    deepseek = {"n_routed_experts": 16, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}
+    for config in (
+        transformers.OPTConfig(hidden_size=9216, ffn_dim=36864, num_attention_heads=72, word_embed_proj_dim=9216, **few),
+        transformers.GPT2Config(n_embd=12288, n_head=96, n_layer=2, n_positions=2048),
+        transformers.FalconConfig(
+            hidden_size=14848, num_attention_heads=232, num_kv_heads=8, new_decoder_architecture=True, tie_word_embeddings=False, **few
         ),
-    ]
-    for model, family, more in pairs:
-        config = family(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            **(
-                {}
-                if family is transformers.OPTConfig or family is transformers.GPT2Config
-                else {"intermediate_size": model.intermediate_size}
-            ),
-            **more,
-        )
+        transformers.FalconConfig(multi_query=True, **few),  # 7B
+        transformers.MixtralConfig(**few),
+        transformers.Qwen3MoeConfig(num_experts=16, **few),
+        transformers.DeepseekV3Config(**deepseek, **few),
+        transformers.DeepseekV2Config(**{**deepseek, "n_shared_experts": 2, "num_experts_per_tok": 6, "q_lora_rank": None}, **few),
+    ):
+        model = read(json.loads(config.to_json_string(use_diff=False)))
         with torch.device("meta"):
             built = transformers.AutoModelForCausalLM.from_config(config)
-        assert parameters(model) == sum(parameter.numel() for parameter in built.parameters()) + (
-            model.mixture.experts if model.mixture and model.mixture.router_bias else 0  # a buffer there
-        ), family.__name__
+        buffers = model.mixture.experts if model.mixture and model.mixture.router_bias else 0  # DeepSeek's selection bias
+        assert parameters(model) == sum(parameter.numel() for parameter in built.parameters()) + buffers, config.model_type
+
+
+def published_as(config, name):
+    """The published architecture has every size that a config of its family has."""
+    return dataclasses.replace(read(json.loads(config.to_json_string(use_diff=False))), name=name)
+
+
+def test_transformers_defaults_are_the_published_shapes():
+    import transformers
+
+    assert published_as(transformers.DeepseekV3Config(max_position_embeddings=163840), "deepseek-v3") == architecture("deepseek-v3")
+    mixtral = transformers.MixtralConfig(max_position_embeddings=32768)
+    assert published_as(mixtral, "mixtral-8x7b") == architecture("mixtral-8x7b")
+
+
+def test_a_model_is_found_by_name_path_or_config(tmp_path):
+    assert find("LLaMA-2-7B") is architecture("llama-2-7b")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    config = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 24, "n_head": 4, "n_layer": 2, "n_positions": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in (folder, folder / "config.json"):
+        assert (find(str(path)).name, find(str(path)).intermediate_size) == ("mine", 96)
+    with pytest.raises(NotFoundError, match=r"llama-2-70b"):
+        find("llama-2-70")
+    with pytest.raises(InputError, match="known: opt"):
+        read({"model_type": "bert"})
+    with pytest.raises(InputError, match="OPT with norms after"):
+        read({"model_type": "opt", "hidden_size": 8, "do_layer_norm_before": False})
 
 
 def test_bytes_of_the_cache():
