@@ -39,7 +39,7 @@ def test_show_has_units_sources_and_doubts(said: Said) -> None:
     answer = said("cluster", "show", "t4")
     assert "65 TFLOP/s" in answer
     assert "product brief" in answer
-    assert "unconfirmed: Amazon EC2 on demand" in answer
+    assert "unconfirmed: Amazon EC2 g4dn.xlarge on demand" in answer
     assert "1 figure is unconfirmed" in answer
     cube = said("cluster", "show", "tpu-v4-cube")
     assert "4 x 4 x 4" in cube

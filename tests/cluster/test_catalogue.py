@@ -83,7 +83,7 @@ def test_peaks_are_dense() -> None:
         (lambda c: c.node("p4d").network_bandwidth * 8, 400e9),
         (lambda c: c.link("pcie-3").bandwidth, 8e9 * 16 * 128 / 130 / 8),
         (lambda c: c.link("pcie-5").bandwidth, 32e9 * 16 * 128 / 130 / 8),
-        (lambda c: c.node("p5").hourly_price / 8, 4.916),
+        (lambda c: c.node("p5").hourly_price / 8, 6.88),
     ],
 )
 def test_figures_add_up_to_published_totals(ours: object, published: float) -> None:
@@ -159,7 +159,7 @@ def test_a_file_of_ones_own_adds_devices_and_changes_figures(tmp_path: Path) -> 
     assert (h100.peak("bf16"), h100.peak("fp8")) == (9e14, 1978.9e12)
     assert not h100.provenance["flops.bf16"].confirmed
     assert mine.node("dgx-h100").device == h100
-    assert PACKAGED.device("h100").price == 4.916
+    assert PACKAGED.device("h100").price == 3.29
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_share_of_a_known_node_has_its_share_of_cards_and_price() -> None:
     whole, share = cluster("p5").node, cluster("h100x2").node
     assert share.title == "2 of the 8 devices of dgx-h100"
     assert (share.nics, share.link) == (2, whole.link)
-    assert cluster("h100x2").hourly_price == pytest.approx(2 * 4.916)
+    assert cluster("h100x2").hourly_price == pytest.approx(2 * 3.29)
 
 
 def test_sums() -> None:
@@ -52,8 +52,8 @@ def test_sums() -> None:
     assert made.memory == 128 * 80 * 10**9
     assert made.network_per_device == 50e9
     assert made.power == 16 * 10_200
-    assert made.hourly_price == pytest.approx(128 * 4.916)
-    assert cluster("p5:2").hourly_price == pytest.approx(2 * 39.33)  # the instance's own price, not its devices'
+    assert made.hourly_price == pytest.approx(128 * 3.29)
+    assert cluster("p5:2").hourly_price == pytest.approx(2 * 55.04)  # the instance's own price, not its devices'
     assert cluster("gb200-nvl72:2").power == 240_000
     assert cluster("gb200-nvl72").hourly_price is None
 
