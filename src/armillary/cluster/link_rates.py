@@ -24,7 +24,7 @@ from armillary.cluster.profile import LinkRate, Transfer
 from armillary.core.errors import ArmillaryError
 
 SIZES: Final = (8, 4096, 65_536, 1 << 20, 16 << 20)
-PATIENCE: Final = 20.0  # seconds that either side waits for the other
+PATIENCE: Final = 60.0  # seconds that either side waits for the other
 _LINE: Final = 64  # bytes between the two counters, so that they lie in cache lines of their own
 _SPINS: Final = 200  # looks at a counter before giving up the core: with as few cores as processes, spinning keeps the peer from running
 
