@@ -1,0 +1,166 @@
+"""A model's operations on devices of a cluster, as a cost model takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.cluster.cluster import Cluster
+from armillary.cluster.device import Device, Link
+from armillary.core.errors import CapacityError, InputError
+from armillary.core.units import format_bytes
+from armillary.models.graph.architecture import Architecture
+from armillary.models.graph.batch import Batch as Sums
+from armillary.models.graph.batch import Span, pairs
+from armillary.models.graph.layout import Layout
+from armillary.models.graph.precision import Precision
+from armillary.models.graph.work import Work
+from armillary.sim.batch import Batch
+from armillary.sim.collectives import terms
+from armillary.sim.costs.roofline import Rates, Roofline, Stage
+from armillary.sim.operation import Axis
+
+USABLE = 0.9  # share of a device's memory that weights and keys may take: the rest is for activations, the runtime, fragments
+_PRODUCTS = {"int4": "fp16", "q8_0": "fp16", "fp4": "fp16"}  # weight-only formats: unpacked, then multiplied in 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model on some devices of a cluster: one replica. Raises InputError for an impossible layout, CapacityError for one that does not fit."""
+
+    model: Architecture
+    cluster: Cluster
+    layout: Layout
+    precision: Precision
+
+    def __post_init__(self) -> None:
+        if self.layout.devices > self.cluster.devices:
+            raise InputError(
+                f"a replica of {self.layout.devices} devices on a cluster of {self.cluster.devices}",
+                f"lower tensor_parallel x pipeline_parallel to {self.cluster.devices}, or name a larger cluster",
+                field="cluster",
+            )
+        if self.kv_memory <= 0:
+            raise CapacityError(
+                f"{self.model.name} in {self.precision.weights} over {self.layout.devices} devices takes {format_bytes(self.weight_bytes)} of "
+                f"each, {format_bytes(-self.kv_memory)} more than the {format_bytes(self.usable)} that a {self.device.name} has for it",
+                f"spread it over at least {self.least_devices} such devices, use a smaller format (--weights int8), or a larger device",
+                field="layout",
+            )
+
+    @property
+    def device(self) -> Device:
+        return self.cluster.device
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a device that weights, keys and values may take."""
+        return int(self.device.memory * USABLE)
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """What a device of each pipeline stage does."""
+        return tuple(Work(self.model, self.layout, self.precision, stage) for stage in range(self.layout.pipeline_parallel))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights on the fullest device."""
+        return max(work.weight_bytes for work in self.works)
+
+    @property
+    def least_devices(self) -> int:
+        """How many devices hold the weights at all."""
+        return -(-sum(work.weight_bytes for work in self.works) * self.layout.tensor_parallel // self.usable)
+
+    @property
+    def kv_memory(self) -> int:
+        """Bytes of the fullest device that are left for keys and values; negative where the weights do not fit."""
+        return self.usable - self.weight_bytes
+
+    def kv_tokens(self) -> int:
+        """How many tokens' keys and values a replica holds."""
+        return min((self.usable - work.weight_bytes) // work.kv_bytes_per_token for work in self.works)
+
+    def kv_blocks(self, block_size: int) -> int:
+        """How many KV blocks a replica has. Raises CapacityError when not even one fits."""
+        blocks = self.kv_tokens() // block_size
+        if not blocks:
+            raise CapacityError(
+                f"beside its weights {self.model.name} leaves {format_bytes(self.kv_memory)} a device, less than one KV block of {block_size} tokens",
+                "use more devices or a smaller format",
+                field="layout",
+            )
+        return blocks
+
+    def roofline(self, *, launch: float = 0.0, host: float = 0.0, host_per_sequence: float = 0.0) -> Roofline:
+        """What an iteration costs. Weights of 4 bits are multiplied in 16, for that is how kernels use them."""
+        works = self.works
+        dtype = self.precision.weights
+        rates = Rates(
+            self.device.attainable(_PRODUCTS.get(dtype, dtype)), self.device.attainable_bandwidth, launch, host, host_per_sequence
+        )
+        stages = [self._stage(work) for work in works]
+        name = f"roofline of {self.model.name} on {self.layout.devices} x {self.device.name}"
+        return Roofline(name, stages, BatchFeatures(works[0]), rates)
+
+    def _stage(self, work: Work) -> Stage:
+        def matrix(*names: str) -> NDArray[np.int64]:
+            summed: NDArray[np.int64] = np.array([work.coefficients(name) for name in names], dtype=np.int64).sum(axis=0)
+            return summed
+
+        latency, per_byte = np.zeros(len(work.rows)), np.zeros(len(work.rows))
+        for place, row in enumerate(work.rows):
+            if row.axis is not None:
+                link = self._link(row.axis)
+                messages, share = terms(row.name, row.ranks)
+                latency[place], per_byte[place] = messages * link.latency, share * 1e9 / link.bandwidth
+        gates = np.array([work.basis.index(row.gate) for row in work.rows])
+        repeats = np.array([row.repeat for row in work.rows])
+        moved = matrix("weight_bytes", "kv_bytes", "read_bytes", "write_bytes")
+        return Stage(matrix("flops"), moved, matrix("message_bytes"), gates, repeats, latency, per_byte)
+
+    def _link(self, axis: Axis) -> Link:
+        """By which the ranks of an axis meet: a domain's fabric where they fit into one, else the network."""
+        layout = self.layout
+        ranks = layout.tensor_parallel if axis is Axis.TENSOR else layout.devices
+        link = self.cluster.domain_link if ranks <= self.cluster.domain else self.cluster.network
+        if link is None:
+            raise InputError(
+                f"{self.cluster.name} has no link among {ranks} devices", "name a node, such as dgx-h100, or a network: h100x8:2/ib-ndr"
+            )
+        return link
+
+
+class BatchFeatures:
+    """`Work.features` of what a simulator knows of a batch. Of decodes it knows the sum of what they read: under a window, their mean is cut."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def of(self, batch: Batch) -> list[int]:
+        return list(self._work.features(self._sums(batch)))
+
+    def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
+        first = np.array(self.of(Batch((), sequences, cached, sequences)), dtype=np.int64)
+        features = np.repeat(first[:, None], count, axis=1)
+        read = cached + sequences * np.arange(count, dtype=np.int64)
+        for index, window in enumerate(self._work.windows):
+            features[self._work.basis.index(f"decode_keys[{index}]")] = _keys(sequences, read, window)
+        return features
+
+    def _sums(self, batch: Batch) -> Sums:
+        spans = []
+        for window in self._work.windows:
+            pair = sum(pairs(query, cached, window) for query, cached in batch.prompts)
+            keys = sum(cached + query if window is None else min(cached + query, window + query - 1) for query, cached in batch.prompts)
+            spans.append(Span(pair, keys, int(_keys(batch.decodes, np.array(batch.cached), window))))
+        return Sums(batch.prompt_tokens, batch.decodes, batch.sampled, tuple(spans))
+
+
+def _keys(sequences: int, cached: NDArray[np.int64], window: int | None) -> NDArray[np.int64]:
+    """Keys that `sequences` decodes read after `cached` tokens in all."""
+    if window is None or not sequences:
+        return cached + sequences
+    return np.minimum(window, cached // sequences + 1) * sequences
