@@ -42,17 +42,15 @@ def parse_layout(text: str) -> Layout:
     """A layout from `tp=8,pp=2,sp`. Raises InputError for anything else."""
     from armillary.models.graph.layout import Layout
 
+    parts = [part for part in text.replace(" ", "").split(",") if part]
     degrees: dict[str, int] = {}
-    sequence_parallel = False
-    for part in filter(None, text.replace(" ", "").split(",")):
+    for part in parts:
         name, _, degree = part.partition("=")
-        if part == "sp":
-            sequence_parallel = True
-        elif name in _DEGREES and re.fullmatch("[0-9]{1,6}", degree, re.ASCII):
+        if name in _DEGREES and re.fullmatch("[0-9]{1,6}", degree, re.ASCII):
             degrees[_DEGREES[name]] = int(degree)
-        else:
-            raise InputError(f"{part[:40]!r} is not a part of a layout", "write tp=N, pp=N, ep=N, dp=N or sp", field="layout")
-    return Layout(**degrees, sequence_parallel=sequence_parallel)
+        elif part not in ("sp", "ba"):
+            raise InputError(f"{part[:40]!r} is not a part of a layout", "write tp=N, pp=N, ep=N, dp=N, sp or ba", field="layout")
+    return Layout(**degrees, sequence_parallel="sp" in parts, batch_attention="ba" in parts)
 
 
 def print_operations(model: str, batch: str | None, layout: str | None, formats: tuple[str, str, str], json: bool) -> None:

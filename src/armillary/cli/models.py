@@ -142,7 +142,12 @@ def show(
             help="List the operations of a batch instead: [COUNTx]TOKENS[@CACHED],..., such as 512,64x1@1000: a prompt and 64 decodes."
         ),
     ] = None,
-    layout: Annotated[str | None, Parameter(help="How it is spread over devices: tp, pp, ep, dp and sp, such as tp=8,pp=2,sp.")] = None,
+    layout: Annotated[
+        str | None,
+        Parameter(
+            help="How it is spread over devices: tp, pp, ep, dp, sp (tokens split between), ba (cache split by sequences), as in tp=8,pp=2,sp."
+        ),
+    ] = None,
     weights: Annotated[
         str | None, Parameter(help="Format of the matrices: fp32, fp16 (default), bf16, fp8, int8, q8_0, int4 or fp4.")
     ] = None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from armillary.models.config import ModelConfig
 from armillary.models.decoder import Decoder
 from armillary.models.graph.architecture import from_config
 from armillary.models.graph.batch import pairs, summed
+from armillary.models.graph.find import read
 from armillary.models.graph.layout import Layout
 from armillary.models.graph.parameters import active_parameters, kv_bytes_per_token, parameters
 from armillary.models.graph.precision import Precision
@@ -64,6 +66,36 @@ def test_attention_is_what_torch_counts_less_what_the_causal_mask_hides(family, 
     _, attention = counted(config, lengths, monkeypatch)
     hidden = sum(length * (length - 1) // 2 for length in lengths) * 4 * config.num_heads * config.head_dim * config.num_layers
     assert of_kind(from_config(config), [(length, 0) for length in lengths], Kind.ATTENTION) == attention - hidden
+
+
+def test_latent_attention_is_what_torch_counts_in_transformers_deepseek():
+    """Its layers without experts, a prompt at once: keys and values are expanded there too."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=10,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=5,
+    )
+    torch.manual_seed(0)
+    built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built(torch.arange(9)[None])
+    model = read(json.loads(config.to_json_string(use_diff=False)))
+    counts = counter.get_flop_counts()["Global"]
+    square = 2 * 2 * 4 * 81 * (10 + 5)
+    assert sum(counts.values()) - counts[torch.ops.aten.mm] == square
+    assert of_kind(model, [(9, 0)], Kind.GEMM, rows=9) == counts[torch.ops.aten.mm]
+    assert of_kind(model, [(9, 0)], Kind.ATTENTION) == square * 45 // 81
 
 
 def test_token_by_token_is_as_much_as_at_once():
@@ -247,6 +279,24 @@ def test_more_ranks_than_key_value_heads_copy_them():
     assert Work(architecture("palm-540b"), Layout(16)).kv_bytes_per_token == kv_bytes_per_token(architecture("palm-540b"))
 
 
+def test_a_cache_split_by_sequences():
+    """Pope et al. 2023, section 3.3: multiquery keys and values are read once instead of once a rank, for two small all-to-alls."""
+    palm, batch = architecture("palm-540b"), [(1, 2047)] * 256
+    copied, split = Work(palm, Layout(16)), Work(palm, Layout(16, batch_attention=True))
+    assert split.kv_bytes_per_token * 16 == copied.kv_bytes_per_token == kv_bytes_per_token(palm)
+    before, after = (work.of(work.batch(batch)) for work in (copied, split))
+    assert (after.flops, after.weight_bytes, 16 * after.kv_bytes) == (before.flops, before.weight_bytes, before.kv_bytes)
+    assert after.message_bytes - before.message_bytes == 2 * 118 * 256 * (48 * 256 // 16) * 2
+    (listed,) = operations(palm, batch, layout=Layout(16, batch_attention=True))
+    names = [operation.name for operation in listed]
+    assert names[names.index("all_to_all") :][:3] == ["all_to_all", "decode_attention", "all_to_all"]
+    (grouped,) = operations(LLAMA70, batch, layout=Layout(8, batch_attention=True))
+    exchanges = [operation.message_bytes for operation in grouped if operation.name == "all_to_all"]
+    assert exchanges == [256 * (8 + 2) * 128 * 2, 256 * 8 * 128 * 2]  # keys and values move as well where a rank projects some heads only
+    with pytest.raises(InputError, match="with data_parallel instead"):
+        Work(DEEPSEEK, Layout(8, batch_attention=True))
+
+
 def test_formats():
     packed = Work(architecture("smollm2-135m"), precision=Precision("int4", "fp32", "fp8"))
     products = 106_203_456 - 61 * 576 + 28_311_552
@@ -287,6 +337,7 @@ def test_layouts_that_cannot_be():
     for wrong, said in (
         ({"tensor_parallel": 0}, "at least 1"),
         ({"sequence_parallel": True}, "splits nothing"),
+        ({"batch_attention": True}, "splits nothing"),
         ({"expert_parallel": 3, "data_parallel": 4}, "does not divide the 4 devices"),
     ):
         with pytest.raises(InputError, match=said):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from armillary.models.graph.parameters import kv_elements
 from armillary.models.graph.rows import Device, Row, Terms
-from armillary.sim.operation import Kind
+from armillary.sim.operation import Axis, Kind
 
 
 def attention(device: Device, span: int) -> Iterator[Row]:
@@ -16,7 +17,7 @@ def attention(device: Device, span: int) -> Iterator[Row]:
 
 def _grouped(device: Device, span: int) -> Iterator[Row]:
     """Heads are split over tensor ranks (Shoeybi et al. 2019); with more ranks than key/value heads (Ainslie et al. 2023) each rank
-    keeps a copy of the one that its queries read."""
+    keeps a copy of the one that its queries read, unless they split the cache by sequences (Pope et al. 2023)."""
     model, tensor = device.model, device.layout.tensor_parallel
     heads, kv_heads, width = model.num_heads // tensor, max(1, model.num_kv_heads // tensor), model.head_dim
     queries, keys = heads * width, kv_heads * width
@@ -25,9 +26,12 @@ def _grouped(device: Device, span: int) -> Iterator[Row]:
         yield device.memory("qk_norm", queries + keys, queries + keys, weights=2 * width)
     if model.rope:
         yield device.memory("rope", queries + keys, queries + keys)
-    yield device.memory("kv_write", 2 * keys, 0, kv=2 * keys)
-    cached = device.precision.kv_bytes(2 * keys)
-    elements = device.precision.activation_bytes
+    over_batch = device.layout.batch_attention
+    cached, elements = cached_bytes(device), device.precision.activation_bytes
+    yield device.memory("kv_write", 2 * keys, 0, cached=cached)
+    if over_batch:  # a rank that projects every key/value head has the keys of its sequences already
+        moved = queries if kv_heads == model.num_kv_heads else queries + 2 * keys
+        yield device.message("all_to_all", moved, tensor, Axis.TENSOR)
     for phase, queried, pairs in (("prefill", "prefill_tokens", "prefill_pairs"), ("decode", "decodes", "decode_keys")):
         yield Row(
             f"{phase}_attention",
@@ -41,7 +45,19 @@ def _grouped(device: Device, span: int) -> Iterator[Row]:
             n=heads,
             k=width,
         )
+    if over_batch:
+        yield device.message("all_to_all", queries, tensor, Axis.TENSOR)
     yield device.gemm("o", model.hidden_size, queries, bias=model.o_bias)
+
+
+def cached_bytes(device: Device) -> int:
+    """Bytes that a token leaves in the device's cache of one layer."""
+    model, tensor = device.model, device.layout.tensor_parallel
+    if model.latent is not None:
+        return device.precision.kv_bytes(kv_elements(model))
+    if device.layout.batch_attention:
+        return -(-device.precision.kv_bytes(kv_elements(model)) // tensor)
+    return device.precision.kv_bytes(2 * max(1, model.num_kv_heads // tensor) * model.head_dim)
 
 
 def _latent(device: Device, span: int) -> Iterator[Row]:
@@ -54,14 +70,14 @@ def _latent(device: Device, span: int) -> Iterator[Row]:
     assert size is not None
     heads, key = model.num_heads // device.layout.tensor_parallel, size.nope_dim + size.rope_dim
     compressed, value = size.kv_rank + size.rope_dim, size.value_dim
-    cached, elements = device.precision.kv_bytes(compressed), device.precision.activation_bytes
+    cached, elements = cached_bytes(device), device.precision.activation_bytes
     prefill_keys, decode_keys = f"prefill_keys[{span}]", f"decode_keys[{span}]"
     yield device.gemm("qkv_down", (size.q_rank or heads * key) + compressed, model.hidden_size)
     yield device.norm(size.q_rank + size.kv_rank, m="tokens", name="latent_norm")
     if size.q_rank:
         yield device.gemm("q_up", heads * key, size.q_rank)
     yield device.memory("rope", (heads + 1) * size.rope_dim, (heads + 1) * size.rope_dim)
-    yield device.memory("kv_write", compressed, 0, kv=compressed)
+    yield device.memory("kv_write", compressed, 0, cached=cached)
     expand = device.gemm("kv_up", heads * (size.nope_dim + value), size.kv_rank, m=prefill_keys, gate="any_prefill")
     yield replace(expand, kv_bytes={prefill_keys: cached}, read_bytes={})
 

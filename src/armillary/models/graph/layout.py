@@ -15,7 +15,9 @@ class Layout:
     `tensor_parallel` splits heads, MLP columns and vocabulary (Shoeybi et al. 2019); `sequence_parallel` also splits what lies between
     them by tokens, so an all-reduce becomes a reduce-scatter and an all-gather (Korthikanti et al. 2023). `data_parallel` replicas of a
     stage each run a batch of their own. `expert_parallel` spreads whole experts over so many devices of a stage, across replicas too,
-    with an all-to-all before and after (Lepikhin et al. 2021); at 1 every expert is split like an MLP.
+    with an all-to-all before and after (Lepikhin et al. 2021); at 1 every expert is split like an MLP. `batch_attention` splits the cache over
+    the tensor ranks by sequences instead of heads, with all-to-alls of queries and outputs (Pope et al. 2023): what multiquery attention,
+    whose one head every rank would hold, needs. It counts the mean rank, so a batch should have at least `tensor_parallel` sequences.
     """
 
     tensor_parallel: int = 1
@@ -23,6 +25,7 @@ class Layout:
     expert_parallel: int = 1
     data_parallel: int = 1
     sequence_parallel: bool = False
+    batch_attention: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel"):
@@ -33,6 +36,12 @@ class Layout:
                 "sequence_parallel with tensor_parallel 1 splits nothing",
                 "set tensor_parallel to 2 or more, or leave sequence_parallel off",
                 field="sequence_parallel",
+            )
+        if self.batch_attention and self.tensor_parallel == 1:
+            raise InputError(
+                "batch_attention with tensor_parallel 1 splits nothing",
+                "set tensor_parallel to 2 or more, or leave batch_attention off",
+                field="batch_attention",
             )
         if self.tensor_parallel * self.data_parallel % self.expert_parallel:
             raise InputError(
@@ -64,6 +73,12 @@ def check(model: Architecture, layout: Layout) -> None:
             f"{model.name} has {model.num_heads} attention heads, which tensor_parallel {tensor} does not divide",
             f"choose tensor_parallel from {_divisors(model.num_heads)}",
             field="tensor_parallel",
+        )
+    if layout.batch_attention and model.latent is not None:
+        raise InputError(
+            f"{model.name}: a latent's attention over the batch is not counted here",
+            "give every device an attention of its own with data_parallel instead",
+            field="batch_attention",
         )
     if model.latent is None and model.num_kv_heads % tensor and tensor % model.num_kv_heads:
         raise InputError(

@@ -84,15 +84,17 @@ class Device:
             resident=0 if copy else weights,
         )
 
-    def memory(self, name: str, read: int, write: int, *, m: str = "tokens", weights: int = 0, kv: int = 0, gate: str = "always") -> Row:
-        """Activations read and written for each of m, `weights` elements read once, `kv` elements of the cache written for each."""
+    def memory(
+        self, name: str, read: int, write: int, *, m: str = "tokens", weights: int = 0, cached: int = 0, gate: str = "always"
+    ) -> Row:
+        """Activations read and written for each of m, `weights` elements read once, `cached` bytes of the cache written for each."""
         held = self.precision.activation_bytes(weights)
         return Row(
             name,
             Kind.MEMORY,
             gate,
             weight_bytes={gate: held} if weights else {},
-            kv_bytes={m: self.precision.kv_bytes(kv)} if kv else {},
+            kv_bytes={m: cached} if cached else {},
             read_bytes={m: self.precision.activation_bytes(read)} if read else {},
             write_bytes={m: self.precision.activation_bytes(write)} if write else {},
             m=m,

@@ -10,11 +10,10 @@ from typing import Final
 
 from armillary.core.errors import InputError
 from armillary.models.graph.architecture import Architecture
-from armillary.models.graph.attention import attention
+from armillary.models.graph.attention import attention, cached_bytes
 from armillary.models.graph.batch import Batch, summed, windows_of
 from armillary.models.graph.layout import Layout, check
 from armillary.models.graph.mlp import mixture, mlp
-from armillary.models.graph.parameters import kv_elements
 from armillary.models.graph.precision import Precision
 from armillary.models.graph.rows import Device, Row, Terms
 from armillary.sim.operation import Axis, Kind, Operation, Totals
@@ -67,11 +66,9 @@ class Work:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that a token of full attention holds in the device's cache: its stage's layers, its tensor rank's heads."""
-        model, tensor = self.model, self.layout.tensor_parallel
-        layers = len(self.layout.layers(model.num_layers, self.stage))
-        elements = kv_elements(model) if model.latent is not None else 2 * max(1, model.num_kv_heads // tensor) * model.head_dim
-        return layers * self.precision.kv_bytes(elements)
+        """Bytes that a token of full attention holds in the device's cache: its stage's layers, its tensor rank's part."""
+        layers = len(self.layout.layers(self.model.num_layers, self.stage))
+        return layers * cached_bytes(Device(self.model, self.layout, self.precision))
 
     def features(self, batch: Batch) -> tuple[int, ...]:
         """The batch on `basis`."""
