@@ -110,6 +110,9 @@ class EngineFlags:
         str | None,
         _flag('Memory of the accelerator (stood for by part of this machine\'s), such as "2GB" (default: what --offload needs).', _ENGINE),
     ] = None
+    offload_compress: Annotated[
+        str | None, _flag("Offloaded matrices, keys and values in 4 bits, in groups of 64: none (default) or int4.", _ENGINE)
+    ] = None
     offload_folder: Annotated[str | None, _flag("Folder of the disk tier's files (default: the cache folder).", _ENGINE)] = None
     tool_format: Annotated[
         str | None, _flag("How the model writes tool calls: auto (default), hermes, tagged-list, granite, llama-json or pythonic.", _ENGINE)

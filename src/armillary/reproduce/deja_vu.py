@@ -250,6 +250,6 @@ EXPERIMENT: Final = Experiment(
     setup=f"a ReGLU decoder of {RELU.parameters() / 1e6:.1f} M parameters trained here on bytes of State of the Union addresses, predictors of rank "
     "128 that read the attention input of the layer before; then SmolLM2 (SwiGLU), predictors for its largest quarter from 2,048 tokens of text. "
     "Speed is not measured here: bench/contextual_sparsity.py does",
-    takes="a minute",
+    takes="one to two minutes",
     run=run,
 )

@@ -80,6 +80,9 @@ class EngineConfig(Config):
     """What of the model lies in the accelerator's memory, in RAM and on disk: "auto" or a policy (see `serve.offload.policy`); none keeps all here."""
     offload_memory: Bytes | None = None
     """Bytes of the accelerator's memory; none is what the policy needs."""
+    offload_compress: Literal["none", "int4"] = Field(
+        "none", description="keep offloaded matrices, keys and values in 4 bits, in groups of 64"
+    )
     offload_folder: str | None = None
     """Where the disk tier's files are; none is the cache folder."""
     tool_format: str = "auto"
@@ -229,6 +232,8 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _offload_can(self) -> EngineConfig:
         if self.offload is None:
+            if self.offload_compress != "none":
+                raise InputError("offload_compress says nothing without offload", "give offload, such as auto", field="offload")
             if self.offload_memory is not None or self.offload_folder is not None:
                 raise InputError(
                     "offload_memory and offload_folder say nothing without offload", "give offload, such as auto", field="offload"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,10 @@ def _offloaded(loaded: LoadedModel, config: EngineConfig, policy: str, in_place:
     if policy == "auto":
         assert config.offload_memory is not None
         memory = available_memory()
-        chosen = fit(loaded.config, bounds, config.offload_memory, memory=None if memory is None else memory // 2)
+        half = None if memory is None else memory // 2
+        chosen = fit(loaded.config, bounds, config.offload_memory, memory=half, compress=config.offload_compress == "int4")
     else:
-        chosen = OffloadPolicy.parse(policy)
+        chosen = replace(OffloadPolicy.parse(policy), compress=config.offload_compress == "int4")
     folder = Path(config.offload_folder).expanduser() if config.offload_folder is not None else cache_dir() / "offload"
     return OffloadForward(loaded.current_weights, chosen, bounds, folder=folder, memory=config.offload_memory, release=in_place)
 

@@ -29,7 +29,7 @@ from armillary.serve.executors.forward import FlatBatch, Logits
 from armillary.serve.executors.torch_adapters import Adapted, TorchAdapter
 from armillary.serve.offload.arena import Arena, aligned, as_floats
 from armillary.serve.offload.batches import Batch, cut
-from armillary.serve.offload.cache import TieredCache, WindowMap
+from armillary.serve.offload.cache import RoundedAttend, TieredCache, WindowMap
 from armillary.serve.offload.disk import on_disk
 from armillary.serve.offload.layout import Bounds, Layout, layout
 from armillary.serve.offload.policy import OffloadPolicy, Tier
@@ -43,8 +43,8 @@ class OffloadForward:
     """`Forward` with weights, KV cache and activations on three tiers.
 
     `memory`: bytes of the accelerator, which this process keeps to by its own books (default: what the policy needs). `folder` is for
-    the disk tier's files. `moved` counts bytes by what moved, which way, and the tier at the other end; the logits are bit for bit those
-    of the same batches with everything in the arena. Raises CapacityError when the policy needs more than `memory`.
+    the disk tier's files. `moved` counts bytes by what moved, which way, and the tier at the other end (what is compressed is expanded from its
+    home, the arena's too); the logits are bit for bit those of the same batches with everything in the arena. Raises CapacityError when the policy needs more than `memory`.
     """
 
     own_threads = False
@@ -77,7 +77,7 @@ class OffloadForward:
         self._folder = folder
         self._views = [self.weights.views(buffer) for buffer in self.weights.buffers if buffer.nbytes]
         for index, home in enumerate(self.weights.homes[: config.num_layers]):
-            if self.layout.weight_tiers[index] is Tier.ARENA:
+            if not self.layout.weights_away[index]:
                 self.weights.bind(index, self.weights.views(home))
         self.name = "torch (offloaded)"
         self.prepared = (
@@ -141,12 +141,10 @@ class OffloadForward:
         """The layers, and the pieces of the head for the batches that want logits."""
         every = tuple(range(len(batches)))
         sampled = tuple(index for index, one in enumerate(batches) if one.rows)
-        layers, tiers = self.config.num_layers, self.layout.weight_tiers
-        units = [
-            Unit(index, every, tiers[index] is not Tier.ARENA, self.layout.cache_tiers[index] is not Tier.ARENA) for index in range(layers)
-        ]
+        layers, away = self.config.num_layers, self.layout.weights_away
+        units = [Unit(index, every, away[index], self.layout.cache_away[index]) for index in range(layers)]
         if sampled:
-            units += [Unit(index, sampled, tiers[index] is not Tier.ARENA, keeps=False) for index in range(layers, len(tiers))]
+            units += [Unit(index, sampled, away[index], keeps=False) for index in range(layers, len(away))]
         return units
 
     def _settle(self) -> None:
@@ -198,7 +196,7 @@ class _Pass:
         self.angles: list[tuple[Angles, Angles]] = []
         self.adapters = batch.adapters
         self.maps = [WindowMap(forward.cache, one.spans) for one in batches] if forward.cache.windows else []
-        self.attends: dict[tuple[int, int], PagedAttend] = {}
+        self.attends: dict[tuple[int, int], PagedAttend | RoundedAttend] = {}
         decoder = forward.weights.skeleton
         tokens, positions = (torch.from_numpy(np.array(values, np.int64)) for values in (batch.tokens, batch.positions))
         for index, one in enumerate(batches):
@@ -265,7 +263,7 @@ class _Pass:
         config, stays = forward.config, self.stays[index]
         x = stays if stays is not None else forward._ring[self.buffer[Move("hidden", "load", unit, index)]]
         x = x[: self._rows(unit, index, after=False)]
-        away = forward.layout.weight_tiers[unit] is not Tier.ARENA
+        away = forward.layout.weights_away[unit]
         if unit >= config.num_layers:
             first, end = forward.weights.rows_of(unit)
             flat = forward.weights.buffers[forward._buffer_of[unit]] if away else forward.weights.homes[unit]
@@ -282,15 +280,18 @@ class _Pass:
             y = forward.weights.skeleton.norm(y[one.rows])
         (stays if stays is not None else forward._ring[self.buffer[Move("hidden", "load", unit, index)]])[: len(y)].copy_(y)
 
-    def _attend(self, unit: int, index: int) -> PagedAttend:
+    def _attend(self, unit: int, index: int) -> PagedAttend | RoundedAttend:
         """On the layer's own pool where it is in the arena, else on the window that it was loaded into."""
         cache = self.forward.cache
-        away = cache.tiers[unit] is not Tier.ARENA
+        away = self.forward.layout.cache_away[unit]
         window = self.buffer[Move("cache", "load", unit, index)] if away else -1
         attend = self.attends.get((index, window))
         if attend is None:
             pool, spans = (cache.windows[window], self.maps[index].spans) if away else (cache, tuple(self.batches[index].spans))
-            attend = self.attends[index, window] = PagedAttend(pool, spans)
+            attend = PagedAttend(pool, spans)
+            if self.forward.layout.policy.compress:
+                attend = RoundedAttend(attend, self.maps[index])
+            self.attends[index, window] = attend
         return attend
 
     def _rows(self, unit: int, index: int, *, after: bool) -> int:

@@ -7,6 +7,9 @@ linear program. The shipped model differs from the paper's formula T = max(...):
     Tgen = ctog + max(gtoc, dtoc, ctod, compute)           a layer, one token of each sequence
     T    = l (Tpre + (n - 1) Tgen)
 
+Compressed, weights and cache take 5 bits a number instead of 16 (compress.py) wherever they lie and whenever they move. A cache in 4 bits is not
+attended to by the CPU, as in FlexGen: it moves, and attention is the accelerator's. What is expanded there is in fp16.
+
 Source: Sheng et al., "FlexGen" (ICML 2023), section 4.3 and appendix A.1, and the project's experimental/cost_model.py (constants and maxima).
 """
 
@@ -21,6 +24,7 @@ import numpy as np
 
 from armillary.core.errors import InputError
 from armillary.core.units import GIB
+from armillary.serve.offload.compress import BITS
 from armillary.serve.offload.policy import Split
 
 FRACTIONS: Final = ("wg", "wc", "wd", "cg", "cc", "cd", "hg", "hc", "hd")
@@ -65,6 +69,7 @@ class Work:
     answer: int
     block: int
     batch: int
+    compressed: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.block % self.batch:
@@ -72,8 +77,13 @@ class Work:
 
     @property
     def layer_bytes(self) -> int:
-        """Weights of a layer: four attention and two MLP matrices."""
+        """Weights of a layer in fp16: four attention and two MLP matrices."""
         return 8 * self.hidden**2 + 4 * self.hidden * self.inner
+
+    @property
+    def kept(self) -> float:
+        """What weights and cache take at home, of fp16."""
+        return BITS / 16 if self.compressed else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +107,8 @@ def row(constant: float = 0.0, **coefficients: float) -> Row:
 
 def prefill_rows(work: Work, hardware: Hardware) -> list[Row]:
     """Seconds of a layer over all prompts: the largest counts."""
-    s, h, bls, wi = work.prompt, work.hidden, work.block, work.layer_bytes
-    state, cache = 2 * s * h * bls, 4 * (s + 1) * h * bls
+    s, h, bls, wi = work.prompt, work.hidden, work.block, work.layer_bytes * work.kept
+    state, cache = 2 * s * h * bls, 4 * (s + 1) * h * bls * work.kept
     to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
     to_ram = row(cc=cache, cd=cache) / hardware.arena_to_ram_cache + row(hc=state, hd=state) / hardware.arena_to_ram_hidden
     from_disk = row(wd=wi, hd=state) / hardware.disk_to_ram
@@ -108,45 +118,60 @@ def prefill_rows(work: Work, hardware: Hardware) -> list[Row]:
 
 
 def generation_rows(work: Work, hardware: Hardware) -> list[Row]:
-    """Seconds of a layer over one token of every sequence: the largest counts. Keys that are not in the arena are attended to by the CPU."""
-    h, bls, wi = work.hidden, work.block, work.layer_bytes
-    state, cached = 2 * h * bls, 4 * bls * (work.prompt + work.answer / 2) * h
+    """Seconds of a layer over one token of every sequence: the largest counts. Keys that are not in the arena are attended to by the CPU,
+    unless they are compressed."""
+    h, bls, wi = work.hidden, work.block, work.layer_bytes * work.kept
+    state, fp16 = 2 * h * bls, 4 * bls * (work.prompt + work.answer / 2) * h  # also the attention's operations
+    cached, new = fp16 * work.kept, 4 * bls * h * work.kept
     to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
     to_ram = row(hc=state, hd=state) / hardware.arena_to_ram_hidden
     from_disk = row(cd=cached, hd=state) / hardware.disk_to_ram + row(wd=wi) / (0.95 * hardware.disk_to_ram)
-    to_disk = row(cd=4 * bls * h, hd=state) / hardware.ram_to_disk_g
+    to_disk = row(cd=new, hd=state) / hardware.ram_to_disk_g
     products = row(bls * (8 * h**2 + 4 * h * work.inner) / hardware.products_g)
-    on_cpu = cached / (hardware.cpu * _cpu_share(work))
-    return [
-        to_arena + other for other in (to_ram, from_disk, to_disk, products + row(cg=cached / hardware.attention_g, cc=on_cpu, cd=on_cpu))
-    ]
+    if work.compressed:
+        to_arena += row(cc=cached, cd=cached) / hardware.ram_to_arena
+        to_ram += row(cc=new, cd=new) / hardware.arena_to_ram_cache
+        attention = row(fp16 / hardware.attention_g)
+    else:
+        on_cpu = fp16 / (hardware.cpu * _cpu_share(work))
+        attention = row(cg=fp16 / hardware.attention_g, cc=on_cpu, cd=on_cpu)
+    return [to_arena + other for other in (to_ram, from_disk, to_disk, products + attention)]
 
 
 def peak_rows(work: Work, hardware: Hardware) -> dict[str, tuple[Row, float]]:
     """Bytes at the peak of each tier and phase, and what they may be: what lives there, and buffers of what passes through."""
     s, n, layers, h, h2, heads = work.prompt, work.answer, work.layers, work.hidden, work.inner, work.heads
-    bls, gbs, wi = work.block, work.batch, work.layer_bytes
-    whole = s + n
+    bls, gbs, full, kept = work.block, work.batch, work.layer_bytes, work.kept
+    wi, whole = full * kept, s + n
+    cache, window = 4 * whole * h * bls * layers * kept, 4 * gbs * whole * h
+    # What is compressed passes through buffers of fp16 from the arena too; else a buffer is spared for what lives there.
+    passing = 0.0 if work.compressed else 1.0
     arena, ram, disk = (hardware.margin * size for size in (hardware.arena, hardware.ram, hardware.disk))
     inside_p = gbs * (8 * s * h + 2 * s * h + 2 * heads * s**2 + 2 * s * h + 4 * s * h + 2 * s * h2 + 2 * s * h)
-    inside_g = row(gbs * (8 * h + 4 * h + 2 * h2 + 2 * h), cg=gbs * (4 * h + 4 * whole * h + 2 * heads * whole))
+    attending = gbs * (4 * h + 2 * heads * whole) + 2 * window
     arena_p = row(
-        inside_p + 2 * wi + 2 * s * h * gbs, wg=wi * layers - 2 * wi, hg=2 * s * h * bls - 2 * s * h * gbs, cg=4 * whole * h * bls * layers
+        inside_p + 2 * full + 2 * s * h * gbs + (1 - passing) * 2 * window,
+        wg=wi * layers - 2 * passing * wi,
+        hg=2 * s * h * bls - 2 * s * h * gbs,
+        cg=cache,
     )
-    arena_g = inside_g + row(
-        2 * wi + 2 * h * gbs, wg=wi * layers - 2 * wi, hg=2 * h * bls - 2 * h * gbs, cg=4 * whole * h * bls * layers + 4 * gbs * whole * h
+    arena_g = row(
+        gbs * (8 * h + 4 * h + 2 * h2 + 2 * h) + 2 * full + 2 * h * gbs + (1 - passing) * attending,
+        wg=wi * layers - 2 * passing * wi,
+        hg=2 * h * bls - 2 * h * gbs,
+        cg=cache + passing * attending,
     )
-    ram_p = row(wi + 2 * s * h * gbs, wg=-wi, hg=-2 * s * h * gbs, wc=wi * layers, hc=2 * s * h * bls, cc=4 * s * h * bls * layers)
+    ram_p = row(wi + 2 * s * h * gbs, wg=-wi, hg=-2 * s * h * gbs, wc=wi * layers, hc=2 * s * h * bls, cc=4 * s * h * bls * layers * kept)
     ram_g = row(
         2 * heads * whole * gbs + 2 * h * gbs,
         wc=wi * layers,
         hc=2 * h * bls,
-        cc=4 * whole * h * bls * layers,
+        cc=cache,
         wd=wi,
         hd=4 * h * gbs,
-        cd=8 * whole * h * gbs,
+        cd=8 * whole * h * gbs * kept,
     )
-    on_disk = row(wd=wi * layers, hd=2 * s * h * bls, cd=4 * whole * h * bls * layers)
+    on_disk = row(wd=wi * layers, hd=2 * s * h * bls, cd=cache)
     return {
         "arena, prefill": (arena_p, arena),
         "arena, generation": (arena_g, arena),

@@ -73,6 +73,7 @@ class OffloadPolicy:
     cache: Split = EVERYTHING_HERE
     hidden: Split = EVERYTHING_HERE
     batches: int = 1
+    compress: bool = False  # matrices, keys and values are kept in 4 bits (compress.py), on every tier
 
     def __post_init__(self) -> None:
         if not 1 <= self.batches <= MAX_BATCHES:
@@ -102,7 +103,9 @@ class OffloadPolicy:
                     "write auto, or weights=20/80/0,cache=0/100/0,hidden=0/100/0,batches=3 (percent in the arena, RAM and on disk)",
                     field="offload",
                 )
-        return cls(**splits, batches=batches)
+        weights, cache, hidden = (splits.get(name, EVERYTHING_HERE) for name in ("weights", "cache", "hidden"))
+        return cls(weights, cache, hidden, batches)
 
     def __str__(self) -> str:
-        return f"weights={self.weights},cache={self.cache},hidden={self.hidden},batches={self.batches}"
+        kept = ", in 4 bits" if self.compress else ""
+        return f"weights={self.weights},cache={self.cache},hidden={self.hidden},batches={self.batches}{kept}"
