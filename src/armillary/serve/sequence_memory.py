@@ -8,7 +8,7 @@ from itertools import chain
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.block_pool import BlockPool
-from armillary.serve.kv_policies import Dense, KVPolicy
+from armillary.serve.kv_policies import KVPolicy
 from armillary.serve.prefix_cache import PrefixCache
 from armillary.serve.request import Request
 from armillary.serve.schedule import Hit
@@ -25,7 +25,7 @@ class SequenceMemory:
         self.pool = BlockPool(total, block_size, self._forget)
         self._prefixes = PrefixCache(self.pool) if sharing else None
         self._retained: dict[str, Request] = {}
-        self._whole = isinstance(kv, Dense)  # a table keeps all its blocks
+        self._whole = kv.positional  # a table keeps all its blocks
 
     def retain(self, request: Request) -> None:
         """An ended sequence keeps its blocks for forks."""
