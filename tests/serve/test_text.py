@@ -54,6 +54,19 @@ def test_pieces_add_up_to_the_decoded_whole(ids: list[int], skip_special: bool) 
     assert "".join(pushed(TextStream(Bytes(), skip_special=skip_special), ids)) == Bytes().decode(ids, skip_special)
 
 
+ONE = Bytes()
+
+
+@given(st.lists(st.integers(0, SPECIAL), max_size=40), st.lists(st.integers(0, SPECIAL), max_size=40))
+def test_streams_of_one_tokenizer_do_not_mix(first: list[int], second: list[int]) -> None:
+    streams = TextStream(ONE), TextStream(ONE, skip_special=False)
+    pieces = [(streams[0].push(a), streams[1].push(b)) for a, b in zip(first, second, strict=False)]
+    pieces.append((streams[0].finish(), streams[1].finish()))
+    least = len(pieces) - 1
+    assert "".join(a for a, _ in pieces) == ONE.decode(first[:least])
+    assert "".join(b for _, b in pieces) == ONE.decode(second[:least], skip_special=False)
+
+
 @given(st.text(max_size=40))
 def test_no_piece_ends_within_a_character(text: str) -> None:
     text = text.encode("utf-8", "replace").decode()

@@ -41,12 +41,13 @@ class Outbox:
                 return
             self._delivering = True
         while True:
-            with self._changed:
-                if not self._events:
-                    self._delivering = False
-                    self._changed.notify_all()
-                    return
-                request, event = self._events.popleft()
+            if not self._events:
+                with self._changed:
+                    if not self._events:
+                        self._delivering = False
+                        self._changed.notify_all()
+                        return
+            request, event = self._events.popleft()  # without the lock: nobody else takes any
             try:
                 assert request.on_event is not None
                 request.on_event(event)

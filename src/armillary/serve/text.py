@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +17,39 @@ class Detokeniser(Protocol):
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def token_bytes(self, token: int) -> bytes: ...
+
+
+class _Pieces(dict[int, str | bytes]):
+    """What each token adds after the first that adds anything, found when it first comes: text, or bytes that are no whole characters."""
+
+    def __init__(self, tokenizer: Detokeniser, skip_special: bool) -> None:
+        self._tokenizer = weakref.ref(tokenizer)  # which is what the table is kept by
+        self._skip_special = skip_special
+
+    def __missing__(self, token: int) -> str | bytes:
+        tokenizer = self._tokenizer()
+        assert tokenizer is not None  # a stream has it
+        piece = tokenizer.token_bytes(token)
+        if self._skip_special and piece and _left_out(tokenizer, token):
+            piece = b""
+        self[token] = piece
+        with contextlib.suppress(UnicodeDecodeError):
+            self[token] = piece.decode()
+        return self[token]
+
+
+_tables: weakref.WeakKeyDictionary[Detokeniser, dict[bool, _Pieces]] = weakref.WeakKeyDictionary()
+
+
+def _pieces_of(tokenizer: Detokeniser, skip_special: bool) -> _Pieces:
+    """The table that all streams of a tokenizer share: with 256 sequences running, asking the tokenizer for each token took longer than all else."""
+    tables = _tables.setdefault(tokenizer, {})
+    return tables.setdefault(skip_special, _Pieces(tokenizer, skip_special))
+
+
+def _left_out(tokenizer: Detokeniser, token: int) -> bool:
+    """Whether decoding leaves a token out because it is special."""
+    return tokenizer.decode([token], skip_special=True) == "" and tokenizer.decode([token], skip_special=False) != ""
 
 
 class TextStream:
@@ -32,11 +67,13 @@ class TextStream:
         if "" in stop:
             raise InputError("a stop string is empty", "give at least one character or leave it out", field="stop")
         self._tokenizer = tokenizer
+        self._pieces = _pieces_of(tokenizer, skip_special)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun = False
+        self._within = False  # a character, of which the decoder has the first bytes
         self._held = ""
         self.stop_string: str | None = None
 
@@ -47,37 +84,38 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take the next token and return the text that is now certain ("" when none is)."""
-        if self.stopped:
+        if self.stop_string is not None:
             return ""
-        piece = self._decoder.decode(self._bytes(token))
-        return self._release(piece) if piece else ""
+        piece = self._pieces[token] if self._begun else self._first(token)
+        if self._within or isinstance(piece, bytes):
+            piece = self._decoder.decode(piece if isinstance(piece, bytes) else piece.encode())
+            self._within = self._decoder.getstate()[0] != b""
+        return self._release(piece) if piece and self._stop else piece
 
     def finish(self) -> str:
         """No token follows: return what was held back. An incomplete character becomes U+FFFD."""
         if self.stopped:
             return ""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        last = self._decoder.decode(b"", final=True)
+        text = (self._release(last) if self._stop else last) + self._held
         self._held = ""
         return text
 
-    def _bytes(self, token: int) -> bytes:
-        """The token's bytes; none for a special token when those are skipped."""
+    def _first(self, token: int) -> bytes:
+        """What a token adds before which none has added anything."""
         piece = self._tokenizer.token_bytes(token)
-        if not self._begun or (self._skip_special and piece):
-            shown = self._tokenizer.decode([token], skip_special=self._skip_special)
-            if self._skip_special and shown == "" and self._tokenizer.decode([token], skip_special=False) != "":
-                return b""
-            if not self._begun and piece:
-                self._begun = True
-                # SentencePiece marks the start of a word with a space; decoding drops it at the start of the text.
-                if piece[:1] == b" " and piece[1:].decode("utf-8", "replace") == shown:
-                    return piece[1:]
+        shown = self._tokenizer.decode([token], skip_special=self._skip_special)
+        if self._skip_special and shown == "" and self._tokenizer.decode([token], skip_special=False) != "":
+            return b""
+        if piece:
+            self._begun = True
+            # SentencePiece marks the start of a word with a space; decoding drops it at the start of the text.
+            if piece[:1] == b" " and piece[1:].decode("utf-8", "replace") == shown:
+                return piece[1:]
         return piece
 
     def _release(self, piece: str) -> str:
         """Add `piece` to the text and return the part of what is held that no stop string can claim any more."""
-        if not self._stop:
-            return piece
         text, fresh = self._held + piece, len(self._held)
         found = self._first_stop(text, fresh)
         if found is not None:

@@ -42,10 +42,13 @@ class WholeAnswer(Protocol):
 
 
 class Answer(WholeAnswer, Protocol):
-    """One that may be told in chunks too."""
+    """One that may be told in chunks too: objects of `head`, one of `choices`, and, with `include_usage`, a usage that is null until the end."""
 
-    def chunks(self, choice: int, event: Event) -> Iterator[Json]:
-        """The stream's objects for one event."""
+    head: Json
+    include_usage: bool
+
+    def choices(self, choice: int, event: Event) -> Iterator[Json]:
+        """The choice of each of the stream's chunks for one event."""
         ...
 
     def usage_chunk(self) -> Json | None:
@@ -60,14 +63,14 @@ class _Answer:
         self.id = answer_id
         self.tokenizer = service.tokenizer
         self._eos = service.engine.eos_ids
-        self._head = {
+        self.head = {
             "id": answer_id,
             "object": kind,
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": FINGERPRINT,
         }
-        self._include_usage = include_usage
+        self.include_usage = include_usage
         self._prompt_tokens = prompt_tokens
         self._n = n
         self._output_tokens = 0
@@ -94,14 +97,8 @@ class _Answer:
             "prompt_tokens_details": {"cached_tokens": sum(request.reused for request in self.requests[:: self._n])},
         }
 
-    def _chunk(self, choice: Json) -> Json:
-        chunk = {**self._head, "choices": [choice]}
-        if self._include_usage:
-            chunk["usage"] = None
-        return chunk
-
     def usage_chunk(self) -> Json | None:
-        return {**self._head, "choices": [], "usage": self._usage()} if self._include_usage else None
+        return {**self.head, "choices": [], "usage": self._usage()} if self.include_usage else None
 
 
 class ChatAnswer(_Answer):
@@ -125,7 +122,7 @@ class ChatAnswer(_Answer):
         self._logprobs: list[list[Json]] | None = [[] for _ in range(choices)] if logprobs else None
         self._greeted: set[int] = set()
 
-    def chunks(self, choice: int, event: Event) -> Iterator[Json]:
+    def choices(self, choice: int, event: Event) -> Iterator[Json]:
         self._count(event)
         if choice not in self._greeted:
             # Sent with the first token and not before, so that a client's time to first chunk is its time to first token.
@@ -157,7 +154,7 @@ class ChatAnswer(_Answer):
             }
             for index, message in enumerate(self._messages)
         ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self.head, "choices": choices, "usage": self._usage()}
 
     def _scored(self, choice: int, event: Event) -> list[Json]:
         if self._logprobs is None or event.logprob is None or not self._is_text(choice, event):
@@ -166,7 +163,7 @@ class ChatAnswer(_Answer):
 
     def _piece(self, choice: int, delta: Json, scored: list[Json] | None = None, finish_reason: str | None = None) -> Json:
         logprobs = {"content": scored, "refusal": None} if scored else None
-        return self._chunk({"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
+        return {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 class CompletionAnswer(_Answer):
@@ -192,13 +189,13 @@ class CompletionAnswer(_Answer):
         )
         self._logprobs: list[Json | None] = [None] * choices
 
-    def chunks(self, choice: int, event: Event) -> Iterator[Json]:
+    def choices(self, choice: int, event: Event) -> Iterator[Json]:
         self._count(event)
         text, columns = self._piece(choice, event)
         if text or columns:
-            yield self._chunk({"index": choice, "text": text, "logprobs": columns, "finish_reason": None})
+            yield {"index": choice, "text": text, "logprobs": columns, "finish_reason": None}
         if event.finish_reason is not None:
-            yield self._chunk({"index": choice, "text": "", "logprobs": None, "finish_reason": event.finish_reason})
+            yield {"index": choice, "text": "", "logprobs": None, "finish_reason": event.finish_reason}
 
     def add(self, choice: int, event: Event) -> None:
         self._count(event)
@@ -214,7 +211,7 @@ class CompletionAnswer(_Answer):
             {"index": index, "text": "".join(texts), "logprobs": self._logprobs[index] or empty, "finish_reason": self._finish[index]}
             for index, texts in enumerate(self._texts)
         ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self.head, "choices": choices, "usage": self._usage()}
 
     def _piece(self, choice: int, event: Event) -> tuple[str, Json | None]:
         """The text and the columns that an event adds, the echo first."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from armillary.serve.http.answers import Answer, WholeAnswer, failure
 from armillary.serve.http.errors import APIError
@@ -56,12 +56,15 @@ class ChunkWire:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
+        # What is the same in every chunk is written once.
+        self._before = b"data: " + to_json(answer.head)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if answer.include_usage else b"]}\n\n"
 
     def begin(self) -> bytes:
         return b""
 
     def event(self, choice: int, event: Event) -> bytes:
-        return b"".join(frame(chunk) for chunk in self._answer.chunks(choice, event))
+        return b"".join([self._before + to_json(piece) + self._after for piece in self._answer.choices(choice, event)])
 
     def end(self) -> bytes:
         usage = self._answer.usage_chunk()
@@ -108,25 +111,62 @@ class EventStream(Response):
         async with cancelled_with_client(receive, self._stream):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             with contextlib.suppress(OSError):  # the client is gone, or (TimeoutError is one) as good as gone
-                async for payload in self._payloads():
-                    async with asyncio.timeout(WRITE_TIMEOUT_SECONDS):
-                        await send({"type": "http.response.body", "body": payload, "more_body": True})
+                async with Patience(send, WRITE_TIMEOUT_SECONDS) as patient:
+                    await self._write(patient.send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _payloads(self) -> AsyncIterator[bytes]:
-        if begin := self._wire.begin():
-            yield begin
+    async def _write(self, send: Send) -> None:
+        wire = self._wire
+        if begin := wire.begin():
+            await send({"type": "http.response.body", "body": begin, "more_body": True})
         async for batch in self._stream.batches():
             frames: list[bytes] = []
             for choice, event in batch:
                 error = failure(event)
                 if error is not None:
-                    yield b"".join([*frames, self._wire.failed(error)])
+                    await send({"type": "http.response.body", "body": b"".join([*frames, wire.failed(error)]), "more_body": True})
                     return
-                frames.append(self._wire.event(choice, event))
-            if any(frames):
-                yield b"".join(frames)
-        yield self._wire.end()
+                frames.append(wire.event(choice, event))
+            if payload := b"".join(frames):
+                await send({"type": "http.response.body", "body": payload, "more_body": True})
+        await send({"type": "http.response.body", "body": wire.end(), "more_body": True})
+
+
+class Patience:
+    """`send` within which no message may take longer than `seconds`: then the block ends with TimeoutError.
+
+    One timer looks whether a message is overdue. `asyncio.timeout` around each would set and drop a timer for every token, which
+    costs more than sending it.
+    """
+
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send = send
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._since: float | None = None
+
+    async def __aenter__(self) -> Patience:
+        await self._limit.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        self._timer.cancel()
+        await self._limit.__aexit__(*exc)
+
+    async def send(self, message: Message) -> None:
+        self._since = self._loop.time()
+        await self._send(message)
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = (now if self._since is None else self._since) + self._seconds
+        if due <= now:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(due, self._look)
 
 
 async def whole(request: Request, stream: AsyncStream, answer: WholeAnswer, headers: Mapping[str, str] | None = None) -> Response:
