@@ -40,8 +40,10 @@ def test_smollm2_in_parts():
     assert (parameters(model) - embeddings(model), embeddings(model), parameters(model)) == (106_203_456, 28_311_552, 134_515_008)
 
 
-def test_palm_is_540_35_billion():
-    assert parameters(architecture("palm-540b")) // 10**7 * 10**7 == 540_350_000_000
+def test_palms_table_to_its_last_digit():
+    """8.63, 62.50 and 540.35 billion; with its 119 norms the largest would round to 540.36."""
+    models = [architecture(f"palm-{size}") for size in ("8b", "62b", "540b")]
+    assert [round((parameters(model) - (model.num_layers + 1) * model.hidden_size) / 1e7) for model in models] == [863, 6250, 54035]
 
 
 def test_what_a_token_passes_through():
