@@ -166,6 +166,16 @@ def test_a_device_alone_holds_every_parameter(name):
     assert Work(model).kv_bytes_per_token == kv_bytes_per_token(model)
 
 
+@pytest.mark.parametrize("name", published())
+def test_a_decode_of_many_reads_every_parameter_once(name):
+    """Experts too when everybody's are wanted; of an embedding that is no head, and of positions, one row a token."""
+    model, tokens = architecture(name), 4096
+    read = Work(model).of(summed([(1, 9)] * tokens)).weight_bytes
+    tables = model.position_table * model.hidden_size + (0 if model.tie_embeddings else model.vocab_size * model.hidden_size)
+    looked_up = tokens * model.hidden_size * (2 if model.position_table else 1)
+    assert read == 2 * (parameters(model) - tables + looked_up)
+
+
 @pytest.mark.parametrize("name", ["llama-2-70b", "opt-66b", "mixtral-8x7b", "falcon-180b"])
 def test_tensor_ranks_do_the_work_of_one_device(name):
     """In products and attention; embedding and norms are copied or shared out by tokens."""
