@@ -8,7 +8,7 @@ import time
 
 import pytest
 from fastapi.testclient import TestClient
-from fleet_models import tiny_engine
+from fleet_models import ThreadLauncher, tiny_engine
 from models import loaded, tiny
 
 from armillary.core.errors import InputError, NotFoundError
@@ -19,6 +19,7 @@ from armillary.serve.fleet.fleet import Blueprint, Fleet
 from armillary.serve.grammar.compiler import GrammarCompiler
 from armillary.serve.grammar.grammar import regex
 from armillary.serve.http.app import create_app
+from armillary.serve.operations.keys import ApiKey, KeyRing
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.service import Service
 from armillary.serve.text import TextStream
@@ -150,6 +151,28 @@ def test_what_cannot_be_served_is_refused_at_the_door(fleet):
     assert not fleet.cancel("cancelled")
 
 
+def test_choices_of_an_answer_share_its_prompt_on_one_replica(fleet, alone):
+    def choices(name):
+        listeners = [Listener() for _ in range(3)]
+        requests = [asked(f"{name}/{i}", range(3, 40), listeners[i], max_tokens=150, temperature=1.0, seed=i) for i in range(3)]
+        for request in requests[1:]:
+            request.parent = requests[0]
+        return listeners, requests
+
+    before = fleet.stats.forked_tokens
+    listeners, requests = choices("c")
+    with fleet._changed:  # nothing of the first is heard before all are sent
+        for request in requests:
+            fleet.submit(request)
+    fleet.run_until_idle()
+    found = [
+        (request.output, listener.text, request.finish_reason, request.logprobs)
+        for listener, request in zip(listeners, requests, strict=True)
+    ]
+    same(found, run(alone, *choices("c")))
+    wait(lambda: fleet.stats.forked_tokens - before >= 36)  # twice that, unless a busy machine took a replica for silent
+
+
 def at_work(fleet):
     """The process that has most to do."""
     with fleet._lock:
@@ -242,6 +265,31 @@ def test_the_api_of_a_fleet_is_that_of_an_engine(fleet):
         assert ("armillary_replica_up" in metrics) == ("sent to replica" in story) == (engine is fleet)
         assert 'armillary_requests_finished_total{finished_reason="length"' in metrics
     one.stop()
-    wait(lambda: fleet.stats.forked_tokens > 0)  # the choices of an answer are on one replica
     assert [status for status, _ in said[0]] == [200, 200, 400, 200]
     assert said[0] == said[1]
+
+
+def test_a_keys_limits_are_those_of_the_whole_server():
+    """They are kept where requests come in, before any replica: tokens are charged once, also where two replicas were asked."""
+    made = make(Blueprint("fleet_models:scripted_engine", {"engine": ENGINE}), launcher=ThreadLauncher(), tail="tied")
+    made.start()
+    ring = KeyRing([ApiKey.of("few", "f", requests_per_minute=3), ApiKey.of("short", "s", tokens_per_minute=60)])
+    app = create_app(Service(made, loaded(tiny())), allowed_hosts=("*",), api_key=ring)
+    ask = {"prompt": list(range(10)), "max_tokens": 200, "n": 2, "ignore_eos": True}
+
+    def post(key):
+        return client.post("/v1/completions", json=ask, headers={"authorization": f"Bearer {key}"})
+
+    try:
+        client = TestClient(app)
+        assert [post("f").status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert made.dispatcher.stats.tied > 0  # both replicas were asked
+        first = post("s")
+        assert first.status_code == 200
+        assert "x-ratelimit-remaining-tokens" in first.headers
+        second = post("s")
+        assert second.status_code == 429
+        owed = int(re.findall(r"(\d+) are owed for answers", second.json()["error"]["message"])[0])
+        assert 0 < owed <= 2 * (10 + 200) - 60  # and what the bucket has got since
+    finally:
+        made.stop()

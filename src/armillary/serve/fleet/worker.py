@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import queue
@@ -68,7 +69,8 @@ def serve(connection: socket.socket) -> None:
         built: Replica = getattr(importlib.import_module(module), function)(**first["arguments"])
         engine = built.engine
     except Exception as error:
-        channel.send({"op": "failed", "error": pack_error(error)})
+        with contextlib.suppress(OSError):  # the router has heard the same from another, and left
+            channel.send({"op": "failed", "error": pack_error(error)})
         return
     outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     files = _files(engine, str(first["role"]), str(first["transfer"]), connection)
