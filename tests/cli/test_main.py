@@ -152,3 +152,11 @@ def test_ctrl_c_during_the_first_imports_leaves_no_traceback() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment())
     assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_help_into_a_pipe_is_wrapped_once_to_the_readers_width(armillary: Command) -> None:
+    lines = armillary("serve", "--help", COLUMNS="80").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = [line for line in lines if line.startswith("  --")]
+    assert all(line.startswith(("  ", "Usage", "Serve")) or line.endswith(":") for line in lines if line)
+    assert len(starts) > 50

@@ -122,8 +122,13 @@ def test_what_is_wrong_with_an_adapter_is_told(world, tmp_path):
     write(tmp_path / "allowed" / "dora", BASE.config, MADE["one"], use_dora=True)
     write(tmp_path / "allowed" / "other", tiny(num_layers=3).config, adapter(tiny(num_layers=3).config, 0))
     assert load("a", "nothing")[0] == 404
-    assert load("a b", "two") == (400, "'a b' is no name for an adapter: take up to 200 letters, digits, '.', '_', '-' and '/', as sql-v2")
+    for name in ("a b", "../x", "a/../b", ".x", "/x", "x/", "-x", "a//b", "é"):
+        status, message = load(name, "two")
+        assert (status, message.partition(":")[0]) == (400, f"{name!r} is no name for an adapter"), name
     assert load("tiny", "two")[0] == 400
+    base = world.http.post("/v1/unload_lora_adapter", json={"lora_name": "tiny"})
+    assert (base.status_code, base.json()["error"]["param"]) == (400, "lora_name")
+    assert "cannot be unloaded" in base.json()["error"]["message"]
     status, words = load("a", "dora")
     assert status == 400
     assert "use_dora" in words

@@ -128,6 +128,10 @@ REFUSED = [
     ({"extra_body": {"guided_regex": "(a"}}, "guided_regex"),
     ({"extra_body": {"guided_choice": []}}, "guided_choice"),
     ({"extra_body": {"guided_grammar": "root ::= x"}}, "guided_grammar"),
+    ({"extra_body": {"guided_regex": "a^b"}}, "guided_regex"),
+    ({"extra_body": {"guided_json": ""}}, "guided_json"),
+    ({"extra_body": {"guided_json": '{"items":' * 5000 + "5" + "}" * 5000}}, "guided_json"),
+    ({"extra_body": {"tool_choice": {"type": "function", "function": {"name": 5}}}, "tools": [PING]}, "tool_choice.function.name"),
     ({"extra_body": {"guided_json": 3}}, "guided_json"),
     ({"extra_body": {"guided_json": "{"}}, "guided_json"),
     ({"extra_body": {"structured_outputs": {}}}, "structured_outputs"),
@@ -229,6 +233,22 @@ def test_a_call_that_is_required_is_made_and_valid(client, choice):
             if call.function.name == "weather":
                 jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
         assert whole.message.tool_calls[0].function.arguments == stream.message.tool_calls[0].function.arguments
+
+
+def test_a_grammar_that_is_slow_ends_its_request_alone_and_says_why(typing, typist, monkeypatch):
+    typing.typist.reply = lambda request: "abcabcabc"
+    name = typist.models.list().data[0].id
+    fields = {"model": name, "prompt": "x", "max_tokens": 9, "extra_body": {"guided_regex": "[a-c]*"}}
+    assert typist.completions.create(**fields).choices[0].text == "abcabcabc"
+    with monkeypatch.context() as patched:
+        patched.setattr("armillary.serve.grammar.matcher.MASK_SECONDS", -1.0)  # however fast it is
+        with pytest.raises(openai.BadRequestError, match="many ways") as error:
+            typist.completions.create(**fields)
+    assert error.value.param == "guided_regex"
+    assert typist.completions.create(**fields).choices[0].text == "abcabcabc"
+    (request_id,) = [row["id"] for row in typing.http.get("/requests?limit=1").json()["data"]]
+    events = typing.http.get(f"/requests/{request_id}").json()["requests"][0]["events"]
+    assert "until its grammar was compiled and it reached the engine" in events[-1]
 
 
 def test_all_three_apis_make_the_same_call(real, client):

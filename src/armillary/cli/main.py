@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.help import PlainFormatter
 
 from armillary import __version__
+from armillary.cli.plain_help import WrappedPlain
 from armillary.core.errors import ArmillaryError
 
 FAILED = 1  # it ran, and what it checked does not hold
@@ -47,7 +47,7 @@ app = App(
     help="One system for the whole life of a foundation model: a schedule is data.",
     version=__version__,
     help_format="plaintext",
-    help_formatter="default" if sys.stdout.isatty() else PlainFormatter(max_width=200),
+    help_formatter="default" if sys.stdout.isatty() else WrappedPlain(),
     default_parameter=Parameter(show_default=lambda value: str(value) if value not in (None, False, ()) else None),
     result_action="return_value",
     suppress_keyboard_interrupt=False,

@@ -12,9 +12,9 @@ from cyclopts import Group, Parameter
 if TYPE_CHECKING:
     from armillary.core.config import Resolved
 
-_ENGINE = Group("Engine (also [engine] in --config, ARMILLARY_ENGINE__NAME)", sort_key=2)
-_FLEET = Group("Replicas (also [fleet] in --config, ARMILLARY_FLEET__NAME)", sort_key=3)
-_SERVER = Group("Server (also [server] in --config, ARMILLARY_SERVER__NAME)", sort_key=1)
+_ENGINE = Group("Engine (also under engine in --config, ARMILLARY_ENGINE__NAME)", sort_key=2)
+_FLEET = Group("Replicas (also under fleet in --config, ARMILLARY_FLEET__NAME)", sort_key=3)
+_SERVER = Group("Server (also under server in --config, ARMILLARY_SERVER__NAME)", sort_key=1)
 
 
 def _flag(text: str, group: Group) -> Parameter:

@@ -21,7 +21,7 @@ from armillary.models.file_stamp import FileStamp
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK: Final = 512
-_NAME: Final = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._/-]{0,199}")
+_NAME: Final = re.compile(r"(?=.{1,200}\Z)[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 MAX_CONFIG_BYTES: Final = 1 << 20
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 512, 2_000
 MAX_HEADER_BYTES: Final = 1 << 20  # of the weights' file, beside what names and shapes of the tensors take
@@ -100,7 +100,7 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise InputError(
             f"{name[:200]!r} is no name for an adapter",
-            "take up to 200 letters, digits, '.', '_', '-' and '/', as sql-v2",
+            "take up to 200 letters, digits, '_', '-' and '.', in parts separated by '/' that begin with none of the last two, as team/sql-v2",
             field="lora_name",
         )
 

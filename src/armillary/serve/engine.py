@@ -114,11 +114,12 @@ class Engine:
                 )
             if request.adapter:
                 self._begin_adapter(request)
+            now = self.clock.now()
             if request.arrival is None:
-                request.arrival = self.clock.now()
+                request.arrival = now
             request.number = next(self._numbers)
             self._requests[request.id] = request
-            self._history.arrived(request, request.arrival, self._seats.queued, self.policy.behind)
+            self._history.arrived(request, max(now, request.arrival), self._seats.queued, self.policy.behind)
             self._seats.enter(request, as_fork=self._awaits_prompt(request))
             self._changed.notify_all()
 

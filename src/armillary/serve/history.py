@@ -68,12 +68,13 @@ class History:
         self._left_out: set[str] = set()  # running, but not in the last iteration
 
     def arrived(self, request: Request, at: int, ahead: int, behind: Reason) -> None:
-        """`behind` is why it waits as long as no schedule names it, when there are requests `ahead`."""
+        """At `at`, which may be later than its arrival. `behind` is why it waits as long as no schedule names it, when there are requests `ahead`."""
         if not self.told:
             return
-        story = Story(at, at)
+        assert request.arrival is not None
+        story = Story(request.arrival, request.arrival)
         self._stories[request.id] = story
-        story.arrived(request, ahead, behind)
+        story.arrived(request, ahead, behind, at)
 
     def tell(self, request_id: str, at: int, words: str) -> None:
         """Add to the story of a request that has not ended what the schedule does not say."""

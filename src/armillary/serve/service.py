@@ -99,7 +99,11 @@ class Service:
         self._adapter_store().load(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        """Raises NotFoundError with the closest name."""
+        """Raises NotFoundError with the closest name, InputError for the model itself."""
+        if name == self.model_name:
+            raise InputError(
+                f"{name!r} is the model itself, which cannot be unloaded", "name an adapter, or stop the server", field="lora_name"
+            )
         self._adapter_store().unload(name)
 
     def _adapter_store(self) -> Adapters:

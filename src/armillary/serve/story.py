@@ -11,6 +11,8 @@ from armillary.serve.schedule import Entry, Preemption, Reason
 
 EVENTS = 64  # a story is cut in the middle: its beginning matters as much as its end
 NEXT_ITERATION = "for the running iteration to end"
+PREPARED = "until it reached the engine"
+PREPARED_GRAMMAR = "until its grammar was compiled and it reached the engine"
 
 
 @dataclass(slots=True)
@@ -38,10 +40,13 @@ class Story:
             self.cut += 1
         self.words.append(f"+{format_duration(at - self.arrival)}: {words}")
 
-    def arrived(self, request: Request, ahead: int, behind: Reason) -> None:
-        self._since = self.arrival
+    def arrived(self, request: Request, ahead: int, behind: Reason, at: int) -> None:
+        """It enters the queue at `at`; what was done with it since its arrival is a wait too."""
+        if at > self.arrival:
+            self.queued[PREPARED if request.constraint is None else PREPARED_GRAMMAR] += at - self.arrival
+        self._since = at
         self._reason = str(behind) if ahead else NEXT_ITERATION
-        self.tell(self.arrival, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
+        self.tell(at, f"arrived with a prompt of {len(request.prompt)} tokens, {ahead} requests ahead of it in the queue")
 
     def hold(self, reason: Reason, at: int) -> None:
         """A schedule names it among those that could not run."""

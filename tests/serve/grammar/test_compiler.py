@@ -14,6 +14,7 @@ from reference_automaton import bits
 from armillary.core.errors import ArmillaryError, InputError, MissingDependencyError
 from armillary.serve.grammar import grammar as grammars
 from armillary.serve.grammar.compiler import GrammarCompiler
+from armillary.serve.grammar.matcher import SLOW_MASKS
 from armillary.serve.grammar.repeats import check_repeats, check_rules
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
@@ -172,3 +173,18 @@ def test_special_tokens_stand_for_no_text(tokenizer, compiler):
     allowed = bits(matcher.mask().numpy()[0], tokenizer.vocab_size)
     assert not allowed[sorted(tokenizer.special_ids)].any()
     assert allowed.any()
+
+
+def test_a_grammar_that_is_slow_to_follow_is_refused_or_ends_its_walk(compiler, monkeypatch):
+    grammar = grammars.ebnf("root ::= [a-z]*", field="guided_grammar")
+    walk = compiler.compile(grammar).matcher()
+    monkeypatch.setattr("armillary.serve.grammar.matcher.MASK_SECONDS", -1.0)  # however fast it is
+    for _ in range(SLOW_MASKS):
+        assert not walk.slow
+        walk.mask()
+    for one in (walk, walk.fork()):
+        with pytest.raises(InputError, match="many ways") as caught:
+            one.accept(0)
+        assert caught.value.field == "guided_grammar"
+    with pytest.raises(InputError, match="many ways"):
+        compiler.compile(grammars.ebnf("root ::= [b-z]*"))

@@ -145,3 +145,19 @@ def test_at_most_so_many_spaces(tokenizer, compiler):
         matcher.accept(token)
     allowed = bits(matcher.mask().numpy()[0], tokenizer.vocab_size)
     assert not any(tokenizer.token_bytes(int(token)).isspace() for token in np.flatnonzero(allowed))
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": 5}, "json.type: 5 is no type"),
+        ({"type": "txt"}, 'json.type: "txt" is no type'),
+        (5, "json: 5 is no schema"),
+        ({"type": "array", "items": None}, "json.items: null is no schema"),
+        ({"type": "string", "minLength": "5"}, 'json.minLength: "5" is no count'),
+    ],
+)
+def test_what_is_wrong_is_shown_as_json_writes_it(schema, words):
+    with pytest.raises(InputError) as caught:
+        followed(schema, "json")
+    assert caught.value.problem.startswith(words)

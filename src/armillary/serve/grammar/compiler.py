@@ -12,18 +12,20 @@ from concurrent.futures import TimeoutError as WaitTimeout
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError, MissingDependencyError
 from armillary.serve.grammar.grammar import Grammar
-from armillary.serve.grammar.matcher import Matcher
+from armillary.serve.grammar.matcher import Matcher, slow
 
 if TYPE_CHECKING:
     from armillary.models.tokenizer import Tokenizer
 
 CACHE_BYTES = 128 * 1024 * 1024
 MAX_WAITING = 64  # grammars that are being compiled or wait for it
+TRIED = 16  # tokens of a walk through a new grammar
 COMPILE_SECONDS = 20.0  # how long a request waits for its grammar
 _WHERE = re.compile(r"\A\[[\d:]+\] \S+: (?:Check failed: .*? is false: )?")
 
@@ -143,7 +145,20 @@ class GrammarCompiler:
             raise InputError(words[:300], "correct it", field=grammar.field) from None
         if not bool(first.any()):
             raise InputError("no text follows this grammar", "look for a rule that only leads to itself", field=grammar.field)
+        self._try_out(compiled)
         return compiled
+
+    def _try_out(self, compiled: Compiled) -> None:
+        """Walk a little way, on this thread, where nobody's iteration waits for it. Raises InputError for what is too slow to follow."""
+        walk = compiled.matcher()
+        for step in range(TRIED):
+            bits = np.unpackbits((walk.mask()[0] & ~self._stops).numpy().view(np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits[: self._vocab_size])
+            if walk.slow:
+                raise slow(compiled.grammar)
+            if not len(allowed):
+                return
+            walk.accept(int(allowed[step * 7919 % len(allowed)]))
 
     def _compiler(self) -> Any:
         """xgrammar with this vocabulary; special tokens stand for no text, so no grammar can ask for them."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from armillary.core.errors import InputError
-from armillary.serve.grammar.json_schema import followed
+from armillary.serve.grammar.anchors import unanchored
+from armillary.serve.grammar.json_schema import MAX_DEPTH, followed
 from armillary.serve.grammar.repeats import check_repeats, check_rules
 
 Kind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
@@ -43,7 +44,11 @@ def json_schema(schema: Any, *, field: str = "json", spaces: int | None = MAX_WH
         _bounded(schema, MAX_CHARACTERS, field)
         try:
             schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise InputError(
+                f"{field} is nested too deep", f"a schema has at most {MAX_DEPTH} levels: make it flatter", field=field
+            ) from None
+        except ValueError as error:
             raise InputError(f"{field} is not JSON ({str(error)[:80]})", "send an object", field=field) from None
     source = json.dumps(followed(schema, field), ensure_ascii=False, separators=(",", ":"))
     return Grammar("json_schema", _bounded(source, MAX_CHARACTERS, field), spaces, field)
@@ -58,7 +63,7 @@ def regex(pattern: str, *, field: str = "regex") -> Grammar:
     """Text that `pattern` matches from its first character to its last."""
     _bounded(pattern, MAX_REGEX_CHARACTERS, field)
     check_repeats(pattern, field)
-    return Grammar("regex", pattern, None, field)
+    return Grammar("regex", unanchored(pattern, field), None, field)
 
 
 def choice(choices: Sequence[str], *, field: str = "choice") -> Grammar:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from armillary.core.errors import InputError
+from armillary.serve.grammar.anchors import unanchored
 from armillary.serve.grammar.repeats import MAX_REPEAT, check_repeats
 
 MAX_DEPTH = 32
@@ -111,7 +112,7 @@ class _Reader:
         if schema is False:
             raise _wrong(at, "the schema false allows nothing", "leave it out, or say what is allowed")
         if not isinstance(schema, Mapping):
-            raise _wrong(at, f"it is a {type(schema).__name__}", 'a schema is an object such as {"type": "string"}')
+            raise _wrong(at, f"{_shown(schema)} is no schema", 'a schema is an object such as {"type": "string"}')
         _check_words(schema, at)
         used = [word for word in COMBINED if word in schema]
         if used:
@@ -158,7 +159,7 @@ class _Reader:
     def _reference(self, value: Any, at: str) -> str:
         match = _LOCAL.match(value) if isinstance(value, str) else None
         if match is None:
-            raise _wrong(at, f"{str(value)[:80]!r} is followed nowhere", 'refer to "#" or to "#/$defs/NAME"')
+            raise _wrong(at, f"{_shown(value)} is followed nowhere", 'refer to "#" or to "#/$defs/NAME"')
         target = self._root
         for part in value[2:].split("/") if match[1] else ():
             part = part.replace("~1", "/").replace("~0", "~")
@@ -276,7 +277,7 @@ def _string(schema: Mapping[str, Any], at: str) -> dict[str, Any]:
         raise _wrong(at, "only one of pattern, format and bounds on the length would be followed", "keep one of them")
     if "format" in schema:
         if schema["format"] not in FORMATS:
-            raise _wrong(f"{at}.format", f"format {str(schema['format'])[:40]!r} is not followed", f"known are {', '.join(FORMATS)}")
+            raise _wrong(f"{at}.format", f"format {_shown(schema['format'])} is not followed", f"known are {', '.join(FORMATS)}")
         return {"type": "string", "format": schema["format"]}
     if "pattern" in schema:
         return {"type": "string", "pattern": _pattern(schema["pattern"], f"{at}.pattern")}
@@ -304,14 +305,14 @@ def _pattern(pattern: Any, at: str) -> str:
                     "write the character itself",
                 )
         position += 1
-    return pattern
+    return f"^{unanchored(pattern, at)}$"
 
 
 def _number(kind: str, schema: Mapping[str, Any], at: str) -> dict[str, Any]:
     bounds = {word: schema[word] for word in BY_TYPE["number"] if word in schema}
     for word, value in bounds.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_BOUND:
-            raise _wrong(f"{at}.{word}", f"{str(value)[:40]} is no number between -1e15 and 1e15", "give one")
+            raise _wrong(f"{at}.{word}", f"{_shown(value)} is no number between -1e15 and 1e15", "give one")
         if round(value, 6) != value:
             raise _wrong(f"{at}.{word}", f"{value} has more than 6 decimals", "round it")
     if "multipleOf" in schema:
@@ -334,7 +335,7 @@ def _counts(schema: Mapping[str, Any], least: str, most: str, at: str) -> tuple[
     for word in (least, most):
         value = schema.get(word, 0)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEAT:
-            raise _wrong(f"{at}.{word}", f"{str(value)[:40]} is no count from 0 to {MAX_REPEAT:,}", "give one")
+            raise _wrong(f"{at}.{word}", f"{_shown(value)} is no count from 0 to {MAX_REPEAT:,}", "give one")
     low, high = schema.get(least, 0), schema.get(most)
     if high is not None and low > high:
         raise _wrong(f"{at}.{most}", f"it is {high}, and {least} is {low}", "give a larger one")
@@ -363,7 +364,7 @@ def _types(schema: Mapping[str, Any], at: str) -> list[str] | None:
         return sorted(found) or None
     types = [named] if isinstance(named, str) else named
     if not isinstance(types, list) or not types or not all(isinstance(kind, str) and kind in BY_TYPE for kind in types):
-        raise _wrong(f"{at}.type", f"{str(named)[:40]!r} is no type", f"types are {', '.join(BY_TYPE)}")
+        raise _wrong(f"{at}.type", f"{_shown(named)} is no type", f"types are {', '.join(BY_TYPE)}")
     for word in schema.keys() - ANNOTATIONS - {"type"} - set(COMBINED):
         if not word.startswith("x-") and not any(word in BY_TYPE[kind] for kind in types):
             raise _wrong(f"{at}.{word}", f"it says nothing about a {' or '.join(types)}", "leave it out, or change type")
@@ -394,6 +395,12 @@ def _apart(one: Mapping[str, Mapping[str, frozenset[str]]], other: Mapping[str, 
 
 def _text(value: Any) -> str:
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value, sort_keys=True)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, of bounded length."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _wrong(at: str, problem: str, fix: str) -> InputError:

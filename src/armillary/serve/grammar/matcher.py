@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from armillary.core.errors import ArmillaryError
+from armillary.core.errors import ArmillaryError, InputError
 from armillary.serve.grammar.grammar import Grammar
+
+MASK_SECONDS = 0.1  # of the processor, for what may come next
+SLOW_MASKS = 4  # how many may take longer before the answer is given up: everybody else's iteration waits for each
 
 
 class Matcher:
-    """A `Request.constraint`. Only `accept` moves it: the engine calls it once for each token that it appends to the answer."""
+    """A `Request.constraint`. Only `accept` moves it: the engine calls it once for each token that it appends to the answer.
+
+    A grammar that reads the same text in many ways (nested parts that may all be empty) takes up to a second a token to follow. Such a
+    walk ends with an InputError from `accept`, which ends its request alone.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, stops: Tensor, grammar: Grammar) -> None:
         """`stops`: int32 [ceil(vocab / 32)], the bits of the tokens that end a text. `grammar`: what is followed, for who has to follow it elsewhere."""
@@ -21,6 +29,7 @@ class Matcher:
         self._matcher = matcher
         self._words = -(-vocab_size // 32)
         self._stops = stops
+        self._slow = 0
 
     @property
     def finished(self) -> bool:
@@ -48,7 +57,7 @@ class Matcher:
             for row in range(1 + len(drafts)):
                 if self._matcher.is_terminated():
                     break
-                self._matcher.fill_next_token_bitmask(rows, row)
+                self._fill(rows, row)
                 if row == len(drafts) or not _allows(rows[row], drafts[row]) or not self._matcher.accept_token(drafts[row]):
                     break
                 taken += 1
@@ -58,7 +67,9 @@ class Matcher:
         return rows
 
     def accept(self, token: int) -> None:
-        """The answer goes on with `token`. Raises ArmillaryError for one that the grammar does not allow here."""
+        """The answer goes on with `token`. Raises ArmillaryError for one that the grammar does not allow here, InputError as above."""
+        if self.slow:
+            raise slow(self.grammar)
         if not self._matcher.accept_token(token):
             raise ArmillaryError(
                 f"token {token} does not follow the grammar of this request", "this is a defect of the engine: please report it"
@@ -71,13 +82,23 @@ class Matcher:
         for token in tokens:
             if self._matcher.is_terminated():
                 break
-            self._matcher.fill_next_token_bitmask(row)
+            self._fill(row, 0)
             if not _allows(row[0], token) or not self._matcher.accept_token(token):
                 break
             taken += 1
         if taken:
             self._matcher.rollback(taken)
         return taken
+
+    @property
+    def slow(self) -> bool:
+        """Whether the grammar has taken too long too often."""
+        return self._slow >= SLOW_MASKS
+
+    def _fill(self, rows: Tensor, row: int) -> None:
+        begin = time.thread_time()
+        self._matcher.fill_next_token_bitmask(rows, row)
+        self._slow += time.thread_time() - begin > MASK_SECONDS
 
     def forced(self) -> bytes:
         """The text that must come next, whatever the model thinks: empty where it has a choice."""
@@ -91,7 +112,17 @@ class Matcher:
         """Another walk from where this one stands."""
         copy = object.__new__(Matcher)
         copy._matcher, copy._words, copy._stops, copy.grammar = self._matcher.fork(), self._words, self._stops, self.grammar
+        copy._slow = self._slow
         return copy
+
+
+def slow(grammar: Grammar) -> InputError:
+    """What is told of a grammar that cannot be followed fast enough."""
+    return InputError(
+        f"{grammar.field}: to say what may come next takes over {1000 * MASK_SECONDS:g} ms a token, because the same text can be read in many ways",
+        "write it so that a text can be read in one way: no parts that may be empty within each other, no rule that begins with itself twice",
+        field=grammar.field,
+    )
 
 
 def _allows(row: Tensor, token: int) -> bool:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import re
 from collections.abc import Collection
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
 from armillary.serve.http.errors import APIError
 
 READ_TIMEOUT_SECONDS = 60.0
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that is too large, and ...
+MAX_DEPTH = 200  # of pydantic's JSON reader
 DISCARD_SECONDS = 10.0  # ... for how long: a client that writes all before it reads then learns why it is refused
 CLOSE = {"connection": "close"}  # the rest of a body that is not wanted is not read either
 
@@ -102,6 +104,8 @@ def parse(raw: bytes, schema: type[AnyBody]) -> AnyBody:
     try:
         data = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
+        if "recursion limit" in str(error):
+            raise APIError(400, f"the body is nested deeper than {MAX_DEPTH} levels: make it flatter", code="nested_too_deep") from None
         raise APIError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise APIError(400, f"the body is a JSON {_json_type(data)}: send an object", code="invalid_type")
@@ -132,14 +136,44 @@ def closest(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else "leave it out"
 
 
+_UNION = re.compile(r"[\[\](),]|^(str|int|float|bool|list|dict|[A-Z]\w*Choice)$|^constrained-")
+_WORDS = {
+    "model_type": "send an object",
+    "model_attributes_type": "send an object",
+    "dict_type": "send an object",
+    "list_type": "send a list",
+    "string_type": "send a string",
+    "int_type": "send an integer",
+    "float_type": "send a number",
+    "bool_type": "send true or false",
+}
+
+
+def _nearest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first error; of a field that may be written in several ways, that of the way which comes closest."""
+    first = errors[0]
+    way = next((index for index, part in enumerate(first["loc"]) if _is_way(part)), None)
+    if way is None:
+        return first
+    alternatives = [one for one in errors if one["loc"][:way] == first["loc"][:way]]
+    return max(alternatives, key=lambda one: (len(one["loc"]), one["type"] not in _WORDS and one["type"] != "literal_error"))
+
+
+def _is_way(part: int | str) -> bool:
+    """Whether it is pydantic's name for one of the ways in which a field may be written."""
+    return isinstance(part, str) and _UNION.search(part) is not None
+
+
 def _as_api_error(error: ValidationError) -> APIError:
-    first = error.errors(include_url=False, include_context=True)[0]
+    first = _nearest(error.errors(include_url=False, include_context=True))
     param = ""
     for part in first["loc"]:
+        if _is_way(part):
+            continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
     param = param[:200]
     cause = (first.get("ctx") or {}).get("error")
-    message = str(cause) if isinstance(cause, ValueError) else first["msg"]
+    message = str(cause) if isinstance(cause, ValueError) else _WORDS.get(first["type"], first["msg"])
     if first["type"] == "extra_forbidden":
         return APIError(400, f"unknown field {param!r}: leave it out", param=param, code="unknown_parameter")
     given = f" (got {_show(first['input'])})" if first["type"] != "missing" else ""

@@ -73,7 +73,7 @@ class ResponseTool(ToolFunction):
     @model_validator(mode="before")
     @classmethod
     def _function(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
+        kind = data.get("type") if isinstance(data, dict) else "function"
         if kind != "function":
             raise ValueError(f"a tool of type {str(kind)[:40]!r} is not carried out by this server: send functions (type function)")
         return data
