@@ -50,7 +50,9 @@ def attend(dtype: torch.dtype, start: int, count: int, seconds: float) -> float:
     struct, sequence, lib = cache.struct(0), CSequence(table.data_ptr(), start, count, 0), cpu_library.require()
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (q, k, v, out)]
     scale, softcap = ctypes.c_float(HEAD_DIM**-0.5), ctypes.c_float(0.0)
-    return best(lambda: lib.arm_attention(ctypes.byref(struct), ctypes.byref(sequence), HEADS, scale, softcap, 0, *pointers), seconds)
+    return best(
+        lambda: lib.arm_attention(ctypes.byref(struct), ctypes.byref(sequence), HEADS, scale, softcap, 0, None, *pointers, None), seconds
+    )
 
 
 def main() -> None:

@@ -209,9 +209,10 @@ def test_drafts_that_were_refused_leave_no_trace_in_a_pages_bounds() -> None:
 
 
 def above(x: Tensor) -> Tensor:
-    """The smallest halves that are not below x."""
-    half = x.half()
-    return torch.where(half.double() < x, torch.nextafter(half, torch.tensor(torch.inf, dtype=torch.float16)), half).double()
+    """x [pages, 2, head_dim] as the smallest bytes, times the page's scale, that are not below it; a scale has 8 significant bits."""
+    exact = x.abs().amax((1, 2), keepdim=True).float() / 127
+    scale = ((exact.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).double()
+    return (x / scale).ceil() * scale
 
 
 @needs_native
@@ -246,8 +247,10 @@ class SelectedPages:
                 own = p // 16
                 if spec.layer >= self.dense_layers and p >= self.prompt and own >= self.pages:
                     full = k[: own * 16, head].view(own, 16, -1)
-                    high, low = above(full.amax(1)), -above(-full.amin(1))
-                    score = torch.maximum(mine[:, None] * high, mine[:, None] * low).sum(-1).amax(0)
+                    high, low = above(torch.stack((full.amax(1), -full.amin(1)), 1)).unbind(1)
+                    unit = mine.abs().amax(-1, keepdim=True) / 32767  # a query is compared as 15-bit numbers
+                    rounded = (mine / unit).round() * unit
+                    score = (rounded.clamp(min=0)[:, None] * high + (-rounded).clamp(min=0)[:, None] * low).sum(-1).amax(0)
                     chosen = score.topk(self.pages - 1).indices
                     kept = [i for page in [*sorted(chosen.tolist()), own] for i in range(page * 16, min(page * 16 + 16, p + 1))]
                 weights = (mine @ k[kept, head].T).softmax(-1)

@@ -166,6 +166,12 @@ def test_selected_pages_do_not_depend_on_the_schedule() -> None:
     assert answers(asked, 40, **{**QUEST, "kv_budget": 1024}) == answers(asked, 40, backend="native") != alone
 
 
+@pytest.mark.parametrize(("budget", "always"), [(32, (0, 1)), (48, (1, 1)), (1024, (1, 16))])
+def test_quest_always_reads_the_first_page_and_the_last_quarter(budget: int, always: tuple[int, int]) -> None:
+    kv = EngineConfig(kv_policy="quest", kv_budget=budget, kv_dense_layers=3, backend="native").kv
+    assert kv.seen == Seen(budget // 16, *always, dense_layers=3)
+
+
 @needs_native
 def test_a_later_prompt_does_not_take_an_answers_selected_keys() -> None:
     """The second turn begins with the first and its answer: what the prefix cache gives it is what it would compute alone."""

@@ -73,7 +73,7 @@ class EngineFlags:
     kv_sinks: Annotated[int | None, _flag("First tokens that a bounded KV policy always keeps (default 4).", _ENGINE)] = None
     kv_window: Annotated[int | None, _flag("Last tokens that a bounded KV policy always keeps (default 1024).", _ENGINE)] = None
     kv_budget: Annotated[int | None, _flag("Tokens that a KV policy chooses to read, or to keep (default 1024).", _ENGINE)] = None
-    kv_dense_layers: Annotated[int | None, _flag("First layers that read everything, with --kv-policy quest (default 2).", _ENGINE)] = None
+    kv_dense_layers: Annotated[int | None, _flag("First layers that read everything, with --kv-policy quest (default 0).", _ENGINE)] = None
     kv_patterns: Annotated[str | None, _flag("File of each head's attention pattern, with --kv-policy minference.", _ENGINE)] = None
     prefix_cache: Annotated[str | None, _flag("Reuse what prompts that begin alike share: on (default) or off.", _ENGINE)] = None
     weight_cache: Annotated[str | None, _flag("Keep laid-out weights on disk for the next start: on (default) or off.", _ENGINE)] = None

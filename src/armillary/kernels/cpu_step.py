@@ -142,14 +142,15 @@ class StepCache:
         self.key_scales, self.value_scales = (
             arena.take(4 * scales).view(torch.float32).view(layers, -1) if scales else None for _ in range(2)
         )
-        size = rows // PAGE * page_bound_bytes(head_dim)
-        self.bounds = arena.take(size).view(torch.float16).view(layers, -1) if bounds else None
+        pages = rows // PAGE
+        self.bounds = arena.take(pages * 2 * head_dim).view(torch.int8).view(layers, -1) if bounds else None
+        self.bound_scales = arena.take(4 * pages).view(torch.float32).view(layers, -1) if bounds else None
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.keys.numel() // self.head_dim * cache_row_bytes(self.head_dim, self.dtype) + (
-            0 if self.bounds is None else self.bounds.nbytes
-        )
+        rows = self.keys.numel() // self.head_dim
+        bounds = 0 if self.bounds is None else rows // PAGE * page_bound_bytes(self.head_dim)
+        return 2 * rows * cache_row_bytes(self.head_dim, self.dtype) + bounds
 
     def bound_pages(self, layer: int, first_slot: int, slots: int) -> None:
         """Makes the bounds of pages whose keys came otherwise than by a batch: `slots` slots from `first_slot`, a page's first."""
@@ -162,8 +163,8 @@ class StepCache:
         scales = [tensor for tensor in (self.key_scales, self.value_scales) if tensor is not None]
         if self.block_size % 16 == 0:  # whole tiles, one after another
             rows = [Part(layer.view(self.blocks, -1)) for tensor in (self.keys, self.values, *scales) for layer in tensor]
-            if self.bounds is not None:
-                rows += [Part(layer.view(heads, self.blocks, -1).transpose(0, 1)) for layer in self.bounds]
+            bounds = [tensor for tensor in (self.bounds, self.bound_scales) if tensor is not None]
+            rows += [Part(layer.view(heads, self.blocks, -1).transpose(0, 1)) for tensor in bounds for layer in tensor]
             return CacheBlocks(rows, self.blocks, 1)
         parts: list[Part] = []
         for keys, values in zip(self.keys, self.values, strict=True):
@@ -180,7 +181,10 @@ class StepCache:
         return CCache(
             self.keys[layer].data_ptr(),
             self.values[layer].data_ptr(),
-            *(None if scales is None else scales[layer].data_ptr() for scales in (self.key_scales, self.value_scales, self.bounds)),
+            *(
+                None if tensor is None else tensor[layer].data_ptr()
+                for tensor in (self.key_scales, self.value_scales, self.bounds, self.bound_scales)
+            ),
             self.keys.shape[1] // (PAGE * self.kv_heads * self.head_dim),
             CACHE_DTYPES.index(self.dtype),
             self.kv_heads,
@@ -200,13 +204,13 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    pages: int = 0,
+    seen: Seen = Seen(),  # noqa: B008
     read: Tensor | None = None,
 ) -> Tensor:
     """Store k, v [T, Hkv, D] of one sequence at positions start.. of layer 0 of `cache`, attend with q [T, Hq, D]; one thread.
 
-    The kernel of `DecoderStep` on its own, for tests and benchmarks. `table`: int32 block table. With `pages` every query
-    reads at most so many; `read`, int32 [T, Hkv, pages], is given the tiles of the pool that they are.
+    The kernel of `DecoderStep` on its own, for tests and benchmarks. `table`: int32 block table. Where `seen` has `pages`,
+    every query reads at most so many; `read`, int32 [T, Hkv, pages], is given the tiles of the pool that they are.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
@@ -218,7 +222,7 @@ def attention(
         ctypes.c_float(scale),
         ctypes.c_float(softcap or 0.0),
         window or 0,
-        pages,
+        (ctypes.c_int32 * 3)(seen.pages, seen.first_pages, seen.last_pages) if seen.pages else None,
         *(ctypes.c_void_p(t.data_ptr()) for t in (q, k, v, out)),
         None if read is None else ctypes.c_void_p(read.data_ptr()),
     )
@@ -294,6 +298,8 @@ class DecoderStep:
             int(embedding.dtype == torch.float16),
             int(deterministic),
             seen.pages,
+            seen.first_pages,
+            seen.last_pages,
             seen.dense_layers,
             seen.sinks,
             seen.rolling,

@@ -13,21 +13,24 @@ MAX_SINKS = 512  # kSegment of cpu/attention.h
 
 
 def page_bound_bytes(head_dim: int) -> int:
-    """Bytes of one head's bounds of a page's keys: the largest of each component and of its negative, as halves."""
-    return 2 * 2 * head_dim
+    """Of one head's bounds of a page's keys: the largest of each component and of its negative, as bytes, and their scale."""
+    return 2 * head_dim + 4
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a query reads of the positions up to its own; by default all. At most one of the two bounds is set.
 
-    `pages`: of each key/value head the `pages` best pages of 16 tokens by their keys' bounds, its own page among them (Quest,
-    `cpu/page_select.h`); all of them in the first `dense_layers` layers, in layers with a sliding window, and in a prompt.
+    `pages`: of each key/value head so many pages of 16 tokens (Quest, `cpu/page_select.h`): the `first_pages` first, the
+    `last_pages` last, which end with its own, and the best of the others by their keys' bounds; all of them in the first
+    `dense_layers` layers, in layers with a sliding window, and in a prompt.
     `rolling`: the first `sinks` tokens, and at least the last `rolling` (less than a KV block more), the sinks moved up to the
     others (StreamingLLM, `Sinks` in `cpu/attention.h`).
     """
 
     pages: int = 0
+    first_pages: int = 0
+    last_pages: int = 1
     dense_layers: int = 0
     sinks: int = 0
     rolling: int = 0
@@ -39,6 +42,11 @@ class Seen:
             raise InputError(f"{self.sinks} sinks are asked for", f"give 0 to {MAX_SINKS}")
         if min(self.pages, self.dense_layers, self.rolling) < 0:
             raise InputError("a bound of what a query sees is negative", "give 0 or more")
+        if self.pages and not (self.first_pages >= 0 and 1 <= self.last_pages <= self.pages - self.first_pages):
+            raise InputError(
+                f"of {self.pages} pages that are read, the first {self.first_pages} and the last {self.last_pages} are always among them",
+                "always read at least the last, and no more than are read in all",
+            )
 
     def first(self, position: int, block_size: int) -> int:
         """The first position beside the sinks that a query at `position` sees: a block's first; 0 where it sees all."""

@@ -59,7 +59,7 @@ class EngineConfig(Config):
     """Last tokens that a bounded KV policy always keeps."""
     kv_budget: int = Field(1024, ge=1, le=1 << 24)
     """Tokens that a KV policy chooses to read, or to keep."""
-    kv_dense_layers: int = Field(2, ge=0, le=1 << 16)
+    kv_dense_layers: int = Field(0, ge=0, le=1 << 16)
     """First layers that read everything, with kv_policy "quest"."""
     kv_patterns: str | None = None
     """File of each head's attention pattern, with kv_policy "minference"; none is vertical-slash for all."""

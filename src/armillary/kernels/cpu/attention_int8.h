@@ -22,10 +22,11 @@ static inline void encode(i32x16 v, int8_t* row, int n, int at) {
 #endif
 }
 
-#if !defined(ARM_VNNI)
 // acc + the products of 16-bit numbers, summed in pairs.
 static inline i32x16 add_pairs(i32x16 acc, i32x16 a, i32x16 b) {
-#if defined(__AVX512BW__)
+#if defined(ARM_VNNI)
+  return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
   return acc + (i32x16)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   __m256i x[2], y[2];
@@ -39,7 +40,6 @@ static inline i32x16 add_pairs(i32x16 acc, i32x16 a, i32x16 b) {
   return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-#endif
 
 // acc[r][w] = the sum over 4 `steps` numbers of row r times column w, where bytes(j, w) are those of step j: [16][4].
 // kKeys: bytes are unsigned and rows signed; else (values) bytes are signed and rows are not negative.

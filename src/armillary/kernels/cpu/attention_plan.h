@@ -11,7 +11,8 @@ namespace arm {
 
 // What bounds the positions that queries see; 0 where nothing does.
 struct Bounds {
-  int32_t pages, dense_layers;  // at most so many pages are read (page_select.h), but all in the first layers
+  PageBudget read;              // at most so many pages are read (page_select.h) ...
+  int32_t dense_layers;         // ... but all in the first layers
   int32_t sinks, rolling;       // the first tokens are seen and at least so many last ones (Sinks, attention.h)
 };
 
@@ -53,10 +54,10 @@ struct AttentionPlan {
   std::vector<SharedBlock> shared;
 };
 
-// A query of a kv head that reads the best `Bounds::pages` of its pages; items are ranges of pages to score.
+// A query of a kv head that reads the best `Bounds::read` of its pages; items are ranges of pages to score.
 struct Selection {
   int sequence, query, head, pages, unfinished;
-  size_t keys;  // where in AttentionPlans::page_keys
+  size_t keys;  // where in AttentionPlans::page_keys, padded_pages(pages) of them
 };
 struct SelectionItem {
   int selection, first, last;
@@ -69,7 +70,7 @@ class AttentionPlans {
   AttentionPlan whole, bounded;  // of layers whose queries see everything before them, and of those where `Bounds` hold
   std::vector<Selection> selections;
   std::vector<SelectionItem> selection_items;
-  std::vector<uint64_t> page_keys;
+  std::vector<int32_t> page_keys;
   std::vector<int32_t> page_tables;  // [selection][pages]
   std::vector<float> turns;          // cosines and sines of the sinks' shifts
   std::vector<float> partials;       // of shared blocks
@@ -82,13 +83,13 @@ class AttentionPlans {
         view_rolling(bounds, shape, sequence[s], frequencies);
       else
         whole.views.push_back({sequence[s], shape.block_size});
-      if (bounds.pages) view_pages(bounds, shape, s, sequence[s], threads, keys);
+      if (bounds.read.pages) view_pages(bounds, shape, s, sequence[s], threads, keys);
     }
     if (keys > page_keys.size()) page_keys.resize(keys);
-    if (selections.size() * bounds.pages > page_tables.size()) page_tables.resize(selections.size() * bounds.pages);
+    if (selections.size() * bounds.read.pages > page_tables.size()) page_tables.resize(selections.size() * bounds.read.pages);
     size_t selection = 0;
     for (View& view : bounded.views)
-      if (view.head >= 0) view.seen.table = page_tables.data() + selection++ * bounds.pages;
+      if (view.head >= 0) view.seen.table = page_tables.data() + selection++ * bounds.read.pages;
     for (AttentionPlan* plan : {&whole, &bounded}) plan_items(shape, threads, *plan);
   }
 
@@ -97,7 +98,7 @@ class AttentionPlans {
   // query's own page is the last of the table, so that positions count from the first.
   void view_pages(const Bounds& bounds, const Shape& shape, int index, const Sequence& all, int threads, size_t& keys) {
     const int range = threads == 1 ? 1 << 30 : 256;  // pages of an item
-    const int first = std::clamp(std::max(all.selects, bounds.pages * kPage) - all.start, 0, all.count);  // query that selects
+    const int first = std::clamp(std::max(all.selects, bounds.read.pages * kPage) - all.start, 0, all.count);  // query that selects
     Sequence before = all;
     before.count = first;
     if (first) bounded.views.push_back({before, shape.block_size});
@@ -105,12 +106,12 @@ class AttentionPlans {
       for (int head = 0; head < shape.kv_heads; head++) {
         const int position = all.start + t, pages = position / kPage + 1, selection = (int)selections.size();
         selections.push_back({index, t, head, pages, pages, keys});
-        keys += (size_t)pages;
+        keys += (size_t)padded_pages(pages);
         for (int page = 0, some; page < pages; page += some) {
           some = std::min(range, pages - page);
           selection_items.push_back({selection, page, page + some});
         }
-        bounded.views.push_back({{nullptr, (bounds.pages - 1) * kPage + position % kPage, 1, all.row + t, 0, 0}, kPage, head});
+        bounded.views.push_back({{nullptr, (bounds.read.pages - 1) * kPage + position % kPage, 1, all.row + t, 0, 0}, kPage, head});
       }
   }
 

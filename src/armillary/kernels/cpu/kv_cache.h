@@ -35,7 +35,8 @@ struct Cache {
   void* values;
   float* key_scales;  // int8 only
   float* value_scales;
-  uint16_t* bounds;   // of each tile's keys (page_select.h), or null: [kv_head][tile][2][head_dim]
+  int8_t* bounds;       // of each tile's keys (page_select.h), or null: [kv_head][tile][2][head_dim], times ...
+  float* bound_scales;  // ... [kv_head][tile]
   int64_t tiles;      // of the pool
   int32_t format;
   int32_t kv_heads, head_dim, block_size;

@@ -114,6 +114,20 @@ static inline int32_t horizontal_sum(i32x16 v) {
 static inline float horizontal_max(f32x16 v) {
   return fold_lanes(v, [](auto x, auto y) { return x > y ? x : y; });
 }
+// Bit i is lane i of a comparison.
+static inline uint32_t lanes_of(i32x16 comparison) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  memcpy(halves, &comparison, 64);
+  return _mm256_movemask_ps(halves[0]) | _mm256_movemask_ps(halves[1]) << 8;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; i++) bits |= (comparison[i] & 1u) << i;
+  return bits;
+#endif
+}
 static inline f32x16 vmax(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);

@@ -189,7 +189,7 @@ struct Terms {
 
 // Whether queries of a layer see less than what is before them, beside a sliding window: its attention goes by plan 1.
 inline bool bounds_what_is_seen(const Model& m, int layer) {
-  return m.bounds.rolling || (m.bounds.pages && layer >= m.bounds.dense_layers && !m.layer[layer].window);
+  return m.bounds.rolling || (m.bounds.read.pages && layer >= m.bounds.dense_layers && !m.layer[layer].window);
 }
 
 struct Run {
@@ -365,18 +365,18 @@ struct Run {
   // Which pages each query that selects them reads in this layer; whoever scores the last of a query's pages chooses.
   void select(const Layer& l, std::atomic<int>& next) {
     AttentionPlans& plans = u.attention;
-    const int stride = (m.heads + 2 * m.kv_heads) * m.head_dim, items = (int)plans.selection_items.size(), most = m.bounds.pages;
+    const int stride = (m.heads + 2 * m.kv_heads) * m.head_dim, items = (int)plans.selection_items.size(), most = m.bounds.read.pages;
     for (int i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
       const SelectionItem& item = plans.selection_items[i];
       Selection& wanted = plans.selections[item.selection];
       const Sequence& s = b.sequence[wanted.sequence];
       const Queries x = {u.qkv.data() + (size_t)s.row * stride, (size_t)stride, nullptr, m.heads};
-      uint64_t* keys = plans.page_keys.data() + wanted.keys;
+      int32_t* keys = plans.page_keys.data() + wanted.keys;
       score_pages(l.cache, s, x, m.attention_scale, wanted.query, wanted.head, item.first, item.last, keys);
       const int scored = item.last - item.first;
       if (std::atomic_ref(wanted.unfinished).fetch_sub(scored, std::memory_order_acq_rel) == scored) {
         wanted.unfinished = wanted.pages;
-        choose_pages(l.cache, s, keys, wanted.pages, most, plans.page_tables.data() + (size_t)item.selection * most);
+        choose_pages(l.cache, s, keys, wanted.pages, m.bounds.read, plans.page_tables.data() + (size_t)item.selection * most);
       }
     }
     finish(SELECT);
@@ -595,9 +595,9 @@ void arm_bound_pages(const Cache* cache, int64_t first, int64_t count) {
 }
 
 // Attention alone, on the calling thread: stores the new keys and values (rows [count][kv_heads][head_dim]) of one
-// sequence and attends with q [count][heads][head_dim] into out. With `pages` each query reads at most so many of each kv head;
-// `read` [count][kv_heads][pages], where given, is then which tiles.
-void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, int32_t pages, const float* q, const float* keys, const float* values, float* out, int32_t* read) {
+// sequence and attends with q [count][heads][head_dim] into out. With a `budget` (else null) each query reads at most so many pages of each kv head;
+// `read` [count][kv_heads][budget->pages], where given, is then which tiles.
+void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, float scale, float softcap, int32_t window, const PageBudget* budget, const float* q, const float* keys, const float* values, float* out, int32_t* read) {
   const int d = cache->head_dim, kv_heads = cache->kv_heads, group = heads / kv_heads;
   for (int t = 0, run; t < sequence->count; t += run) {
     run = run_of(*sequence, cache->block_size, sequence->start + t, sequence->count - t);
@@ -610,22 +610,22 @@ void arm_attention(const Cache* cache, const Sequence* sequence, int32_t heads, 
   }
   const Queries x = {q, (size_t)heads * d, out, heads};
   const AttentionOptions options = {scale, softcap, window};
-  if (!pages) {
+  if (!budget) {
     for (int kv = 0; kv < kv_heads; kv++)
       for (int first = 0; first < sequence->count * group; first += kBlockRows)
         attend_block(*cache, *sequence, options, x, {kv, first, std::min(kBlockRows, sequence->count * group - first)});
     return;
   }
-  std::vector<uint64_t> page_keys((sequence->start + sequence->count) / kPage + 1);
-  std::vector<int32_t> tiles(pages);
+  std::vector<int32_t> page_keys(padded_pages((sequence->start + sequence->count) / kPage + 1));
+  std::vector<int32_t> tiles(budget->pages);
   Cache by_page = *cache;
   by_page.block_size = kPage;
   for (int t = 0; t < sequence->count; t++)
     for (int kv = 0; kv < kv_heads; kv++) {
-      const int position = sequence->start + t, count = position / kPage + 1, some = std::min(count, pages);
+      const int position = sequence->start + t, count = position / kPage + 1, some = std::min(count, budget->pages);
       score_pages(*cache, *sequence, x, scale, t, kv, 0, count, page_keys.data());
-      choose_pages(*cache, *sequence, page_keys.data(), count, some, tiles.data());
-      if (read) std::copy_n(tiles.data(), some, read + ((size_t)t * kv_heads + kv) * pages);
+      choose_pages(*cache, *sequence, page_keys.data(), count, {some, budget->first, std::min(budget->last, some)}, tiles.data());
+      if (read) std::copy_n(tiles.data(), some, read + ((size_t)t * kv_heads + kv) * budget->pages);
       const Queries own = {q + (size_t)t * heads * d, (size_t)heads * d, out + (size_t)t * heads * d, heads};
       attend_block(by_page, {tiles.data(), (some - 1) * kPage + position % kPage, 1, 0, 0, 0}, options, own, {kv, 0, group});
     }

@@ -10,8 +10,12 @@ from armillary.serve.kv_policies.policy import Backend, Dense, Options
 
 
 class Quest(Dense):
-    """Nothing is given back. Of each key/value head the `budget` / 16 pages whose keys could score highest are read, in all
-    layers but the first `dense_layers`; prompts are computed with everything.
+    """Nothing is given back. Of each key/value head `budget` / 16 pages are read, in all layers but the first `dense_layers`:
+    the first, the last quarter of them, and of the others those whose keys could score highest; prompts are computed with
+    everything.
+
+    The paper always reads the last page only. Sinks and neighbours beside what the bounds find cost nothing and are worth much:
+    at 8k tokens a budget of 1,024 adds 2 % to SmolLM2's perplexity instead of 6, 512 add 7 instead of 22.
 
     What the prefix cache keeps ends with the prompt: an answer's keys come from queries that did not read all, so as a later
     prompt's they would not be what that prompt gives alone.
@@ -37,7 +41,8 @@ class Quest(Dense):
 
     @property
     def seen(self) -> Seen:
-        return Seen(pages=self.options.budget // PAGE, dense_layers=self.options.dense_layers)
+        pages = self.options.budget // PAGE
+        return Seen(pages, first_pages=int(pages > 2), last_pages=max(1, pages // 4), dense_layers=self.options.dense_layers)
 
     def beside(self, head_dim: int) -> int:
         return -(-page_bound_bytes(head_dim) // PAGE)
