@@ -64,6 +64,10 @@ def load(client, name, path, **more):
     return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
 
 
+def rows(fleet):
+    return fleet.snapshot()["features"]["adapters"]["adapters"]
+
+
 def hang_up(fleet, index):
     """The replica is lost, and another takes its place."""
     process, deaths = fleet._processes[index], fleet.dispatcher.members[index].deaths
@@ -79,9 +83,9 @@ def test_adapters_come_and_go_on_every_replica(fleet, client, monkeypatch):
         hang_up(fleet, index)
     assert said(client, "two") == [text_of("two")] * 2
     assert said(client, "one") == [text_of("one")] * 2
-    wait(lambda: fleet.snapshot()["features"]["adapters"]["loaded"] == 4)
-    rows = fleet.snapshot()["features"]["adapters"]["adapters"]
-    assert [(row["name"], row["rank"], row["running"], row["requests"]) for row in rows] == [("one", 3, 0, 2), ("two", 18, 0, 2)]
+    told = [("one", 3, 0, 2), ("two", 18, 0, 2)]  # from the replicas' next signs of life
+    wait(lambda: [(row["name"], row["rank"], row["running"], row["requests"]) for row in rows(fleet)] == told)
+    assert fleet.snapshot()["features"]["adapters"]["loaded"] == 4
     assert 'armillary_adapter_requests_unfinished{adapter="two",model_name="tiny"} 0.0' in client.get("/metrics").text
 
     monkeypatch.setattr(fleet_adapters, "KEPT_SECONDS", 0.0)
@@ -99,10 +103,13 @@ def test_adapters_come_and_go_on_every_replica(fleet, client, monkeypatch):
     assert served(client) == ["one"]
     assert said(client, "one") == [text_of("two")] * 2
     assert client.post("/v1/completions", json={**ASK, "model": "two"}).status_code == 404
-    hang_up(fleet, fleet.dispatcher.tickets["running"].attempts[0].member.index if "running" in fleet.dispatcher.tickets else 0)
+    with fleet._lock:
+        ticket = fleet.dispatcher.tickets.get("running")
+        at = ticket.attempts[0].member.index if ticket is not None and ticket.attempts else 0
+    hang_up(fleet, at)
     fleet.run_until_idle()
     assert running.output == alone.output  # the weights that it began with, on whichever replica
-    wait(lambda: len(fleet.snapshot()["features"]["adapters"]["adapters"]) == 1)
+    wait(lambda: len(rows(fleet)) == 1)
     wait(lambda: fleet.snapshot()["features"]["adapters"]["loaded"] == 2)
 
 

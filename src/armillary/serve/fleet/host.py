@@ -204,11 +204,11 @@ class ReplicaHost:
         request.on_event = lambda event: self._event(hosted, event)
         self._by_id[request.id] = hosted
         try:
-            parent = hosted.parent.request if hosted.parent is not None and hosted.parent.attempt in self._hosted else None
-            if parent is not None:
-                request.parent, request.adapter = parent, parent.adapter
-            elif request.adapter and self.engine.adapters is not None:
+            if request.adapter and self.engine.adapters is not None:
                 request.adapter = self.engine.adapters.key(request.adapter)  # between processes it is a name
+            parent = hosted.parent
+            if parent is not None and parent.attempt in self._hosted and parent.request.adapter == request.adapter:
+                request.parent = parent.request
             self.engine.submit(request)
             hosted.begun = True
             self._release(hosted)
