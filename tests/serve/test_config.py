@@ -33,6 +33,7 @@ def test_memory_below_one_block_is_refused():
         {"max_batch_tokens": 0},
         {"max_running": 0},
         {"kv_blokcs": 4},
+        {"tbt_target": "0ms"},
     ],
 )
 def test_bad_settings_are_refused(bad):
@@ -56,3 +57,19 @@ def test_settings_come_from_file_environment_and_flags(tmp_path):
         resolve(EngineConfig, None, {}, {"kv_blocks": 4, "kv_memory": "1 GB"})
     with pytest.raises(ArmillaryError, match="no scheduler policy is called 'fifo'"):
         resolve(EngineConfig, None, {}, {"policy": "fifo"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kv_window": 100}, "kv_window 100 says nothing with kv_policy dense"),
+        ({"kv_policy": "quest", "kv_sinks": 8}, "kv_sinks 8 says nothing with kv_policy quest"),
+        ({"kv_policy": "h2o", "prefix_cache": "off", "kv_dense_layers": 1}, "kv_dense_layers 1 says nothing with kv_policy h2o"),
+        ({"draft_tokens": 4}, "draft_tokens 4 says nothing with speculate off"),
+        ({"speculate": "ngram", "draft_layers": 0.3}, "draft_layers 0.3 says nothing with speculate ngram"),
+    ],
+)
+def test_what_nothing_would_look_at_is_refused(given, said):
+    with pytest.raises(ValidationError, match=said):
+        EngineConfig(**given)
+    EngineConfig(**{name: value for name, value in given.items() if not said.startswith(name)})

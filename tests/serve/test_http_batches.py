@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 
@@ -261,6 +262,25 @@ def test_a_folder_keeps_files_and_batches_over_a_restart(tmp_path):
     finally:
         world.close()
     assert len(list((tmp_path / "files").iterdir())) == 4
+
+
+def test_a_full_disk_is_said_and_stops_nothing(world, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileStore, "put", full)
+    answer = world.http.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "batch"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full")
+    assert world.http.get("/v1/files").status_code == 200
+
+
+def test_a_folder_of_files_has_one_server(tmp_path):
+    store, other = FileStore(1000, tmp_path), FileStore(1000, tmp_path)
+    store.claim()
+    with pytest.raises(InputError, match="is another server's"):
+        other.claim()
+    del store
+    other.claim()
 
 
 def test_a_store_that_cannot_be_read_is_named(tmp_path):

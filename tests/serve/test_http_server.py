@@ -314,7 +314,7 @@ def test_a_body_that_hides_its_size_is_bounded_too(world):
 
 
 def test_unknown_paths_and_methods(world):
-    assert error_of(world.http.get("/v2/models"))["code"] == "http_error"
+    assert error_of(world.http.get("/v2/models"))["code"] == "not_found"
     response = world.http.get(CHAT)
     assert response.status_code == 405
     assert error_of(response)

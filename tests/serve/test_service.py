@@ -28,6 +28,24 @@ def world(tmp_path_factory):
 def test_the_context_is_the_least_of_its_bounds(world):
     assert world.service.loaded.config.max_context == 512
     assert world.service.context == 20 * 16
+    assert world.service.longer == "serve with more --kv-memory"
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "longer"),
+    [
+        ({"context": 100}, 100, "serve with a larger --context: the model was made for 512"),
+        ({}, 512, "serve a model with a longer context"),
+        ({"kv_policy": "infllm", "context": 1 << 30}, 64 * 16, "serve with more --kv-memory"),
+        ({"kv_policy": "streaming", "context": 1 << 30}, 1 << 30, "serve with a larger --context: the model was made for 512"),
+    ],
+)
+def test_whoever_finds_the_context_too_short_is_told_what_makes_it_longer(tmp_path, config, context, longer):
+    world = World(tmp_path, config={"kv_blocks": 64, "prefix_cache": "off", **config})
+    try:
+        assert (world.service.context, world.service.longer) == (context, longer)
+    finally:
+        world.close()
 
 
 @given(prompt=st.integers(0, 700), wanted=st.none() | st.integers(0, 700))

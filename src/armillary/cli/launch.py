@@ -77,6 +77,8 @@ def launch(settled: Resolved[Any], trace: Trace | None = None, *, replicas: bool
     note(loaded.description)
     note(f"computed by {running.computing}")
     note(f"KV cache {running.pool}; policy {settled.value.engine.scheduling}, at most {engine.limits.max_batch_tokens} tokens an iteration")
+    if running.service.context < min(engine.config.context or loaded.config.max_context, loaded.config.max_context):
+        note(f"a request has at most {running.service.context:,} tokens: to have more, {running.service.longer}")
     return running
 
 

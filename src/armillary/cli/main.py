@@ -116,7 +116,10 @@ def main() -> None:
     """The entry point. SIGTERM unwinds like Ctrl-C, so that engines stop and half-written files go."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    status = run(sys.argv[1:])
+    try:
+        status = run(sys.argv[1:])
+    finally:  # whoever sends it twice (timeout does, to the group too) has been heard: raised in the interpreter's last acts it is but noise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if status == INTERRUPTED:  # a second Ctrl-C while the process is leaving would end it by the signal, without this status
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)

@@ -32,12 +32,14 @@ def operations(server: Any, trace: Trace | None) -> Operations:
         from armillary.serve.operations.otel import check_installed
 
         check_installed()
+    files = FileStore(server.files_limit, server.files)
+    files.claim()
     return Operations(
         max_queued_kv=server.max_queued_kv,
         shed_after=server.shed_after,
         access_log=AccessLog.open(server.access_log) if server.access_log is not None else None,
         debug_trace=trace if server.allow_debug else None,
-        files=FileStore(server.files_limit, server.files),
+        files=files,
         adapter_directory=server.allow_lora_loading,
     )
 

@@ -30,7 +30,9 @@ class EngineConfig(Config):
     )
     max_wait: Duration | None = Field(60 * S, description="who waits longer goes first, whatever the order")
     victim: Literal["last", "cost"] = Field("last", description="who is preempted: the last admitted, or who costs least to compute again")
-    tbt_target: Duration | None = Field(None, description="bound of the time between tokens, for which sarathi finds its token budget")
+    tbt_target: Duration | None = Field(
+        None, gt=0, description="bound of the time between tokens, for which sarathi finds its token budget"
+    )
     block_size: int = Field(16, ge=1, le=4096)
     """Tokens a KV block."""
     kv_blocks: int | None = Field(None, ge=1, le=1 << 28)
@@ -221,6 +223,28 @@ class EngineConfig(Config):
                 "serve with --speculate ngram or off",
                 field="speculate",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_heeded(self) -> EngineConfig:
+        """A number that nothing looks at would be believed to have been heeded."""
+        kept_by = {
+            "kv_sinks": ("streaming", "minference", "infllm"),
+            "kv_window": ("streaming", "h2o", "minference", "infllm"),
+            "kv_budget": ("h2o", "quest", "minference", "infllm"),
+            "kv_dense_layers": ("quest",),
+        }
+        heeded = {name: ("kv_policy", self.kv_policy, policies) for name, policies in kept_by.items()}
+        heeded["draft_tokens"] = ("speculate", self.speculate, ("ngram", "layers", "model"))
+        heeded["draft_layers"] = ("speculate", self.speculate, ("layers",))
+        for name, (option, chosen, choices) in heeded.items():
+            given = getattr(self, name)
+            if chosen not in choices and given != EngineConfig.model_fields[name].default:
+                raise InputError(
+                    f"{name} {given} says nothing with {option} {chosen}",
+                    f"leave it out, or choose {option} {' or '.join(choices)}",
+                    field=name,
+                )
         return self
 
     @model_validator(mode="after")

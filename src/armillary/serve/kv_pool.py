@@ -59,6 +59,7 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_b
             f"serve with --context {model.max_context} or less",
             field="context",
         )
+    _within(config, model, context)
     per_token = held_per_token(config, model) + draft_bytes
     if config.kv_blocks is None and config.kv_memory is None:
         each = -(-context // config.block_size)
@@ -78,6 +79,23 @@ def settle(config: EngineConfig, model: ModelConfig, memory: int | None, draft_b
             field="kv_blocks",
         )
     return config
+
+
+def _within(config: EngineConfig, model: ModelConfig, context: int) -> None:
+    """Raises InputError for a KV policy's numbers that this model cannot be served with."""
+    before = config.kv_sinks if config.kv_policy == "streaming" else 0  # of infllm all that is far stands where the window ends
+    if context > model.max_context and before + config.kv_window > model.max_context:
+        raise InputError(
+            f"kv_policy {config.kv_policy} reads {before + config.kv_window:,} tokens at their distances, and the model was made for {model.max_context:,}",
+            f"serve with --kv-window {max(1, model.max_context - before)} or less, or with --context {model.max_context}",
+            field="kv_window",
+        )
+    if config.kv_policy == "quest" and config.kv_dense_layers >= model.num_layers:
+        raise InputError(
+            f"kv_dense_layers is {config.kv_dense_layers}, and the model has {model.num_layers} layers: all would read everything",
+            "give fewer, or leave kv_policy quest out",
+            field="kv_dense_layers",
+        )
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -76,11 +76,22 @@ class Service:
     @property
     def context(self) -> int:
         """The most tokens that a prompt and its answer may have together: the model's bound, the engine's, and what the KV pool holds."""
-        config, limits = self.engine.config, self.engine.limits
-        if config.kv.unbounded and config.context is not None:
-            return config.context
-        bounds = [self.loaded.config.max_context, limits.total_blocks * limits.block_size]
-        return min(bounds if config.context is None else [config.context, *bounds])
+        return min(bound for bound, _ in self._context_bounds())
+
+    @property
+    def longer(self) -> str:
+        """What would make the context longer, in words that end a sentence."""
+        return min(self._context_bounds())[1]
+
+    def _context_bounds(self) -> list[tuple[int, str]]:
+        """Each bound of the context in tokens, with what raises it."""
+        config, limits, model = self.engine.config, self.engine.limits, self.loaded.config.max_context
+        context = model if config.context is None else config.context
+        larger = f"serve with a larger --context: the model was made for {model}"
+        bounds = [(context, larger if context != model else "serve a model with a longer context")]
+        if not config.kv.unbounded or config.kv.most_blocks is None:  # else it gives back blocks as it goes on
+            bounds.append((limits.total_blocks * limits.block_size, "serve with more --kv-memory"))
+        return bounds
 
     @property
     def vocab_size(self) -> int:
@@ -192,14 +203,14 @@ class Service:
             raise ContextError(
                 f"the prompt has {prompt_tokens} tokens; the context is {self.context}"
                 + (", and the answer needs at least 1" if fewest else ""),
-                "shorten the prompt, or serve with a larger --context if the model allows it",
+                f"shorten the prompt, or {self.longer}",
                 field=field,
             )
         if max_tokens is not None and max_tokens > left:
             raise ContextError(
                 f"the prompt has {prompt_tokens} tokens and max_tokens asks for {max_tokens} more, {prompt_tokens + max_tokens} together; "
                 f"the context is {self.context}",
-                f"ask for at most {left} tokens, shorten the prompt, or serve with a larger --context if the model allows it",
+                f"ask for at most {left} tokens, shorten the prompt, or {self.longer}",
                 field="max_tokens",
             )
         return left if max_tokens is None else max_tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +17,18 @@ from armillary.serve.request import Request
 
 LONGEST_PATH = 200
 
+log = logging.getLogger(__name__)
+
 
 class AccessLog:
-    """Appends to a file, or writes to stdout for "-". Each line is whole when it is written, so that the file can be followed."""
+    """Appends to a file, or writes to stdout for "-". Each line is whole when it is written, so that the file can be followed.
+
+    A disk that is full, or a reader of stdout that has gone, costs lines and no answer: the first is told, and how many when writing works again.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._lost = 0
 
     @classmethod
     def open(cls, path: str) -> AccessLog:
@@ -28,7 +36,8 @@ class AccessLog:
         if path == "-":
             return cls(sys.stdout)
         try:
-            return cls(Path(path).open("a", encoding="utf-8", buffering=1))
+            # Without a buffer a line that could not be written is gone, rather than in the way of those after it.
+            return cls(io.TextIOWrapper(Path(path).open("ab", buffering=0), encoding="utf-8", write_through=True))
         except OSError as error:
             raise InputError(
                 f"the access log {path} cannot be written: {error.strerror}",
@@ -37,9 +46,18 @@ class AccessLog:
             ) from error
 
     def __call__(self, exchange: Exchange) -> None:
-        self._stream.write(json.dumps(line(exchange), ensure_ascii=True) + "\n")
-        if self._stream is sys.stdout:
-            self._stream.flush()
+        try:
+            self._stream.write(json.dumps(line(exchange), ensure_ascii=True) + "\n")
+            if self._stream is sys.stdout:
+                self._stream.flush()
+        except OSError as error:
+            if not self._lost:
+                log.error("the access log cannot be written (%s): lines are lost until it can", error.strerror)
+            self._lost += 1
+        else:
+            if self._lost:
+                log.warning("the access log is written again: %d lines are lost", self._lost)
+            self._lost = 0
 
 
 def line(exchange: Exchange) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +79,17 @@ def as_api_error(error: BaseException) -> APIError:
         return APIError(400, f"{name}: {first['msg']}", param=name, code="invalid_value")
     if isinstance(error, HTTPException):
         words = {404: "no such path: the API lives under /v1", 405: "this path does not answer that method"}
-        return APIError(error.status_code, words.get(error.status_code, str(error.detail)), code="http_error", headers=error.headers)
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code, "http_error")
+        return APIError(error.status_code, words.get(error.status_code, str(error.detail)), code=code, headers=error.headers)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("the disk is full: %s", error)
+        return APIError(
+            507,
+            "the server's disk is full: delete files (DELETE /v1/files/ID), or have room made on it",
+            type="server_error",
+            code="disk_full",
+        )
     log.error("request failed", exc_info=error)
     return APIError(500, "the server failed to answer this request: its log has the details", type="server_error", code="server_error")
 
@@ -89,5 +100,5 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response(request.url.path)
 
-    for kind in (APIError, ArmillaryError, RequestValidationError, HTTPException, Exception):
+    for kind in (APIError, ArmillaryError, RequestValidationError, HTTPException, OSError, Exception):
         app.add_exception_handler(kind, handle)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from armillary.core.errors import InputError, NotFoundError
 from armillary.serve.http.errors import APIError
@@ -49,6 +50,7 @@ class FileStore:
         self._contents: dict[str, bytes] = {}  # without a folder
         self._records: dict[str, Json] = {}
         self._owners: dict[str, str] = {}
+        self._claimed: TextIO | None = None  # open as long as the folder is this process's
         self._used = self._reserved = 0  # bytes
         if folder is not None:
             try:
@@ -63,6 +65,21 @@ class FileStore:
                 raise InputError(
                     f"the folder of files {folder} cannot be used ({error})", "choose another --files", field="files"
                 ) from error
+
+    def claim(self) -> None:
+        """Keep other processes from the folder while this one lives: each would miss what another adds, and end its batches.
+
+        Raises InputError when another has claimed it.
+        """
+        if self._folder is None:
+            return
+        self._claimed = (self._folder / ".lock").open("a")
+        try:
+            fcntl.flock(self._claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"the folder of files {self._folder} is another server's", "give each its own --files, or stop that one", field="files"
+            ) from error
 
     @property
     def used(self) -> int:

@@ -38,6 +38,8 @@ VLLM_NAMES = {
     "armillary_preemptions": "vllm:num_preemptions",
     "armillary_prefix_cache_queries": "vllm:prefix_cache_queries",
     "armillary_prefix_cache_hits": "vllm:prefix_cache_hits",
+    "armillary_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "armillary_accepted_draft_tokens": "vllm:spec_decode_num_accepted_tokens",
     "armillary_requests_finished": "vllm:request_success",
     "armillary_requests_running": "vllm:num_requests_running",
     "armillary_requests_waiting": "vllm:num_requests_waiting",
@@ -141,6 +143,8 @@ class _EngineState(Collector):
             ("prefix_cache_queries", "Tokens of sequences that were admitted and looked for in the prefix cache", stats["sought_tokens"]),
             ("prefix_cache_hits", "Tokens of them that it had", stats["reused_tokens"]),
             ("generated_tokens", "Tokens generated", stats["generated_tokens"]),
+            ("draft_tokens", "Tokens that were proposed and verified", stats["drafted_tokens"]),
+            ("accepted_draft_tokens", "Tokens of them that were right", stats["accepted_tokens"]),
             ("preemptions", "Times that a running request lost its KV blocks", stats["preemptions"]),
             (
                 "recomputed_tokens",

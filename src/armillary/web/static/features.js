@@ -85,7 +85,7 @@ function card(name, state) {
   }
   const { [ratio]: _, ...rest } = single;
   const said = facts(rest);
-  if (said) node.append(make("p", "quiet", said));
+  if (said || (!ratio && !lists.length)) node.append(make("p", "quiet", said || "nothing yet"));
   for (const [, list] of lists) node.append(rows(list));
   return node;
 }

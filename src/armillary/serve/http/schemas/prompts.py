@@ -17,6 +17,8 @@ def prompts(value: Any, most: int, noun: str) -> list[Any]:
         raise ValueError(f"{len(value)} {noun}s: send at most {most} in one request")
     for index, one in enumerate(value):
         if not isinstance(one, str) and not _is_tokens(one):
+            if one == []:
+                raise ValueError(f"{noun} {index} is empty: leave it out, or send at least one token id")
             raise ValueError(f"{noun} {index} is neither a string nor a list of token ids")
     return value
 
