@@ -139,6 +139,7 @@ def library() -> ctypes.CDLL | None:
     lib.arm_sample.argtypes = [
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_float, ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_double,
     ]  # fmt: skip
+    lib.arm_allowed.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float)]
     sizes = (ctypes.c_int32 * 7)()
     lib.arm_struct_sizes(sizes)
     ours = [ctypes.sizeof(c) for c in (CWeight, CLayer, CModel, CBatch, CSequence, CCache, CLowRank)]

@@ -161,4 +161,34 @@ int32_t arm_sample(const float* logits, int32_t n, float peak, float temperature
   return -1;
 }
 
+// The first token with the largest of those logits whose bit is set in `allowed` (bit t % 32 of word t / 32 for token t), and
+// that logit in `peak`; -1 and -inf where all of them are -inf. `out`, unless null, gets the row with -inf for the others.
+int32_t arm_allowed(const float* logits, int32_t n, const uint32_t* allowed, float* out, float* peak) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const f32x16 never = splat(-INFINITY);
+  float best = -INFINITY;
+  int32_t token = -1;
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const uint32_t bits = allowed[i / 32] >> (i % 32) & 0xffff;
+    if (!bits) {
+      if (out) store(out + i, never);
+      continue;
+    }
+    f32x16 v = load(logits + i);
+    if (bits != 0xffff) v = ((splat_int((int32_t)bits) >> lane) & 1) != 0 ? v : never;
+    if (out) store(out + i, v);
+    if (horizontal_max(v) <= best) continue;
+    for (int j = 0; j < 16; j++)
+      if (v[j] > best) best = v[j], token = i + j;
+  }
+  for (; i < n; i++) {
+    const float x = allowed[i / 32] >> (i % 32) & 1 ? logits[i] : -INFINITY;
+    if (out) out[i] = x;
+    if (x > best) best = x, token = i;
+  }
+  *peak = best;
+  return token;
+}
+
 }  // extern "C"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from armillary.core.errors import ArmillaryError, InputError
+from armillary.kernels.token_mask import allows
 from armillary.serve.grammar.grammar import Grammar
 
 MASK_SECONDS = 0.1  # of the processor, for what may come next
@@ -58,7 +59,7 @@ class Matcher:
                 if self._matcher.is_terminated():
                     break
                 self._fill(rows, row)
-                if row == len(drafts) or not _allows(rows[row], drafts[row]) or not self._matcher.accept_token(drafts[row]):
+                if row == len(drafts) or not allows(rows[row], drafts[row]) or not self._matcher.accept_token(drafts[row]):
                     break
                 taken += 1
         finally:
@@ -83,7 +84,7 @@ class Matcher:
             if self._matcher.is_terminated():
                 break
             self._fill(row, 0)
-            if not _allows(row[0], token) or not self._matcher.accept_token(token):
+            if not allows(row[0], token) or not self._matcher.accept_token(token):
                 break
             taken += 1
         if taken:
@@ -123,7 +124,3 @@ def slow(grammar: Grammar) -> InputError:
         "write it so that a text can be read in one way: no parts that may be empty within each other, no rule that begins with itself twice",
         field=grammar.field,
     )
-
-
-def _allows(row: Tensor, token: int) -> bool:
-    return 0 <= token < 32 * row.shape[0] and bool(int(row[token // 32]) >> (token % 32) & 1)
