@@ -15,6 +15,7 @@ VERBS = (
     "demo",
     "train",
     "doctor",
+    "simulate",
     "cluster",
     "calibrate",
     "perplexity",

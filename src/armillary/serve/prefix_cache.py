@@ -61,7 +61,7 @@ def name_of(request: Request, index: int, block_size: int) -> bytes:
     while len(names) <= index:
         before = names[-1] if names else _salted(request.cache_salt, request.adapter)
         start = len(names) * block_size
-        tokens = array("q", (request.token(position) for position in range(start, start + block_size)))
+        tokens = array("q", request.tokens(start, start + block_size))
         names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
     return names[index]
 

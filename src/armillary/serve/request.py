@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -120,6 +120,15 @@ class Request:
     def max_length(self) -> int:
         """The most tokens this sequence can ever have."""
         return len(self.prompt) + self.sampling.max_tokens
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
+        """The known tokens at positions `start` to `end` - 1 of prompt + output."""
+        prompt = len(self.prompt)
+        if end <= prompt:
+            return self.prompt[start:end]
+        if start >= prompt:
+            return self.output[start - prompt : end - prompt]
+        return [*self.prompt[start:], *self.output[: end - prompt]]
 
     def token(self, position: int) -> int:
         """The token at `position` of prompt + output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,25 +139,28 @@ class BatchFeatures:
 
     def __init__(self, work: Work) -> None:
         self._work = work
+        self._decode_keys = [work.basis.index(f"decode_keys[{index}]") for index in range(len(work.windows))]
+        self.varying: Sequence[int] = [index for index, name in enumerate(work.basis) if name.endswith("]")]
 
-    def of(self, batch: Batch) -> list[int]:
-        return list(self._work.features(self._sums(batch)))
+    def of(self, batch: Batch) -> Sequence[int]:
+        return self._work.features(self._sums(batch))
 
-    def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
-        first = np.array(self.of(Batch((), sequences, cached, sequences)), dtype=np.int64)
-        features = np.repeat(first[:, None], count, axis=1)
-        read = cached + sequences * np.arange(count, dtype=np.int64)
-        for index, window in enumerate(self._work.windows):
-            features[self._work.basis.index(f"decode_keys[{index}]")] = _keys(sequences, read, window)
-        return features
+    def read(self, sequences: int, cached: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+        keys = zip(self._decode_keys, self._work.windows, strict=True)
+        return {index: _keys(sequences, cached, window) for index, window in keys}
 
     def _sums(self, batch: Batch) -> Sums:
         spans = []
         for window in self._work.windows:
             pair = sum(pairs(query, cached, window) for query, cached in batch.prompts)
             keys = sum(cached + query if window is None else min(cached + query, window + query - 1) for query, cached in batch.prompts)
-            spans.append(Span(pair, keys, int(_keys(batch.decodes, np.array(batch.cached), window))))
+            spans.append(Span(pair, keys, _one_keys(batch.decodes, batch.cached, window)))
         return Sums(batch.prompt_tokens, batch.decodes, batch.sampled, tuple(spans))
+
+
+def _one_keys(sequences: int, cached: int, window: int | None) -> int:
+    """`_keys` of one batch."""
+    return cached + sequences if window is None or not sequences else min(window, cached // sequences + 1) * sequences
 
 
 def _keys(sequences: int, cached: NDArray[np.int64], window: int | None) -> NDArray[np.int64]:

@@ -149,9 +149,8 @@ def _tokens(request: Request, entry: Entry) -> Sequence[int]:
     """The known tokens at the entry's positions, and its drafts."""
     if entry.count == 1:
         return (request.token(entry.start),)
-    start, end, prompt = entry.start, entry.start + entry.count - entry.drafts, len(request.prompt)
-    known = request.prompt[start:end] if start < prompt else ()
-    return (*known, *request.output[max(0, start - prompt) : max(0, end - prompt)], *request.drafts[: entry.drafts])
+    known = request.tokens(entry.start, entry.start + entry.count - entry.drafts)
+    return (*known, *request.drafts[: entry.drafts])
 
 
 def _rows(request: Request, entry: Entry) -> list[Row]:

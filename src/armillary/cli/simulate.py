@@ -1,0 +1,201 @@
+"""`armillary simulate`: what a configuration would do on hardware that is not here, by the very engine in virtual time."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Group, Parameter
+
+from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
+
+if TYPE_CHECKING:
+    from armillary.serve.request import Request
+    from armillary.serve.simulation.scenario import Run, Scenario
+    from armillary.serve.workload.lengths import Lengths
+
+simulate = App(name="simulate")
+
+_HARDWARE = Group("Hardware", sort_key=1)
+_WORKLOAD = Group("Workload", sort_key=2)
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hardware:
+    """Where a replica runs, and how many there are."""
+
+    cluster: Annotated[
+        str, Parameter(group=_HARDWARE, help="Devices, such as h100, 8xh100 or dgx-a100:4 (armillary cluster lists them).")
+    ] = "h100"
+    tensor_parallel: Annotated[
+        int, Parameter(name=("--tensor-parallel", "--tp"), group=_HARDWARE, help="Devices that split each layer.")
+    ] = 1
+    pipeline_parallel: Annotated[
+        int,
+        Parameter(name=("--pipeline-parallel", "--pp"), group=_HARDWARE, help="Stages of layers, one batch after another through them."),
+    ] = 1
+    replicas: Annotated[int, Parameter(group=_HARDWARE, help="Engines behind the router.")] = 1
+    router: Annotated[str, Parameter(group=_HARDWARE, help="power-of-two, shortest-queue, cache-aware, round-robin, consistent-hash.")] = (
+        "power-of-two"
+    )
+    host_us: Annotated[
+        float, Parameter(group=_HARDWARE, help="Microseconds an iteration beside the device: schedule, launch, tokens out.")
+    ] = 0.0
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """What comes."""
+
+    requests: Annotated[int, Parameter(group=_WORKLOAD, help="How many.")] = 1000
+    rate: Annotated[
+        float | None, Parameter(group=_WORKLOAD, help="A second, over all replicas (default: 1 a replica).", show_default=False)
+    ] = None
+    variation: Annotated[
+        float, Parameter(group=_WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
+    ] = 1.0
+    lengths: Annotated[
+        str, Parameter(group=_WORKLOAD, help="conversation, code, summarization (fitted to published traces), or PROMPT+ANSWER tokens.")
+    ] = "conversation"
+    trace: Annotated[
+        Path | None, Parameter(group=_WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
+    ] = None
+    speed: Annotated[float, Parameter(group=_WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
+
+
+@simulate.command(name="serve")
+def serve(
+    model: Annotated[
+        str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
+    ],
+    /,
+    *,
+    hardware: Hardware = Hardware(),
+    workload: Workload = Workload(),
+    engine: EngineFlags = EngineFlags(),  # noqa: B008
+    config: ConfigFile = None,
+    save: Annotated[Path | None, Parameter(help="Write the trace of the (one) replica: Chrome/Perfetto JSON.")] = None,
+    step_all: Annotated[
+        bool, Parameter(name="--step-all", negative=(), help="Step through iterations that repeat instead of leaping over them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Serve a workload in virtual time: the scheduler, memory and router are those of `armillary serve`, durations a roofline's."""
+    from armillary.cli.terminal import print_json, table, timed
+    from armillary.core.trace import Trace
+    from armillary.core.units import format_count, format_duration
+
+    scenario = _scenario(model, hardware, engine, config, fast=not step_all)
+    coming = _requests(workload, hardware.replicas, scenario)
+    trace = Trace(f"{scenario.deployment.model.name}, virtual time") if save is not None else None
+    with timed(f"{format_count(workload.requests)} requests in virtual time") as close:
+        run = scenario.run(coming, trace=trace)
+        close(
+            f"{format_duration(run.result.makespan)} of virtual time, {len(run.result.arrival) / max(run.wall, 1e-9):,.0f} requests a second"
+        )
+    if save is not None and trace is not None:
+        trace.save(save)
+    if json:
+        print_json(_facts(scenario, run))
+        return
+    _tell(scenario, run, table)
+
+
+def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
+    """Everything that is asked for, checked before anything runs."""
+    from armillary.cluster.cluster import cluster
+    from armillary.models.graph.cost import Deployment
+    from armillary.models.graph.find import find
+    from armillary.models.graph.layout import Layout
+    from armillary.models.graph.precision import Precision
+    from armillary.serve.simulation.scenario import Scenario
+
+    own = {"engine.quantize": "fp16", "engine.kv_dtype": "fp16", "engine.max_running": 128, "engine.max_queue": 1_000_000}
+    settled = settle(model, engine, file=config, defaults=own).value.engine
+    weights = "fp32" if settled.quantize == "none" else settled.quantize
+    precision = Precision(weights, "fp32" if weights == "fp32" else "fp16", settled.kv_dtype)
+    layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
+    deployment = Deployment(find(model), cluster(hardware.cluster), layout, precision)
+    cost = deployment.roofline(host=hardware.host_us * 1e3)
+    return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
+
+
+def _requests(workload: Workload, replicas: int, scenario: Scenario) -> Iterator[Request]:
+    from armillary.core.errors import InputError
+    from armillary.serve.workload import bursty, requests
+    from armillary.serve.workload.requests import arrivals
+    from armillary.serve.workload.trace_file import read_trace
+
+    if workload.requests < 1:
+        raise InputError(f"{workload.requests} requests are no workload", "give at least 1", field="requests")
+    context = scenario.settled.context
+    if workload.trace is not None:
+        return requests(read_trace(workload.trace, speed=workload.speed, most=workload.requests))
+    seed = scenario.config.seed
+    times = bursty(workload.rate if workload.rate is not None else float(replicas), workload.variation, seed)
+    return requests(arrivals(times, _lengths(workload.lengths), workload.requests, seed + 1, limit=context))
+
+
+def _lengths(text: str) -> Lengths:
+    from armillary.serve.workload import fixed, published
+
+    both = re.fullmatch(r"([0-9]{1,7})\+([0-9]{1,7})", text.strip())
+    return fixed(int(both[1]), int(both[2])) if both else published(text.strip())
+
+
+def _facts(scenario: Scenario, run: Run) -> dict[str, Any]:
+    """Everything as plain values; times in ns."""
+    import numpy as np
+
+    result, devices = run.result, scenario.deployment.layout.devices * scenario.replicas
+
+    def spread(values: Any) -> dict[str, float]:
+        return {
+            f"p{percent}": float(np.percentile(values, percent, method="inverted_cdf")) if len(values) else 0.0 for percent in (50, 90, 99)
+        }
+
+    price = scenario.deployment.device.price
+    hours = result.makespan / 3.6e12 * devices
+    return {
+        "model": scenario.deployment.model.name, "device": scenario.deployment.device.name, "devices": devices, "replicas": scenario.replicas,
+        "scheduling": scenario.settled.scheduling, "kv_blocks": run.blocks, "requests": len(result.arrival),
+        "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan,
+        "wait": spread(result.waits), "first_token": spread(result.first_tokens), "per_token": spread(result.per_token),
+        "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
+        "throughput_per_device": result.throughput / devices, "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
+        "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
+        "wall_seconds": run.wall,
+    }  # fmt: skip
+
+
+def _tell(scenario: Scenario, run: Run, table: Any) -> None:
+    from armillary.core.units import format_count, format_duration
+
+    facts = _facts(scenario, run)
+    layout, config = scenario.deployment.layout, scenario.settled
+    print(
+        f"{facts['model']} in {scenario.deployment.precision.weights} on {facts['devices']} x {facts['device']} "
+        f"({scenario.replicas} replicas of {layout.tensor_parallel} x {layout.pipeline_parallel} devices), {facts['scheduling']}, "
+        f"{config.max_batch_tokens} tokens an iteration, {facts['kv_blocks']:,} KV blocks of {config.block_size} tokens a replica\n"
+        f"durations: {scenario.cost.name if scenario.cost else 'roofline'}\n"
+    )
+    names = (
+        ("wait", "wait in the queue"),
+        ("first_token", "time to first token"),
+        ("per_token", "time a token after it, by request"),
+        ("gap", "time between tokens"),
+    )
+    rows = [(words, *(format_duration(facts[name][column]) for column in ("p50", "p90", "p99"))) for name, words in names]
+    table(("", "p50", "p90", "p99"), rows)
+    dollars = facts["dollars_per_million_tokens"]
+    print(
+        f"\n{facts['requests']:,} requests, {format_count(facts['prompt_tokens'])} prompt and {format_count(facts['generated_tokens'])} generated tokens "
+        f"in {format_duration(facts['makespan'])}: {facts['throughput']:,.0f} tokens a second, {facts['throughput_per_device']:,.0f} a device"
+        + (f", ${dollars:,.2f} a million generated tokens" if dollars is not None else "")
+        + f"; {facts['iterations']:,} iterations, {facts['preemptions']:,} preemptions"
+    )

@@ -1,0 +1,115 @@
+"""What is simulated: replicas of a deployed model, configured as `serve` is, behind a router; and what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from armillary.core.clock import VirtualClock
+from armillary.core.errors import InputError
+from armillary.core.trace import Trace
+from armillary.models.graph.cost import Deployment
+from armillary.serve.config import EngineConfig
+from armillary.serve.executors.virtual import VirtualExecutor
+from armillary.serve.history import EngineStats
+from armillary.serve.policies import routing
+from armillary.serve.request import Request
+from armillary.serve.simulation.cluster import Cluster
+from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.recorder import Recorder, Result
+from armillary.sim.costs import CostModel
+
+MOST_REPLICAS: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A simulation's end. `wall` is what it took here, s; `blocks` the KV blocks of a replica."""
+
+    result: Result
+    stats: EngineStats  # of all replicas together
+    blocks: int
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`replicas` of `deployment`, each an engine of `config` whose iterations take what `cost` says (by default the deployment's roofline).
+
+    Raises InputError for what has no model in virtual time yet, naming it.
+    """
+
+    deployment: Deployment
+    config: EngineConfig
+    replicas: int = 1
+    router: str = "power-of-two"
+    cost: CostModel | None = None
+    fast_forward: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= MOST_REPLICAS:
+            raise InputError(f"{self.replicas:,} replicas are asked for", f"give 1 to {MOST_REPLICAS:,}", field="replicas")
+        routing.get(self.router)
+        config = self.config
+        asked = {
+            "speculate": config.speculate != "off", "kv_policy": config.kv_policy != "dense", "offload": config.offload is not None,
+            "sparsity": config.sparsity is not None, "lora": bool(config.lora), "async_scheduling": config.async_scheduling == "on",
+        }  # fmt: skip
+        for name, wanted in asked.items():
+            if wanted:
+                raise InputError(f"no cost model knows {name} yet", f"simulate without {name}", field=name)
+
+    @property
+    def settled(self) -> EngineConfig:
+        """The configuration with the KV pool that the device has, and the model's context."""
+        config, model = self.config, self.deployment.model
+        blocks = config.kv_blocks if config.kv_blocks is not None else self.deployment.kv_blocks(config.block_size)
+        context = config.context if config.context is not None else model.max_context
+        if context > model.max_context:
+            raise InputError(
+                f"context {context:,} is more than the {model.max_context:,} tokens of {model.name}", "give less", field="context"
+            )
+        return config.model_copy(update={"kv_blocks": blocks, "kv_memory": None, "context": context})
+
+    def run(self, requests: Iterable[Request], *, trace: Trace | None = None) -> Run:
+        """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests.
+
+        Raises InputError for a request that could never run, and CapacityError when a queue passes its bound.
+        """
+        if trace is not None and self.replicas > 1:
+            raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
+        cost = self.cost if self.cost is not None else self.deployment.roofline()
+        recorder, config = Recorder(), self.settled
+        engines = [
+            VirtualEngine(
+                VirtualExecutor(VirtualClock(), cost),
+                config,
+                trace=trace,
+                recorder=recorder,
+                fast_forward=self.fast_forward,
+                told=trace is not None,
+            )
+            for _ in range(self.replicas)
+        ]
+        began = time.perf_counter()
+        Cluster(engines, routing.get(self.router), seed=config.seed).run(requests)
+        wall = time.perf_counter() - began
+        assert config.kv_blocks is not None
+        return Run(recorder.result(), summed([engine.stats for engine in engines]), config.kv_blocks, wall)
+
+
+def summed(stats: Iterable[EngineStats]) -> EngineStats:
+    """The counters of several engines as one's."""
+    whole = EngineStats()
+    for one in stats:
+        for name in EngineStats.__dataclass_fields__:
+            mine, its = getattr(whole, name), getattr(one, name)
+            if isinstance(its, int):
+                setattr(whole, name, mine + its)
+            elif isinstance(its, list):
+                setattr(whole, name, [a + b for a, b in zip(mine, its, strict=True)])
+            else:
+                setattr(whole, name, {key: mine[key] + its[key] for key in its})
+    return whole

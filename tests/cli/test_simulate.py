@@ -1,0 +1,68 @@
+"""`armillary simulate`: what it tells, and what it refuses before anything runs."""
+
+import json
+
+import pytest
+
+from armillary.cli.main import MISUSED, run
+from armillary.core.trace import Trace
+
+
+def test_a_workload_in_virtual_time(capsys):
+    assert run(["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--requests", "50", "--rate", "2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["requests"], facts["devices"], facts["device"]) == (50, 1, "a100-80g-sxm")
+    assert 20e6 < facts["first_token"]["p50"] < 1e9
+    assert 5e6 < facts["per_token"]["p50"] < 50e6
+    assert facts["dollars_per_million_tokens"] > 0
+
+
+def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
+    told = []
+    for more in ([], [], ["--step-all"]):
+        path = tmp_path / f"trace{len(told)}.json"
+        arguments = [
+            "simulate",
+            "serve",
+            "mistral-7b",
+            "--requests",
+            "30",
+            "--rate",
+            "6",
+            "--lengths",
+            "100+20",
+            "--save",
+            str(path),
+            "--json",
+        ]
+        assert run([*arguments, *more]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        del facts["wall_seconds"]
+        told.append((facts, path.read_bytes()))
+    assert told[0] == told[1] == told[2]
+    assert len(Trace.load(tmp_path / "trace0.json")) > 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["llama-2-70b", "--cluster", "a100"], "138 GB of each, 66 GB more"),
+        (["llama-2-7b", "--cluster", "h1000"], "did you mean h100"),
+        (["llama-2-7b", "--rate", "0"], "no rate"),
+        (["llama-2-7b", "--rate", "nan"], "no rate"),
+        (["llama-2-7b", "--requests", "0"], "no workload"),
+        (["llama-2-7b", "--lengths", "poems"], "conversation, code, summarization"),
+        (["llama-2-7b", "--tp", "3", "--cluster", "dgx-h100"], "32 attention heads, which tensor_parallel 3 does not divide"),
+        (["llama-2-7b", "--tp", "0"], "tensor_parallel is 0"),
+        (["llama-2-7b", "--replicas", "0"], "give 1 to 100,000"),
+        (["llama-2-7b", "--router", "luck"], "no routing policy"),
+        (["llama-2-7b", "--speculate", "ngram"], "no cost model knows speculate"),
+        (["llama-2-7b", "--replicas", "2", "--save", "x.json"], "trace one replica"),
+        (["llama-2-7b", "--trace", "/nowhere.csv"], "/nowhere.csv"),
+        (["llama-2-7b", "--context", "100000"], "4,096 tokens of llama-2-7b"),
+        (["nobody-knows"], "no model 'nobody-knows'"),
+    ],
+)
+def test_what_cannot_be_is_named(capsys, arguments, says):
+    assert run(["simulate", "serve", *arguments]) == MISUSED
+    assert says in capsys.readouterr().err
