@@ -45,7 +45,7 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A compiler that writes a line a compilation."""
     log, script = tmp_path / "log", tmp_path / "counting-g++"
     real = shutil.which("g++") or shutil.which("clang++")
-    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo x >> "{log}" ;; esac\nexec {real} "$@"\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo x >> "{log}" ;; esac\nexec {real} "$@"\n')
     script.chmod(0o755)
     log.write_text("")
     monkeypatch.setenv("CXX", str(script))
@@ -145,6 +145,23 @@ def test_a_source_that_does_not_compile_is_quoted(source: Path, tmp_path: Path) 
     with pytest.raises(native.NativeBuildError, match=r"failed on twice\.cpp"):
         native.build("broken", [source])
     assert libraries(tmp_path) == []
+
+
+@needs_compiler
+def test_sources_are_compiled_apart_and_linked(source: Path, counting: Path, tmp_path: Path) -> None:
+    source.write_text('long long half(long long); extern "C" long long twice(long long x) { return 4 * half(x); }\n')
+    other = source.with_name("half.cpp")
+    other.write_text("long long half(long long x) { return x / 2; }\n")
+    assert twice(native.load("twice", [source, other]), 10) == 20
+    assert counting.read_text() == "x\nx\n"
+    other.write_text("long long half(long long x) { return missing; }\n")
+    with pytest.raises(native.NativeBuildError, match=r"failed on half\.cpp: .*missing"):
+        native.build("twice", [source, other])
+    other.write_text(source.read_text())
+    with pytest.raises(native.NativeBuildError, match=r"(?s)failed on twice\.cpp, half\.cpp: .*multiple definition"):
+        native.build("twice", [source, other])
+    assert len(libraries(tmp_path)) == 1
+    assert not list((tmp_path / "home" / "native").glob("*.partial"))
 
 
 def test_it_can_be_turned_off(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

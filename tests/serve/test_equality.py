@@ -247,13 +247,18 @@ def peer(real):
 
 @pytest.fixture(scope="module")
 def answers(peer, prompts):
-    """transformers' greedy continuation of each prompt alone, and its logits' smallest gap between best and second."""
-    found = []
-    for prompt in prompts:
+    """transformers' greedy continuation of each prompt, and its logits' smallest gap between best and second.
+
+    The short prompts are one batch, padded on the left; the long one, which would pad all others to its length, is by itself.
+    """
+    found = {}
+    for group in (prompts[:-1], prompts[-1:]):
+        longest = max(map(len, group))
+        padding = [longest - len(prompt) for prompt in group]
         with torch.inference_mode():
             out = peer.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, group, strict=True)]),
+                attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding]),
                 do_sample=False,
                 max_new_tokens=TOKENS,
                 min_new_tokens=TOKENS,
@@ -262,9 +267,11 @@ def answers(peer, prompts):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        best = torch.cat(out.logits).topk(2).values
-        found.append((out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).min().item()))
-    return found
+        best = torch.stack(out.logits, 1).topk(2).values  # [prompts, tokens, 2]
+        gaps = (best[..., 0] - best[..., 1]).amin(1)
+        for prompt, tokens, gap in zip(group, out.sequences[:, longest:].tolist(), gaps.tolist(), strict=True):
+            found[prompt] = (tokens, gap)
+    return [found[prompt] for prompt in prompts]
 
 
 def real_requests(prompts):

@@ -17,9 +17,11 @@ import subprocess
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from armillary.core.cpu import cpu_info
@@ -36,7 +38,7 @@ FLAGS: Final[tuple[str, ...]] = (
     "-fno-trapping-math",
 )
 COMPILE_SECONDS: Final = 600
-_ALWAYS: Final = ("-std=c++20", "-shared", "-fPIC", "-fvisibility=default")
+_ALWAYS: Final = ("-std=c++20", "-fPIC", "-fvisibility=default")
 _REFUSED: Final = frozenset({"-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only"})
 _LAYOUT: Final = "1"  # part of every key: raise it when what a cached file means changes
 
@@ -118,26 +120,39 @@ def build(name: str, sources: Sequence[str | Path], flags: Sequence[str] = FLAGS
 
 
 def _compile(compiler: tuple[str, ...], arguments: tuple[str, ...], sources: list[Path], library: Path) -> None:
-    partial = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
-    command = [*compiler, *arguments, *map(str, sources), "-o", str(partial)]
+    """Each source by a compiler of its own, as many at a time as there are cores; then one linker."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False)
-        if done.returncode != 0:
-            said = "\n".join(line for line in done.stderr.splitlines() if "error" in line.lower()) or done.stderr or "nothing was said"
-            raise NativeBuildError(
-                f"{compiler[0]} failed on {', '.join(source.name for source in sources)}: {said[:2000]}", shlex.join(command)
-            )
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        partial.replace(library)
-        _digest_file(library).write_text(digest, encoding="ascii")
-    except subprocess.TimeoutExpired as error:
-        raise NativeBuildError(f"{compiler[0]} took over {COMPILE_SECONDS} s", shlex.join(command)) from error
+        with TemporaryDirectory(prefix=f"{library.stem}-", suffix=".partial", dir=library.parent) as scratch:
+            objects = [Path(scratch) / f"{place}-{source.stem}.o" for place, source in enumerate(sources)]
+
+            def one(source: Path, to: Path) -> None:
+                _run([*compiler, *arguments, "-c", str(source), "-o", str(to)], source.name)
+
+            with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
+                list(compilers.map(one, sources, objects))  # raises what the first that failed raised
+            linked = Path(scratch) / library.name
+            _run([*compiler, *arguments, "-shared", *map(str, objects), "-o", str(linked)], ", ".join(source.name for source in sources))
+            digest = hashlib.sha256(linked.read_bytes()).hexdigest()
+            linked.replace(library)
+            _digest_file(library).write_text(digest, encoding="ascii")
     except OSError as error:
         raise NativeBuildError(
             f"cannot build {library.name} ({error})", "free space, or set ARMILLARY_HOME to a writable folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NativeBuildError(f"{command[0]} took over {COMPILE_SECONDS} s", shlex.join(command)) from error
+    if done.returncode != 0:
+        said = (
+            "\n".join(line for line in done.stderr.splitlines() if "error" in line.lower() and "collect2" not in line)
+            or done.stderr
+            or "nothing was said"
+        )
+        raise NativeBuildError(f"{command[0]} failed on {what}: {said[:2000]}", shlex.join(command))
 
 
 def _key(name: str, sources: list[Path], arguments: tuple[str, ...], compiler: tuple[str, ...]) -> str:

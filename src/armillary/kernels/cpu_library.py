@@ -12,7 +12,7 @@ from armillary.core.errors import InputError
 
 FOLDER = Path(__file__).parent / "cpu"
 SOURCES = ("step.cpp", "pack.cpp", "sample.cpp")  # and the headers beside them
-# What ARMILLARY_ISA may ask for instead of the best that this machine has: the tests run all of them.
+# What ARMILLARY_ISA may ask for instead of the best that this machine has: the tests compile all of them.
 _ISAS = {
     "native": native.FLAGS[1:3],
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),

@@ -184,6 +184,17 @@ static inline int32_t four_bytes(const int8_t* a) {
   return x;
 }
 
+#if !defined(__AVX2__)
+// Never inlined: unrolled into every tile, its 512 products were most of what there was to compile.
+static __attribute__((noinline)) i32x16 dot_bytes(const Group& g, const int8_t* a, int32_t init) {
+  i32x16 acc = splat_int(init);
+  for (int j = 0; j < 8; j++)
+    for (int c = 0; c < 16; c++)
+      for (int t = 0; t < 4; t++) acc[c] += (int32_t)g.w[j][4 * c + t] * (int32_t)a[4 * j + t];
+  return acc;
+}
+#endif
+
 // Exact for any unsigned weights in 0..15 and activations in -127..127.
 static inline i32x16 dot_u4(const Group& g, const int8_t* a, int32_t init) {
 #if defined(ARM_VNNI)
@@ -211,11 +222,7 @@ static inline i32x16 dot_u4(const Group& g, const int8_t* a, int32_t init) {
   memcpy(&result, out, 64);
   return result + init;
 #else
-  i32x16 acc = splat_int(init);
-  for (int j = 0; j < 8; j++)
-    for (int c = 0; c < 16; c++)
-      for (int t = 0; t < 4; t++) acc[c] += (int32_t)g.w[j][4 * c + t] * (int32_t)a[4 * j + t];
-  return acc;
+  return dot_bytes(g, a, init);
 #endif
 }
 
@@ -247,7 +254,7 @@ static inline i32x16 dot_u8(const Group& g, const int8_t* a, int32_t init) {
   memcpy(&result, acc, 64);
   return result;
 #else
-  return dot_u4(g, a, init);
+  return dot_bytes(g, a, init);
 #endif
 }
 

@@ -272,7 +272,9 @@ struct Run {
 
   template <class Sink>
   void product(const Weight& w, int tile, const Ready& x, int rows, const Sink& sink) {
-    x.is_wide ? multiply_tile_wide(w, tile, x.wide, rows, sink) : multiply_tile(w, tile, x.rows, rows, sink);
+    if constexpr (kHasWide)  // elsewhere it is not even compiled
+      if (x.is_wide) return multiply_tile_wide(w, tile, x.wide, rows, sink);
+    multiply_tile(w, tile, x.rows, rows, sink);
   }
 
   // out = rows W^T + bias + terms, added to what is there when `add`. Ends with a barrier.

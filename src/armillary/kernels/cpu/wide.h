@@ -97,15 +97,18 @@ static inline f32x16 widen(const Weight& w, int tile, uint8_t* bytes) {
   return top * (1.0f / 127.0f);
 }
 
-static inline i32x16 accumulate(i32x16 acc, const u8x64& w, const int8_t* a) {
 #if defined(ARM_VNNI)
+static inline i32x16 accumulate(i32x16 acc, const u8x64& w, const int8_t* a) {
   asm("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(acc) : "m"(*(const int32_aliased*)a), "v"(w));  // as in dot_u4
-#else
-  for (int c = 0; c < 16; c++)
-    for (int t = 0; t < 4; t++) acc[c] += (int32_t)w[4 * c + t] * (int32_t)a[t];
-#endif
   return acc;
 }
+#else
+static __attribute__((noinline)) i32x16 accumulate(i32x16 acc, const u8x64& w, const int8_t* a) {  // as dot_bytes
+  for (int c = 0; c < 16; c++)
+    for (int t = 0; t < 4; t++) acc[c] += (int32_t)w[4 * c + t] * (int32_t)a[t];
+  return acc;
+}
+#endif
 
 // M rows x 16 columns of a widened tile.
 template <int M>
