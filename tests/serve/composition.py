@@ -1,13 +1,16 @@
 """Every two features of the engine together: the tokens are those of one request alone on an engine with nothing switched on.
 
-Run as a program it writes the table of docs/composition.md; `--model smollm2` does the same with the real model.
+Run as a program it writes the table of docs/composition.md; with `--model smollm2` it checks every pair with the real model first (ten minutes
+of one core), and keeps what was equal, and at which commit, in bench/results/composition.json.
 """
 
 import argparse
 import atexit
 import itertools
+import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,20 +19,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from adapters import adapter, write
-from models import VOCABULARY, loaded, tiny
+from http_world import byte_tokenizer
+from models import VOCABULARY, tiny
 from split_world import Split
 
 from armillary.core.clock import VirtualClock
+from armillary.models.hf import save_hf
+from armillary.models.load import load
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.fleet import worker
 from armillary.serve.grammar import grammar
 from armillary.serve.grammar.compiler import GrammarCompiler
+from armillary.serve.grammar.grammar import Grammar
 from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
+from armillary.serve.tools import formats
+from armillary.serve.tools.constraint import constraint
+from armillary.serve.tools.definitions import Tool, Toolbox
+from armillary.serve.tools.stream import read_answer
 
-PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "composition.md"
+REAL = ROOT / "bench" / "results" / "composition.json"
 TOKENS = 14
 BLOCK = 4
 
@@ -63,25 +77,67 @@ def _choices(requests: list[Request]) -> list[Request]:
     return made
 
 
+LETTERS = grammar.regex("ABCD[A-F]{1,40}")
+CALLS = formats.get("pythonic")
+TOOLBOX = Toolbox(
+    (Tool("f", parameters={"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 3}}, "required": ["n"]}),),
+    choice="required",
+    parallel=False,
+)
+
+
+@cache
+def _compiled(asked: Grammar) -> Any:
+    return GrammarCompiler(model().tokenizer, model().config.vocab_size).compile(asked)
+
+
+def _constrained(requests: list[Request], asked: Grammar) -> None:
+    for request in requests:
+        request.sampling = replace(request.sampling, ignore_eos=False)  # it ends where its grammar does
+        request.constraint = _compiled(asked).matcher()
+
+
 def _grammar(requests: list[Request]) -> list[Request]:
     """A regular expression, with a beginning that is forced, for every second request."""
-    for request in requests[1::2]:
-        request.sampling = replace(request.sampling, ignore_eos=False)  # it ends where its grammar does
-        request.constraint = compiled().matcher()
+    _constrained(requests[1::2], LETTERS)
     return requests
 
 
+def _tools(requests: list[Request]) -> list[Request]:
+    """Two requests that have to call `f(n=...)`."""
+    asked = constraint(TOOLBOX, CALLS)
+    assert asked is not None
+    _constrained(requests[:4:2], asked)
+    return requests
+
+
+def _texts(requests: list[Request], kind: str) -> list[str]:
+    """What was answered under the grammars of this kind."""
+    asked = [request for request in requests if request.constraint is not None and request.constraint.grammar.kind == kind]
+    return [model().tokenizer.decode(request.output) for request in asked]
+
+
+def _begin(texts: list[str], first: str) -> bool:
+    """With what their grammar forces, as far as they came."""
+    return all(text[: len(first)] == first[: len(text)] for text in texts)
+
+
 def _followed(engine: Engine, requests: list[Request]) -> bool:
-    texts = ["".join(map(chr, request.output)) for request in requests if request.constraint is not None]
-    return len(texts) > 2 and all(text[:4] == "ABCD"[: len(text)] for text in texts)
+    texts = _texts(requests, "regex")
+    return len(texts) > 2 and _begin(texts, "ABCD")
+
+
+def _called(engine: Engine, requests: list[Request]) -> bool:
+    texts = _texts(requests, "structural_tag")
+    calls = [call for text in texts for call in read_answer(text, CALLS, TOOLBOX)[1]]
+    arguments = {call.arguments for call in calls if call.name == "f"}
+    return len(texts) == 2 and _begin(texts, "[f(n=") and bool(arguments) and arguments <= {f'{{"n": {n}}}' for n in (1, 2, 3)}
 
 
 @cache
 def _folders() -> dict[str, str]:
     """Two adapters of the model, as peft's files."""
-    root = Path(tempfile.mkdtemp(prefix="armillary-adapters-"))
-    atexit.register(shutil.rmtree, root, True)
-    return {name: str(write(root / name, model().config, adapter(model().config, seed))) for seed, name in enumerate(("one", "two"))}
+    return {name: str(write(_root() / name, model().config, adapter(model().config, seed))) for seed, name in enumerate(("one", "two"))}
 
 
 def _adapt(engine: Any, requests: list[Request]) -> None:
@@ -95,7 +151,7 @@ def _adapt(engine: Any, requests: list[Request]) -> None:
 def _adapted(engine: Any, requests: list[Request]) -> bool:
     return (
         sum(
-            bool(request.adapter) and request.output != [*alone(request.prompt, request.sampling, "", False, ("LoRA",))]
+            bool(request.adapter) and request.output != [*alone(request.prompt, request.sampling, "", None, ("LoRA",))]
             for request in requests
         )
         > 1
@@ -132,6 +188,7 @@ FEATURES = (
     Feature("preemption", lambda engine, _: engine.stats.preemptions > 0, {"kv_tokens": 72}),
     Feature("n-gram drafts", _drafted, {"speculate": "ngram", "draft_tokens": 3}),
     Feature("layers' drafts", _drafted, {"speculate": "layers", "draft_layers": 0.5, "draft_tokens": 3}),
+    Feature("draft model", _drafted, {"speculate": "model", "draft_model": "a path", "draft_tokens": 3}),
     Feature("disaggregation", lambda engine, _: engine.dispatcher.handover.transfers > 0, split=True),  # type: ignore[attr-defined]
     Feature("n > 1", lambda engine, _: engine.stats.forked_tokens > 0, arrange=_choices),
     Feature("StreamingLLM, wide", lambda engine, _: not engine.config.kv.positional, {"kv_policy": "streaming", "kv_window": 200}),
@@ -139,6 +196,7 @@ FEATURES = (
         "Quest, all pages", lambda engine, _: engine.config.kv_policy == "quest", {"kv_policy": "quest", "kv_budget": 256, "block_size": 16}
     ),
     Feature("grammar", _followed, arrange=_grammar),
+    Feature("tool calls", _called, arrange=_tools),
     Feature(
         "offload",
         _moved,
@@ -155,13 +213,17 @@ NEVER = {  # pairs of which one rules the other out, and why
     frozenset(pair): why
     for why, pairs in {
         "one policy serves": list(itertools.combinations(("vllm", "orca", "request-level"), 2)),
-        "one drafter proposes": [("n-gram drafts", "layers' drafts")],
+        "one drafter proposes": list(itertools.combinations(("n-gram drafts", "layers' drafts", "draft model"), 2)),
         "memory is reserved, nobody is preempted": [("orca", "preemption"), ("request-level", "preemption")],
         "prompts are not cut": [("orca", "chunking"), ("request-level", "chunking")],
         "a batch is served whole, forks would wait for the next": [("request-level", "n > 1")],
         "its blocks hold no whole beginning to be shared": [("StreamingLLM, wide", "n > 1")],
         "one KV policy is served": [("StreamingLLM, wide", "Quest, all pages")],
-        "a draft follows the token that is being drawn": [("async", "n-gram drafts"), ("async", "layers' drafts")],
+        "a draft follows the token that is being drawn": [
+            ("async", "n-gram drafts"),
+            ("async", "layers' drafts"),
+            ("async", "draft model"),
+        ],
     }.items()
     for pair in pairs
 }
@@ -179,7 +241,7 @@ REFUSED = {  # pairs that are an error before anything is loaded, in these words
         "gives back blocks of the middle of a sequence, and the prefix cache keeps whole beginnings": [
             ("prefix hit", "StreamingLLM, wide")
         ],
-        "whose middle kv_policy streaming takes away": [("layers' drafts", "StreamingLLM, wide")],
+        "whose middle kv_policy streaming takes away": [("layers' drafts", "StreamingLLM, wide"), ("draft model", "StreamingLLM, wide")],
         "keeps or marks parts of a sequence, and prefill workers hand over plain keys and values": [
             ("StreamingLLM, wide", "disaggregation"),
             ("Quest, all pages", "disaggregation"),
@@ -194,13 +256,35 @@ REFUSED = {  # pairs that are an error before anything is loaded, in these words
 
 
 @cache
-def model() -> Any:
-    return loaded(tiny(num_layers=4, max_context=256))
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="armillary-composition-"))
+    atexit.register(shutil.rmtree, root, True)
+    return root
+
+
+def _written(name: str, noise: float) -> Path:
+    """A folder with a tiny random model whose tokens are bytes; `noise` makes it another one that mostly agrees."""
+    decoder = tiny(num_layers=4, max_context=256, vocab_size=258)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    (folder := _root() / name).mkdir()
+    byte_tokenizer(folder)
+    save_hf(decoder, folder)
+    return folder
 
 
 @cache
-def compiled() -> Any:
-    return GrammarCompiler(model().tokenizer, model().config.vocab_size).compile(grammar.regex("ABCD[A-F]{1,40}"))
+def model() -> Any:
+    served = load(_written("model", 0.0))
+    served.decoder  # noqa: B018 (the weights are needed again and again)
+    return served
+
+
+@cache
+def draft() -> str:
+    """By what name the draft model is asked for."""
+    return str(_written("draft", 0.02))
 
 
 def workload() -> list[Request]:
@@ -227,6 +311,8 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
         options |= feature.options
     if "lora" in options:
         options["lora"] = _folders()
+    if "draft_model" in options:
+        options["draft_model"] = draft()
     options["kv_blocks"] = options.pop("kv_tokens") // options["block_size"]
 
     # Drafts are as long as measured times say that they pay: here all pay.
@@ -237,11 +323,13 @@ def engine_with(features: tuple[Feature, ...], *, plain: bool = False) -> Engine
 
 
 @cache
-def alone(prompt: tuple[int, ...], sampling: SamplingParams, lora: str, structured: bool, numerics: tuple[str, ...]) -> tuple[int, ...]:
+def alone(
+    prompt: tuple[int, ...], sampling: SamplingParams, lora: str, asked: Grammar | None, numerics: tuple[str, ...]
+) -> tuple[int, ...]:
     """The tokens of one request by itself, with nothing on but what changes the numbers."""
     engine = engine_with(tuple(BY_NAME[name] for name in numerics), plain=True)
     key = engine.adapters.key(lora) if lora else ""
-    request = Request("alone", prompt, sampling, adapter=key, constraint=compiled().matcher() if structured else None)
+    request = Request("alone", prompt, sampling, adapter=key, constraint=None if asked is None else _compiled(asked).matcher())
     engine.submit(request)
     engine.run_until_idle()
     return tuple(request.output)
@@ -269,7 +357,8 @@ def check(*features: Feature) -> None:
     assert engine.snapshot()["blocks"]["used"] == 0
     numerics = tuple(feature.name for feature in features if feature.numerics)
     for request in requests:
-        wanted = alone(request.prompt, request.sampling, request.adapter.partition("#")[0], request.constraint is not None, numerics)
+        asked = None if request.constraint is None else request.constraint.grammar
+        wanted = alone(request.prompt, request.sampling, request.adapter.partition("#")[0], asked, numerics)
         if request.finish_reason == "cancelled":
             wanted = wanted[: len(request.output)]
         else:
@@ -298,18 +387,28 @@ def together() -> tuple[Feature, ...]:
     return tuple(reversed(chosen))
 
 
+def publish(name: str, equal: list[tuple[Feature, Feature]], checked: int) -> None:
+    """Keeps which of the pairs that were checked were equal with the model of this name, for the page."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    found = {"model": name, "commit": commit, "checked": checked, "equal": [[feature.name for feature in pair] for pair in equal]}
+    REAL.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
 def table() -> str:
     """docs/composition.md."""
+    real = json.loads(REAL.read_text())
+    also = {frozenset(pair) for pair in real["equal"]}
     notes = list(dict.fromkeys((*NEVER.values(), *REFUSED.values())))
     head = ["", *(str(place + 1) for place in range(len(FEATURES)))]
     lines = [
         "# What works with what",
         "",
-        "Every feature of the serving engine beside every other, on a small random model: six requests, greedy and seeded, three of which begin alike, half",
-        "of them arriving while the others are served. `=`: all tokens are those of each request alone on an engine with nothing switched on, and",
-        "both features had an effect. A letter: they do not meet, and why. **Bold**: asking for both is an error that says so before anything is loaded.",
-        "`tests/serve/test_composition.py` runs every cell, and as many features at once as go together;",
-        "`python tests/serve/composition.py --model smollm2` does it with the real model; `python tests/serve/composition.py` writes this page.",
+        "Every feature of the serving engine beside every other: six requests, greedy and seeded, three of which begin alike, half of them arriving while",
+        "the others are served. `=`: all tokens are those of each request alone on an engine with nothing switched on, and both features had an effect,",
+        "with a small random model; `≡`: with SmolLM2-135M too. A letter: they do not meet, and why. **Bold**: asking for both is an error that says",
+        "so before anything is loaded. `tests/serve/test_composition.py` runs every cell with the small model, and as many features at once as go together;",
+        f"with the real one {len(also)} were equal of {real['checked']} that were checked ({len(pairs())} are served), by the engine of commit {real['commit']};",
+        f"`python tests/serve/composition.py --model {real['model']}` does all. `python tests/serve/composition.py` writes this page.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -318,7 +417,8 @@ def table() -> str:
         cells = [f"{row + 1} {feature.name}"]
         for column, other in enumerate(FEATURES):
             pair = names((feature, other))
-            letter = chr(97 + notes.index(NEVER.get(pair) or REFUSED[pair])) if pair in NEVER or pair in REFUSED else "="
+            equal = "≡" if pair in also else "="
+            letter = chr(97 + notes.index(NEVER.get(pair) or REFUSED[pair])) if pair in NEVER or pair in REFUSED else equal
             cells.append("" if column > row else "·" if column == row else f"**{letter}**" if pair in REFUSED else letter)
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {chr(97 + place)}: {note}" for place, note in enumerate(notes))]
@@ -328,25 +428,23 @@ def table() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="check every pair with this model instead of writing the table")
+    parser.add_argument("--model", help="check every pair with this model before writing the table")
     options = parser.parse_args()
-    if options.model is None:
-        PAGE.write_text(table())
-        return 0
-    from armillary.models.load import load
-
-    served = load(options.model)
-    served.decoder  # noqa: B018 (the weights are needed again and again)
-    globals()["model"] = lambda: served
-    wrong = 0
-    for pair in pairs():
-        try:
-            check(*pair)
-        except AssertionError as error:
-            wrong += 1
-            print(f"WRONG {error}", flush=True)
-    print(f"{len(pairs()) - wrong} of {len(pairs())} pairs: tokens equal, both had an effect")
-    return int(wrong > 0)
+    equal = []
+    if options.model is not None:
+        served = load(options.model)
+        served.decoder  # noqa: B018 (the weights are needed again and again)
+        globals().update(model=lambda: served, draft=lambda: options.model)
+        for pair in pairs():
+            try:
+                check(*pair)
+                equal.append(pair)
+            except AssertionError as error:
+                print(f"WRONG {error}", flush=True)
+        print(f"{len(equal)} of {len(pairs())} pairs: tokens equal, both had an effect")
+        publish(options.model, equal, len(pairs()))
+    PAGE.write_text(table())
+    return int(options.model is not None and len(equal) < len(pairs()))
 
 
 if __name__ == "__main__":
