@@ -23,6 +23,7 @@ VERBS = (
     "models",
     "data",
     "trace",
+    "compare",
     "reproduce",
 )
 

@@ -40,6 +40,7 @@ _VERBS = {
     "models": "Models by name: list, published, pull, show, export, cache.",
     "data": "Text into token shards: list, prepare, inspect, dedup, autotune.",
     "trace": "Look into a saved trace: show, png, html.",
+    "compare": "What a simulation said beside what happened: two traces of the same requests.",
     "reproduce": "Run a published system's headline experiment; compare with its figure.",
 }
 

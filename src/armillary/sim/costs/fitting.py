@@ -1,0 +1,191 @@
+"""From measured iterations to `Fitted`: non-negative least squares over lines between knots, and what it gets wrong of what it has not seen."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.core.errors import InputError
+from armillary.sim.batch import Batch
+from armillary.sim.costs.fitted import Curve, Errors, Fitted, Host
+
+Floats = NDArray[np.float64]
+
+# Kernels work in tiles: lines between these are within a tile's step of it.
+TOKENS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+ROWS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+QUERIES: Final = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SEQUENCES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS: Final = (0, 128, 512, 1024, 2048, 4096, 8192, 16384)
+SMOOTH: Final = 0.02  # what a bend costs beside relative errors: it matters where nothing was measured
+ROUNDS: Final = 4  # of weighing down what lies far off: a timer that was interrupted
+FOLDS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A measured iteration: ns of the executor alone, or (`whole`) from its beginning to that of the next."""
+
+    batch: Batch
+    ns: int
+    whole: bool = False
+
+
+def fit(name: str, samples: Sequence[Sample], folds: int = FOLDS) -> Fitted:
+    """The curves through `samples`, and the errors of those that leave out each `folds`-th of them in turn. Deterministic.
+
+    Raises InputError where there are too few for any curve, or some that take no time.
+    """
+    if len(samples) < 2 * folds or not any(sample.batch.decodes for sample in samples):
+        raise InputError(f"{len(samples)} measured iterations give no curves", f"give at least {2 * folds}, decodes among them")
+    if bad := next((sample for sample in samples if sample.ns <= 0), None):
+        raise InputError(f"an iteration of {bad.ns} ns was not measured", "calibrate again", field="ns")
+    knots = _Knots.of(samples)
+    wrong: list[float] = []
+    for fold in range(folds):
+        seen = [sample for place, sample in enumerate(samples) if place % folds != fold]
+        model = knots.model(name, _solve(knots, seen))
+        for sample in samples[fold::folds]:
+            ns = model.iteration(sample.batch) - (0 if sample.whole else knots.host_of(model, sample.batch))
+            wrong.append(abs(ns - sample.ns) / sample.ns)
+    p50, p90 = np.quantile(wrong, (0.5, 0.9)).tolist()
+    return knots.model(name, _solve(knots, samples), Errors(len(wrong), p50, p90, max(wrong)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Knots:
+    """Where lines meet: as far as something was measured. Columns: 1, slopes by tokens, slopes by rows, ns a pair, slopes of attention by
+    (sequences, context), and the host's three."""
+
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    queries: tuple[int, ...]
+    sequences: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Knots:
+        batches = [sample.batch for sample in samples]
+        decodes = [batch for batch in batches if batch.decodes]
+        return cls(
+            _up_to(TOKENS, max(batch.tokens for batch in batches)),
+            _up_to(ROWS, max(batch.sampled for batch in batches)),
+            _up_to(QUERIES, max((query for batch in batches for query, _ in batch.prompts), default=1)),
+            _up_to(SEQUENCES, max(batch.decodes for batch in decodes)),
+            _up_to(CONTEXTS, max(batch.cached // batch.decodes for batch in decodes)),
+        )
+
+    def columns(self, sample: Sample) -> Floats:
+        """What of a sample each coefficient is multiplied by."""
+        batch = sample.batch
+        pairs = np.zeros(len(self.queries))
+        for query, cached in batch.prompts:
+            pairs += _hats(self.queries, query) * (query * (cached + (query + 1) / 2))
+        reads = np.zeros((len(self.sequences), len(self.contexts) - 1))
+        if batch.decodes:
+            each = _ramps(self.contexts, batch.cached / batch.decodes)
+            reads = np.outer(_hats(self.sequences, batch.decodes) * batch.decodes, each)
+        host = (1.0, float(batch.sequences), float(len(batch.prompts))) if sample.whole else (0.0, 0.0, 0.0)
+        return np.concatenate([[1.0], _ramps(self.tokens, batch.tokens), _ramps(self.rows, batch.sampled), pairs, reads.reshape(-1), host])
+
+    def bends(self) -> Floats:
+        """Rows that are small where neighbouring coefficients are alike, each in ns of what the narrower one does."""
+        starts = np.cumsum([0, 1, len(self.tokens) - 1, len(self.rows) - 1, len(self.queries)]).tolist()
+        width = starts[4] + len(self.sequences) * (len(self.contexts) - 1) + 3
+        rows: list[Floats] = []
+
+        def alike(one: int, other: int, size: float) -> None:
+            row = np.zeros(width)
+            row[one], row[other] = size, -size
+            rows.append(row)
+
+        for start, knots in ((starts[1], self.tokens), (starts[2], self.rows)):
+            steps = np.diff(knots)
+            for place in range(len(steps) - 1):
+                alike(start + place, start + place + 1, float(min(steps[place], steps[place + 1])))
+        for place in range(len(self.queries) - 1):
+            alike(starts[3] + place, starts[3] + place + 1, self.queries[place] ** 2)
+        steps = np.diff(self.contexts)
+        for many, count in enumerate(self.sequences):
+            for place, step in enumerate(steps):
+                here = starts[4] + many * len(steps) + place
+                if place + 1 < len(steps):
+                    alike(here, here + 1, float(count * step))
+                if many + 1 < len(self.sequences):
+                    alike(here, here + len(steps), float(count * step))
+        return np.array(rows).reshape(-1, width)
+
+    def model(self, name: str, found: Floats, errors: Errors | None = None) -> Fitted:
+        """The curves that the coefficients stand for."""
+        parts = np.split(found[1:], np.cumsum([len(self.tokens) - 1, len(self.rows) - 1, len(self.queries), self._reads]))
+        slopes, rows, pairs, reads, host = parts
+        steps = np.diff(self.contexts)
+        of_each = reads.reshape(len(self.sequences), len(steps))
+        return Fitted(
+            name,
+            Curve(self.tokens, found[0] + np.concatenate([[0.0], np.cumsum(slopes * np.diff(self.tokens))])),
+            Curve(self.rows, np.concatenate([[0.0], np.cumsum(rows * np.diff(self.rows))])),
+            Curve(self.queries, pairs),
+            [
+                (count, Curve(self.contexts, np.concatenate([[0.0], np.cumsum(own * steps)])))
+                for count, own in zip(self.sequences, of_each, strict=True)
+            ],
+            Host(*host.tolist()),
+            errors,
+        )
+
+    @property
+    def _reads(self) -> int:
+        return len(self.sequences) * (len(self.contexts) - 1)
+
+    @staticmethod
+    def host_of(model: Fitted, batch: Batch) -> float:
+        """ns of the host alone."""
+        return model.host.fixed + model.host.per_sequence * batch.sequences + model.host.per_prompt * len(batch.prompts)
+
+
+def _solve(knots: _Knots, samples: Sequence[Sample]) -> Floats:
+    """Coefficients, none negative, of the least relative errors; what lies far off counts by its distance, not by its square (Huber)."""
+    from scipy.optimize import nnls
+
+    ns = np.array([sample.ns for sample in samples], dtype=np.float64)
+    rows = np.array([knots.columns(sample) for sample in samples]) / ns[:, None]
+    bends = knots.bends() * (SMOOTH / np.median(ns))
+    scale = np.maximum(np.abs(rows).max(axis=0), 1e-12 * np.abs(rows).max())
+    weights, found = np.ones(len(samples)), np.zeros(rows.shape[1])
+    for _ in range(ROUNDS):
+        matrix = np.concatenate([rows * weights[:, None], bends]) / scale
+        found, _ = nnls(matrix, np.concatenate([weights, np.zeros(len(bends))]), maxiter=50 * rows.shape[1])
+        off = np.abs(rows @ (found / scale) - 1)
+        bound = max(1e-6, 2 * float(np.median(off)))
+        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12)))
+    solved: Floats = found / scale
+    return solved
+
+
+def _up_to(knots: Sequence[int], most: int) -> tuple[int, ...]:
+    """At least two, and the last one is the first that is not below `most`."""
+    return tuple(knots[: max(2, bisect_right(knots, most - 1) + 1)])
+
+
+def _ramps(knots: Sequence[int], x: float) -> Floats:
+    """How much of each interval lies below x; the last one has no end. [knots - 1]"""
+    at = np.array(knots, dtype=np.float64)
+    below = np.minimum(np.maximum(x - at[:-1], 0.0), np.diff(at))
+    if x > at[-1]:
+        below[-1] = x - at[-2]
+    return below
+
+
+def _hats(knots: Sequence[int], x: float) -> Floats:
+    """By how much each knot counts at x: the two beside it by their distance. [knots]"""
+    found = np.zeros(len(knots))
+    place = min(max(bisect_right(knots, x) - 1, 0), len(knots) - 2)
+    share = min(max((x - knots[place]) / (knots[place + 1] - knots[place]), 0.0), 1.0)
+    found[place], found[place + 1] = 1 - share, share
+    return found
