@@ -10,6 +10,7 @@ from armillary.serve.request import Request
 from armillary.serve.schedule import Hit
 
 NAME_BYTES = 16
+AT_ONCE = 64  # blocks that are named when the next name is asked for: a prompt that misses early is not named to its end
 
 
 class PrefixCache:
@@ -29,8 +30,11 @@ class PrefixCache:
     def hit(self, request: Request) -> Hit:
         """The computed blocks that `request`, which has none, could begin with; at least one token stays to be computed."""
         found: list[int] = []
-        for index in range((request.known - 1) // self._pool.block_size):
-            block = self._block.get(name_of(request, index, self._pool.block_size))
+        names, most = request.block_names, (request.known - 1) // self._pool.block_size
+        for index in range(most):
+            if index >= len(names):
+                names_of(request, min(most, index + AT_ONCE), self._pool.block_size)
+            block = self._block.get(names[index])
             if block is None:
                 break
             found.append(block)
@@ -38,8 +42,12 @@ class PrefixCache:
 
     def keep(self, request: Request, tokens: int) -> None:
         """Makes the full blocks of the first `tokens` tokens, which `request` has computed, known to others."""
-        for index in range(request.kept, tokens // self._pool.block_size):
-            name, block = name_of(request, index, self._pool.block_size), request.blocks[index]
+        full = tokens // self._pool.block_size
+        if full <= request.kept:
+            return
+        names = names_of(request, full, self._pool.block_size)
+        for index in range(request.kept, full):
+            name, block = names[index], request.blocks[index]
             known = self._block.get(name)
             if known is None:
                 self._pool.keep(block)
@@ -55,20 +63,23 @@ class PrefixCache:
         del self._block[self._name.pop(block)]
 
 
-def name_of(request: Request, index: int, block_size: int) -> bytes:
-    """The name of a request's full block; the request remembers it."""
+def names_of(request: Request, count: int, block_size: int) -> list[bytes]:
+    """The names of a request's full blocks, the first `count` at least; the request remembers them."""
     names = request.block_names
-    while len(names) <= index:
+    if len(names) < count:
         before = names[-1] if names else _salted(request.cache_salt, request.adapter)
-        start = len(names) * block_size
-        tokens = array("q", request.tokens(start, start + block_size))
-        names.append(blake2b(tokens.tobytes() + before, digest_size=NAME_BYTES).digest())
-    return names[index]
+        known = array("q", request.tokens(len(names) * block_size, count * block_size))
+        tokens, width = memoryview(known).cast("B"), block_size * known.itemsize
+        for start in range(0, (count - len(names)) * width, width):
+            before = blake2b(bytes(tokens[start : start + width]) + before, digest_size=NAME_BYTES).digest()
+            names.append(before)
+    return names
 
 
 def known_names(request: Request, block_size: int) -> tuple[bytes, ...]:
     """The names of all full blocks of what is known of a request."""
-    return tuple(name_of(request, index, block_size) for index in range(request.known // block_size))
+    count = request.known // block_size
+    return tuple(names_of(request, count, block_size)[:count])
 
 
 def _salted(salt: str, adapter: str) -> bytes:

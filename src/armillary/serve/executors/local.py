@@ -54,7 +54,8 @@ class LocalExecutor:
 
     def _run(self, plan: Plan) -> tuple[list[Tokens], list[Tokens], list[tuple[int, Exception]], list[tuple[int, Tensor]]]:
         entries, requests = plan.schedule.entries, plan.requests
-        self.forward.copy_blocks(plan.copies)
+        if plan.copies:
+            self.forward.copy_blocks(plan.copies)
         adapters = [self._adapters(request.adapter) if request.adapter else None for request in requests]
         # Of a request that was cancelled meanwhile: nobody waits for its tokens.
         gone = {i for i, request in enumerate(requests) if request.adapter and adapters[i] is None}
