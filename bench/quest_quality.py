@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", default="sotu,moby-dick")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--scored", type=int, default=2048, help="the last tokens of a window")
-    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--scored", type=int, default=1024, help="the last tokens of a window")
+    parser.add_argument("--windows", type=int, default=2, help="of each text")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--publish", action="store_true", help="write results/quest_quality.md")
     options = parser.parse_args()
@@ -117,7 +117,7 @@ def cells(losses: Tensor, dense: Tensor) -> str:
 def document(options: argparse.Namespace, found: dict[str, dict[Seen, Tensor]]) -> str:
     rows = []
     for case in CASES:
-        name = f"{case.pages * PAGE:,} | {case.first_pages} + {case.last_pages} | {case.dense_layers}" if case.pages else "all | | "
+        name = f"{case.pages * PAGE:,} | {case.first_pages} + {case.last_pages} | {case.dense_layers}" if case.pages else "all | |"
         rows.append(f"| {name} | {' | '.join(cells(losses[case], losses[CASES[0]]) for losses in found.values())} |")
     return "\n".join(
         [
