@@ -80,27 +80,26 @@ def sample(
         return []
     logits = logits.float()
     # The plain maximum is vectorised and lets NaN through; max with indices is ten times slower.
-    peak = logits.amax(-1) if peaks is None else peaks[0]
-    healthy = torch.isfinite(peak)
+    # Numbers of Python from here on: after an iteration of the kernels each small operation of torch takes 20 us and more.
+    peak = (logits.amax(-1) if peaks is None else peaks[0]).tolist()
+    bests = None if peaks is None else peaks[1].tolist()
     chosen: list[int | SamplingError] = [0] * len(rows)
     plain = [i for i, row in enumerate(rows) if row.plain_greedy]
-    if plain:
-        if peaks is None:
-            best = (logits if len(plain) == len(rows) else logits[plain]).argmax(-1)
-        else:
-            best = peaks[1] if len(plain) == len(rows) else peaks[1][plain]
-        for i, token in zip(plain, best.tolist(), strict=True):
+    if bests is not None:
+        for i in plain:
+            chosen[i] = bests[i]
+    elif plain:
+        for i, token in zip(plain, (logits if len(plain) == len(rows) else logits[plain]).argmax(-1).tolist(), strict=True):
             chosen[i] = token
     shaped = [i for i, row in enumerate(rows) if not row.plain_greedy]
     if shaped:
         one = draw if peaks is not None else reference
-        found = _draw(logits, peak.tolist(), None if peaks is None else peaks[1].tolist(), shaped, rows, seed, one)
+        found = _draw(logits, peak, bests, shaped, rows, seed, one)
         for i, result in zip(shaped, found, strict=True):
             chosen[i] = result
-    if not bool(healthy.all()):
-        for i, ok in enumerate(healthy.tolist()):
-            if not ok:
-                chosen[i] = _unusable(rows[i], float(peak[i]))
+    for i, value in enumerate(peak):
+        if not math.isfinite(value):
+            chosen[i] = _unusable(rows[i], value)
     scored = [i for i, row in enumerate(rows) if row.request.sampling.logprobs is not None and not isinstance(chosen[i], SamplingError)]
     scores: dict[int, TokenLogprob] = {}
     if scored:
