@@ -66,13 +66,20 @@ class BlockPool:
             )
         while len(self._free) < count:  # all at once, so that neighbours among them are found
             self._forget_oldest()
-        taken: list[int] = []
+        stack, place, references, total, taken = self._free, self._place, self._references, self.total, list[int]()
+        follower = total if after is None else after + 1
         for _ in range(count):
-            follower = self.total if after is None else after + 1
-            block = follower if follower < self.total and self._place[follower] >= 0 else self._free[-1]
-            self._take(block)
+            last = stack.pop()
+            block = last
+            if follower < total and (at := place[follower]) >= 0:
+                block = follower
+                if block != last:  # it lies further down the stack: the last one fills its place
+                    stack[at] = last
+                    place[last] = at
+            place[block] = -1
+            references[block] = 1
             taken.append(block)
-            after = block
+            follower = block + 1
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -95,22 +102,24 @@ class BlockPool:
         Of those that become idle the first is kept longest: the beginning of a sequence is of use without its end, not the reverse.
         """
         given = list(blocks)
+        total, users = self.total, self._references
         for block in given:
-            if not 0 <= block < self.total:
-                raise ArmillaryError(f"KV block {block} is not of this pool (0..{self.total - 1})", "free only what allocate() returned")
-            if not self._references[block]:
+            if not 0 <= block < total:
+                raise ArmillaryError(f"KV block {block} is not of this pool (0..{total - 1})", "free only what allocate() returned")
+            if not users[block]:
                 raise ArmillaryError(f"KV block {block} is freed twice", "clear the block table when its sequence gives its blocks back")
         if len(set(given)) != len(given):
             raise ArmillaryError("a KV block is named twice in one free()", "a block table holds each block once")
+        stack, references, kept = self._free, self._references, self._kept
         for block in reversed(given):  # so that the first of them is the next to be handed out
-            self._references[block] -= 1
-            if self._references[block]:
+            left = references[block] = references[block] - 1
+            if left:
                 continue
-            if block in self._kept:
+            if block in kept:
                 self._idle[block] = None
             else:
-                self._place[block] = len(self._free)
-                self._free.append(block)
+                self._place[block] = len(stack)
+                stack.append(block)
 
     def check(self) -> None:
         """Assert the invariants: every block is in exactly one place: the free stack, idle, or used."""
@@ -126,16 +135,6 @@ class BlockPool:
             states = (count > 0) + (self._place[block] >= 0) + (block in self._idle)
             if states != 1 or (block in self._idle and block not in self._kept):
                 raise ArmillaryError(f"KV block {block} is in {states} of the states used, free and idle; it has {count} users")
-
-    def _take(self, block: int) -> None:
-        """Remove a free block from the stack: the last one fills its place."""
-        place = self._place[block]
-        last = self._free.pop()
-        if last != block:
-            self._free[place] = last
-            self._place[last] = place
-        self._place[block] = -1
-        self._references[block] = 1
 
     def _forget_oldest(self) -> None:
         """Frees the idle block that has been so longest."""

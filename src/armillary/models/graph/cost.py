@@ -151,6 +151,9 @@ class BatchFeatures:
 
     def _sums(self, batch: Batch) -> Sums:
         spans = []
+        if not batch.prompts:
+            spans = [Span(0, 0, _one_keys(batch.decodes, batch.cached, window)) for window in self._work.windows]
+            return Sums(0, batch.decodes, batch.sampled, tuple(spans))
         for window in self._work.windows:
             pair = sum(pairs(query, cached, window) for query, cached in batch.prompts)
             keys = sum(cached + query if window is None else min(cached + query, window + query - 1) for query, cached in batch.prompts)

@@ -13,9 +13,9 @@ from armillary.serve.engine import Engine
 from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.history import History
 from armillary.serve.iteration_times import KEPT
-from armillary.serve.request import Event, FinishReason, Request
-from armillary.serve.schedule import Entry, Hit, Plan, Reason, Schedule, SchedulerPolicy
-from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, repeats
+from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
+from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedule, SchedulerPolicy
+from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, silent
 from armillary.serve.simulation.recorder import Recorder
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
@@ -46,7 +46,9 @@ class VirtualEngine(Engine):
             raise InputError("virtual time has no second thread", "simulate with async_scheduling off", field="async_scheduling")
         super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter)
         self.virtual, self.virtual_clock = executor, executor.clock
-        self._leaps = fast_forward and drafter is None and config.kv_policy == "dense"
+        leaps = fast_forward and drafter is None and config.kv_policy == "dense"
+        # A policy that does not say whether it would say the same again is asked every time.
+        self._repeating = self.policy if leaps and isinstance(self.policy, Repeating) else None
         self._sharing = config.prefix_cache == "on"
         self._recorder = recorder
         if not told:
@@ -79,7 +81,8 @@ class VirtualEngine(Engine):
             return None
         began = self.clock.now()
         plan = self._apply(*self._decide())
-        if not (self._leaps and only_decodes(plan, self._seats.running) and repeats(self.policy, self._state(), plan.schedule)):
+        same = self._repeating
+        if same is None or not (only_decodes(plan, self._seats.running) and same.repeats(self._state(), plan.schedule)):
             return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64), [])
         count, grown = first_end(plan.requests), list[tuple[int, int]]()
         if self._sharing and self._seats.waiting:
@@ -103,7 +106,8 @@ class VirtualEngine(Engine):
         self._collect(plan, outcome)
         self._times.note(plan.schedule.tokens, end - start)
         self._return_batch()
-        self._outbox.deliver()
+        if self._outbox.waiting:
+            self._outbox.deliver()
 
     def step(self) -> bool:
         leap = self.begin()
@@ -150,6 +154,17 @@ class VirtualEngine(Engine):
             else:
                 self._memory.grow(request, len(request.blocks) + 1)
         return used + [pool.used_count] * (last - len(used))
+
+    def _accept(self, request: Request, drafts: int, sampled: Sequence[TokenLogprob], at: int) -> None:
+        if drafts or len(request.output) + 1 >= request.sampling.max_tokens or not silent(request):
+            super()._accept(request, drafts, sampled, at)
+            return
+        request.output.append(sampled[0].token)  # an event that nobody would hear of is not made
+        if request.first_token is None:
+            request.first_token = at
+        request.last_token = at
+        self.stats.generated_tokens += 1
+        self._seats.release_forks(request)
 
     def _begin(self, request: Request, start: int) -> Hit:
         if request.first_scheduled is None:

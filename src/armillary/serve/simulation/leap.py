@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from armillary.serve.request import Request
-from armillary.serve.schedule import Limits, Plan, Reason, Repeating, Schedule, SchedulerPolicy, State
+from armillary.serve.schedule import Limits, Plan, Reason
 
 
 @dataclass(slots=True)
@@ -35,19 +35,22 @@ def only_decodes(plan: Plan, running: Sequence[Request]) -> bool:
     if schedule.preempted or schedule.overdue or plan.copies or len(schedule.entries) != len(running):
         return False
     for entry, request in zip(schedule.entries, plan.requests, strict=True):
-        if entry.reason is not Reason.DECODE or entry.count != 1 or not entry.sample or request.on_event is not None:
-            return False
-        sampling = request.sampling
-        if not sampling.ignore_eos or sampling.stop_token_ids or sampling.logprobs is not None:
-            return False
-        if request.constraint is not None or request.text is not None:
+        if entry.reason is not Reason.DECODE or entry.count != 1 or not entry.sample or not silent(request):
             return False
     return True
 
 
-def repeats(policy: SchedulerPolicy, state: State, schedule: Schedule) -> bool:
-    """Whether the policy knows that it would say the same again; one that does not say is asked every time."""
-    return isinstance(policy, Repeating) and policy.repeats(state, schedule)
+def silent(request: Request) -> bool:
+    """Whether nothing but its length can end the sequence, and nobody is told of its tokens."""
+    sampling = request.sampling
+    return (
+        request.on_event is None
+        and sampling.ignore_eos
+        and not sampling.stop_token_ids
+        and sampling.logprobs is None
+        and request.constraint is None
+        and request.text is None
+    )
 
 
 def first_end(requests: Sequence[Request]) -> int:

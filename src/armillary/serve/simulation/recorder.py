@@ -48,8 +48,8 @@ class Recorder:
                 self._gaps.append(first - instant)
                 self._counts.append(before.count(instant))
         if len(ends) > 1:
-            self._gaps.frombytes(np.diff(ends).tobytes())
-            self._counts.frombytes(np.full(len(ends) - 1, len(before), dtype=np.int64).tobytes())
+            self._gaps.frombytes((ends[1:] - ends[:-1]).tobytes())
+            self._counts.extend(array("q", (len(before),)) * (len(ends) - 1))
 
     def __len__(self) -> int:
         return len(self._columns["arrival"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from armillary.serve.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Proposer(Protocol):
