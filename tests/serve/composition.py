@@ -332,6 +332,7 @@ def alone(
     request = Request("alone", prompt, sampling, adapter=key, constraint=None if asked is None else _compiled(asked).matcher())
     engine.submit(request)
     engine.run_until_idle()
+    engine.stop()
     return tuple(request.output)
 
 
