@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from armillary.serve.request import Request
     from armillary.serve.simulation.scenario import Run, Scenario
     from armillary.serve.workload.lengths import Lengths
+    from armillary.sim.costs import CostModel
 
 simulate = App(name="simulate")
 
@@ -45,6 +46,10 @@ class Hardware:
     host_us: Annotated[
         float, Parameter(group=_HARDWARE, help="Microseconds an iteration beside the device: schedule, launch, tokens out.")
     ] = 0.0
+    profile: Annotated[
+        str | None,
+        Parameter(group=_HARDWARE, help="Measured operations: a100, h100 (Llama-2 7B, 70B), or CSV files as Vidur's, separated by commas."),
+    ] = None
 
 
 @Parameter(name="*")
@@ -85,7 +90,7 @@ def serve(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Serve a workload in virtual time: the scheduler, memory and router are those of `armillary serve`, durations a roofline's."""
+    """Serve a workload in virtual time: the scheduler, memory and router are those of `armillary serve`, durations a roofline's or measured."""
     from armillary.cli.terminal import print_json, table, timed
     from armillary.core.trace import Trace
     from armillary.core.units import format_count, format_duration
@@ -121,7 +126,14 @@ def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path 
     precision = Precision(weights, "fp32" if weights == "fp32" else "fp16", settled.kv_dtype)
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
     deployment = Deployment(find(model), cluster(hardware.cluster), layout, precision)
-    cost = deployment.roofline(host=hardware.host_us * 1e3)
+    cost: CostModel
+    if hardware.profile is not None:
+        from armillary.models.graph.profiled import profiled
+        from armillary.sim.costs.profile import profile
+
+        cost = profiled(deployment, profile(hardware.profile), host=hardware.host_us * 1e3)
+    else:
+        cost = deployment.roofline(host=hardware.host_us * 1e3)
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from armillary.models.graph.batch import Batch as Sums
 from armillary.models.graph.batch import Span, pairs
 from armillary.models.graph.layout import Layout
 from armillary.models.graph.precision import Precision
+from armillary.models.graph.rows import Row
 from armillary.models.graph.work import Work
 from armillary.sim.batch import Batch
 from armillary.sim.collectives import terms
@@ -95,32 +96,42 @@ class Deployment:
             )
         return blocks
 
-    def roofline(self, *, launch: float = 0.0, host: float = 0.0, host_per_sequence: float = 0.0) -> Roofline:
-        """What an iteration costs. Weights of 4 bits are multiplied in 16, for that is how kernels use them."""
+    def roofline(
+        self,
+        *,
+        launch: float = 0.0,
+        host: float = 0.0,
+        host_per_sequence: float = 0.0,
+        without: Callable[[Row], bool] = lambda row: False,
+    ) -> Roofline:
+        """What an iteration costs, but those rows that it goes `without`. Weights of 4 bits are multiplied in 16, for that is how kernels
+        use them."""
         works = self.works
         dtype = self.precision.weights
         rates = Rates(
             self.device.attainable(_PRODUCTS.get(dtype, dtype)), self.device.attainable_bandwidth, launch, host, host_per_sequence
         )
-        stages = [self._stage(work) for work in works]
+        stages = [self._stage(work, [place for place, row in enumerate(work.rows) if not without(row)]) for work in works]
         name = f"roofline of {self.model.name} on {self.layout.devices} x {self.device.name}"
         return Roofline(name, stages, BatchFeatures(works[0]), rates)
 
-    def _stage(self, work: Work) -> Stage:
+    def _stage(self, work: Work, kept: Sequence[int]) -> Stage:
         def matrix(*names: str) -> NDArray[np.int64]:
             summed: NDArray[np.int64] = np.array([work.coefficients(name) for name in names], dtype=np.int64).sum(axis=0)
             return summed
 
         latency, per_byte = np.zeros(len(work.rows)), np.zeros(len(work.rows))
         for place, row in enumerate(work.rows):
-            if row.axis is not None:
+            if row.axis is not None and place in kept:
                 link = self._link(row.axis)
                 messages, share = terms(row.name, row.ranks)
                 latency[place], per_byte[place] = messages * link.latency, share * 1e9 / link.bandwidth
         gates = np.array([work.basis.index(row.gate) for row in work.rows])
         repeats = np.array([row.repeat for row in work.rows])
         moved = matrix("weight_bytes", "kv_bytes", "read_bytes", "write_bytes")
-        return Stage(matrix("flops"), moved, matrix("message_bytes"), gates, repeats, latency, per_byte)
+        rows = list(kept)
+        flops, message = matrix("flops")[rows], matrix("message_bytes")[rows]
+        return Stage(flops, moved[rows], message, gates[rows], repeats[rows], latency[rows], per_byte[rows])
 
     def _link(self, axis: Axis) -> Link:
         """By which the ranks of an axis meet: a domain's fabric where they fit into one, else the network."""

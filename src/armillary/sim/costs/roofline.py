@@ -92,15 +92,24 @@ class Roofline:
         self._known: dict[tuple[int, int, int, int], float] = {}
 
     def iteration(self, batch: Batch) -> int:
-        features = self._features.of(batch)
-        return whole_one(self._fixed(batch, features) + self._attention(features, max))
+        return whole_one(self.ns(batch))
 
     def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
+        return whole(self.each(sequences, cached, count))
+
+    def ns(self, batch: Batch) -> float:
+        """`iteration` before it is rounded."""
+        features = self._features.of(batch)
+        return self._fixed(batch, features) + float(self._attention(features, max))
+
+    def each(self, sequences: int, cached: int, count: int) -> NDArray[np.float64]:
+        """`decodes` before they are rounded. [count]"""
         batch = Batch((), sequences, cached, sequences)
         features: list[Any] = list(self._features.of(batch))
         for index, values in self._features.read(sequences, cached + sequences * np.arange(count, dtype=np.int64)).items():
             features[index] = values
-        return whole(self._fixed(batch, features) + self._attention(features, np.maximum))
+        ns = self._fixed(batch, features) + self._attention(features, np.maximum)
+        return np.broadcast_to(np.asarray(ns, dtype=np.float64), (count,))
 
     def _attention(self, features: Sequence[Any], longer: Callable[[Any, Any], Any]) -> Any:
         """ns of the rows that vary: of one iteration (numbers), or of many (arrays)."""
