@@ -224,3 +224,19 @@ def test_half_a_split_is_refused():
         FleetConfig(prefill_workers=1, decode_workers=1, replicas=2)
     with pytest.raises(ValidationError, match="there is no second"):
         FleetConfig(tail="hedged")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"router": "round-robin"},
+        {"silence": 1.0},
+        {"replicas": 2, "hedge_budget": 0.1},
+        {"replicas": 2, "tail": "tied", "hedge_budget": 0.1},
+        {"replicas": 2, "transfer": "network"},
+        {"replicas": 2, "transfer_memory": 5},
+    ],
+)
+def test_what_nothing_would_look_at_is_refused(given):
+    with pytest.raises(ValidationError, match=f"{list(given)[-1]} .* says nothing with"):
+        FleetConfig(**given)

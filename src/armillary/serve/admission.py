@@ -41,7 +41,7 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
     if context is not None and request.max_length > context:
         raise InputError(
             f"prompt of {prompt:,} tokens and max_tokens {most:,} make {request.max_length:,} tokens; the context is {context:,}",
-            "shorten the prompt, lower max_tokens, or serve with a larger --context if the model allows it",
+            "shorten the prompt, lower max_tokens, or serve with a larger --context, up to what the model was made for",
             field="prompt" if prompt >= context else "max_tokens",
         )
     blocks = limits.blocks_for(request.max_length)

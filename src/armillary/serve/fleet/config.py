@@ -69,6 +69,24 @@ class FleetConfig(Config):
             raise InputError(f"tail is {self.tail!r} with one replica: there is no second", "give --replicas 2 or more", field="tail")
         return self
 
+    @model_validator(mode="after")
+    def _all_is_heeded(self) -> FleetConfig:
+        """A number that nothing looks at would be believed to have been heeded."""
+        unheeded = {
+            "router": (self.alone, "with one replica", "leave it out, or give --replicas 2 or more"),
+            "silence": (self.alone, "with one replica", "leave it out, or give --replicas 2 or more"),
+            "hedge_budget": (self.tail != "hedged", f"with tail {self.tail}", "leave it out, or give --tail hedged"),
+            "transfer": (not self.prefill_workers, "without prefill workers", "leave it out, or give --prefill-workers and --decode-workers"),
+            "transfer_memory": (
+                not self.prefill_workers, "without prefill workers", "leave it out, or give --prefill-workers and --decode-workers",
+            ),
+        }  # fmt: skip
+        for name, (idle, where, fix) in unheeded.items():
+            given = getattr(self, name)
+            if idle and given != FleetConfig.model_fields[name].default:
+                raise InputError(f"{name} {given} says nothing {where}", fix, field=name)
+        return self
+
     @property
     def alone(self) -> bool:
         """Whether the server's own process computes: no fleet at all."""
