@@ -11,6 +11,7 @@ import pytest
 from armillary.cli.main import run
 from armillary.cluster import catalogue, profile
 from armillary.cluster.cluster import cluster
+from armillary.cluster.machine import describe
 
 Said = Callable[..., str]
 
@@ -88,3 +89,23 @@ def test_calibrate_writes_a_profile_that_is_a_cluster(capsys: pytest.CaptureFixt
 def test_calibrate_refuses_threads_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["calibrate", "--threads", "100000"]) == 2
     assert "cannot calibrate with 100000 threads" in capsys.readouterr().err
+
+
+def test_calibrate_adds_an_engine_to_the_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
+    path, machine = tmp_path / "here.json", profile.Identity.of(describe())
+    assert run(["calibrate", "--quantize", "int4", "--output", str(path)]) == 2
+    assert "give --model, too" in capsys.readouterr().err
+    profile.Profile(machine=machine, taken="today", seconds=1, load_before=0, load_after=0, others=None).save(path)
+    assert run(["calibrate", "--quick", "--model", str(tiny_model), "--threads", "1", "--kv-blocks", "40", "--output", str(path)]) == 0
+    ran = capsys.readouterr()
+    assert "an iteration takes" in ran.out
+    assert "left out" in ran.out
+    written = profile.load(path)
+    ((name, rows),) = written.engine.items()
+    assert name.endswith("none weights, fp32 cache, 1 threads")
+    assert {row["kind"] for row in rows} == {"about", "executor", "engine"}
+    assert ("warning: " in ran.err) == bool(rows[0]["disturbed"])
+    assert written.taken == "today"
+    written.model_copy(update={"machine": machine.model_copy(update={"cpu": "another"})}).save(path)
+    assert run(["calibrate", "--quick", "--model", str(tiny_model), "--output", str(path)]) == 2
+    assert "another machine's profile" in capsys.readouterr().err

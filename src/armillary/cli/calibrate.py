@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from armillary.cli.settings import Json
+from armillary.cli.settings import EngineFlags, Json
 
 if TYPE_CHECKING:
     from armillary.cluster.profile import Profile
@@ -16,18 +17,31 @@ if TYPE_CHECKING:
 def calibrate(
     *,
     output: Annotated[Path | None, Parameter(help="The profile to write (default: profile.json in the cache folder).")] = None,
-    threads: Annotated[int | None, Parameter(help="The larger number of threads (default: the cores that this process may use).")] = None,
+    model: Annotated[
+        str | None, Parameter(show_default=False, help="Measure the engine with this model, too: what its iterations cost, as configured.")
+    ] = None,
+    seconds: Annotated[float, Parameter(help="How long the engine is measured, with --model.")] = 30.0,
     quick: Annotated[
         bool, Parameter(negative=(), show_default=False, help="A few figures in a few seconds: to see that it works.")
     ] = False,
+    engine: EngineFlags = EngineFlags(),  # noqa: B008
     json: Json = False,
 ) -> None:
-    """Measure this machine's products, memory and links into a profile file (under a minute)."""
+    """Measure this machine's products, memory and links into a profile file (under a minute).
+
+    With --model the engine's iterations are added to the profile that is there, or to a new one.
+    """
     from armillary.cli.terminal import note, print_json
     from armillary.cluster.profile import default_path
+    from armillary.core.errors import InputError
 
     path = default_path() if output is None else output
-    profile = _measure(threads, quick)
+    if model is not None:
+        _engine(path, model, engine, seconds, quick, json)
+        return
+    if given := [name for name, value in asdict(engine).items() if value is not None and name != "threads"]:
+        raise InputError(f"--{given[0].replace('_', '-')} is about an engine, and none is measured", "give --model, too", field=given[0])
+    profile = _measure(engine.threads, quick)
     profile.save(path)
     if json:
         print_json(profile.model_dump(mode="json") | {"path": str(path), "disturbances": profile.disturbances})
@@ -36,6 +50,32 @@ def calibrate(
         print(f"Written to {path}.")
     for reason in profile.disturbances:
         note(f"warning: {reason}: the figures may be too low; calibrate again on a quiet machine")
+
+
+def _engine(path: Path, model: str, flags: EngineFlags, seconds: float, quick: bool, json: bool) -> None:
+    """The profile at `path`, or a new one, with one engine more."""
+    from armillary.cli.calibrate_engine import curves, print_curves, with_engine
+    from armillary.cli.terminal import note, print_json
+    from armillary.cluster.machine import describe
+    from armillary.cluster.profile import load
+    from armillary.core.errors import InputError
+
+    if not 0.5 <= seconds <= 3600:
+        raise InputError(f"an engine cannot be measured for {seconds:g} s", "give 0.5 to 3600", field="seconds")
+    if not path.exists():
+        _measure(flags.threads, quick).save(path)
+    profile = load(path)
+    if differs := profile.differs(describe()):
+        raise InputError(f"{path} is another machine's profile ({'; '.join(differs)})", "write to another file with --output, or remove it")
+    profile, name, found = with_engine(profile, model, flags, 0.5 if quick else seconds)
+    profile.save(path)
+    if json:
+        print_json({"path": str(path), "engine": name, **curves(found)})
+    else:
+        print_curves(name, found)
+        print(f"Written to {path}.")
+    if disturbed := profile.engine[name][0]["disturbed"]:
+        note(f"warning: {disturbed}: iterations may take less; calibrate again on a quiet machine")
 
 
 def _measure(threads: int | None, quick: bool) -> Profile:

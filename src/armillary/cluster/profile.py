@@ -104,7 +104,7 @@ class LinkRate(Config):
 
 
 class Profile(Config):
-    """Everything measured at once. `engine` is for the costs of the serving engine's own kernels; `calibrate` leaves it empty."""
+    """Everything measured at once. `engine`: iterations of serving engines, by name (`serve.calibration`)."""
 
     version: Literal[1] = 1
     machine: Identity
