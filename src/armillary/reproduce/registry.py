@@ -13,11 +13,16 @@ from armillary.core.trace import Trace
 
 _MODULES: Final = {
     "deja-vu": "armillary.reproduce.deja_vu",
+    "distserve": "armillary.reproduce.distserve",
     "flexgen": "armillary.reproduce.flexgen",
+    "nanoflow": "armillary.reproduce.nanoflow",
     "orca": "armillary.reproduce.orca",
     "paged-attention": "armillary.reproduce.paged_attention",
+    "pope": "armillary.reproduce.pope",
     "sarathi": "armillary.reproduce.sarathi",
+    "tail-at-scale": "armillary.reproduce.tail_at_scale",
     "tf-data": "armillary.reproduce.tf_data",
+    "vidur": "armillary.reproduce.vidur",
 }
 """Slug to the module whose EXPERIMENT it is."""
 

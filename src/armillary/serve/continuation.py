@@ -38,8 +38,6 @@ def extend(request: Request, sampled: TokenLogprob, eos_ids: Collection[int], at
 
 def keep_prompt_scores(request: Request, start: int, scores: tuple[TokenLogprob, ...]) -> None:
     """Store the scores of positions start+1, start+2, ...; what a recomputation scores again is kept once."""
-    if not scores:
-        return
     kept = request.prompt_logprobs
     if not kept:
         kept.append(None)  # nothing predicts the first token

@@ -365,7 +365,8 @@ class Engine:
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):
-            request.drafts, request.draft_laws = (), ()
+            if request.drafts or request.draft_laws:
+                request.drafts, request.draft_laws = (), ()
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count - entry.drafts
@@ -373,7 +374,8 @@ class Engine:
                 self._memory.keep(request)
             if entry.start < len(request.prompt) <= request.computed and not request.output:
                 self.stats.prompt_tokens += len(request.prompt)
-            keep_prompt_scores(request, entry.start, scores)
+            if scores:
+                keep_prompt_scores(request, entry.start, scores)
             try:
                 if index in failed:
                     raise failed[index]

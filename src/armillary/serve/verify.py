@@ -89,7 +89,8 @@ def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -
         raise _defect(entry, "must sample exactly when it reaches the last known token")
     if entry.drafts and not 0 <= entry.drafts <= (len(request.drafts) if entry.sample else 0):
         raise _defect(entry, f"verifies {entry.drafts} drafts, {len(request.drafts)} were proposed")
-    if entry.blocks < len(request.blocks) or entry.blocks < state.limits.blocks_for(end):
+    blocks, limits = entry.blocks, state.limits
+    if blocks < len(request.blocks) or (blocks * limits.block_size < end and blocks < limits.blocks_for(end)):
         raise _defect(entry, f"owns {entry.blocks} KV blocks, {max(len(request.blocks), state.limits.blocks_for(end))} are needed")
 
 

@@ -166,8 +166,10 @@ class BatchFeatures:
             spans = [Span(0, 0, _one_keys(batch.decodes, batch.cached, window)) for window in self._work.windows]
             return Sums(0, batch.decodes, batch.sampled, tuple(spans))
         for window in self._work.windows:
-            pair = sum(pairs(query, cached, window) for query, cached in batch.prompts)
-            keys = sum(cached + query if window is None else min(cached + query, window + query - 1) for query, cached in batch.prompts)
+            pair = keys = 0
+            for query, cached in batch.prompts:
+                pair += pairs(query, cached, window)
+                keys += cached + query if window is None else min(cached + query, window + query - 1)
             spans.append(Span(pair, keys, _one_keys(batch.decodes, batch.cached, window)))
         return Sums(batch.prompt_tokens, batch.decodes, batch.sampled, tuple(spans))
 

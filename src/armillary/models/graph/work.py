@@ -81,7 +81,7 @@ class Work:
                 mixed.experts, mixed.top_k, tokens if spread == 1 else tokens * spread / tensor, mixed.experts // spread
             )
         gates = (int(tokens > 0), int(batch.rows > 0), int(batch.prefill_tokens > 0), int(batch.decodes > 0))
-        spans = (count for span in batch.spans for count in (span.prefill_pairs, span.prefill_keys, span.decode_keys))
+        spans = [count for span in batch.spans for count in (span.prefill_pairs, span.prefill_keys, span.decode_keys)]
         return (*gates, tokens, shard, batch.rows, batch.prefill_tokens, batch.decodes, routed, experts, *spans)
 
     def of(self, batch: Batch) -> Totals:

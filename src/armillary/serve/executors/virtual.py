@@ -20,11 +20,11 @@ BLANK = 0  # the token of a sequence whose text is of no account
 
 
 def batch_of(plan: Plan) -> Batch:
-    """What of a plan its cost depends on."""
+    """What of a plan its cost depends on. One token that follows computed ones is a decode to the device, whatever it is to the scheduler."""
     prompts: list[tuple[int, int]] = []
     decodes = cached = sampled = 0
     for entry in plan.schedule.entries:
-        if entry.count == 1 and entry.reason is Reason.DECODE:
+        if entry.count == 1 and (entry.start or entry.reason is Reason.DECODE):
             decodes += 1
             cached += entry.start
         else:

@@ -39,7 +39,9 @@ class Sarathi:
     def step(self, state: State) -> Schedule:
         limits, room = state.limits, Room(state)
         preempted, running = self._victims.choose(state, _growth, room)
-        decodes = [request for request in running if is_decode(request)]
+        decodes, prompts, size = list[Request](), list[Request](), limits.block_size
+        for request in running:
+            (decodes if is_decode(request) else prompts).append(request)
         budget = self._budget(state, len(decodes))
         spent = Reason.NO_BUDGET if budget == limits.max_batch_tokens else Reason.NO_TIME
         entries: list[Entry] = []
@@ -48,18 +50,16 @@ class Sarathi:
         spare = budget - len(running)  # for drafts: they leave a token to everyone
         for request in decodes:
             known, owned, drafts, more = request.known, len(request.blocks), 0, 0
-            blocks = max(owned, limits.blocks_for(known))
+            blocks = owned if known <= owned * size else max(owned, limits.blocks_for(known))
             if request.drafts:
-                drafts = drafts_that_fit(request, spare, blocks - owned + room.free, limits.block_size)
+                drafts = drafts_that_fit(request, spare, blocks - owned + room.free, size)
                 more = max(0, limits.blocks_for(known + drafts) - blocks)
             entries.append(decode(request, known, blocks + more, drafts))
             room.free -= more
             budget -= 1 + drafts
             spare -= drafts
 
-        for request in running if len(decodes) < len(running) else ():
-            if is_decode(request):
-                continue
+        for request in prompts:
             count = min(request.known - request.computed, budget)
             if count <= 0:
                 held.append(Hold(request.id, spent))
@@ -101,8 +101,10 @@ class Sarathi:
 
 def _growth(running: Sequence[Request], state: State) -> int:
     """Blocks that the decodes among `running` need for their next token."""
-    blocks, blocks_for = 0, state.limits.blocks_for
+    blocks, limits = 0, state.limits
+    size = limits.block_size
     for request in running:
-        if is_decode(request):
-            blocks += max(0, blocks_for(request.known) - len(request.blocks))
+        owned = len(request.blocks)
+        if (known := request.known) > owned * size and is_decode(request):
+            blocks += max(0, limits.blocks_for(known) - owned)
     return blocks

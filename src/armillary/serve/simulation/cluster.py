@@ -79,14 +79,30 @@ class Cluster:
                 )
             before = at
             while (then := events.next_time) is not None and then < at:
-                self._look_at(events.pop())
-            self._route(request, at)
-        while (replica := events.pop()) is not None:
+                self.advance()
+            self.route(request, at)
+        while len(events):
+            self.advance()
+        self.check()
+
+    @property
+    def next_time(self) -> int | None:
+        """When a replica is next looked at, ns."""
+        return self._events.next_time
+
+    def advance(self) -> None:
+        """To the next time at which a replica has ended what it was at: it is told to go on."""
+        replica = self._events.pop()
+        if replica is not None:
             self._look_at(replica)
+
+    def check(self) -> None:
+        """Assert the invariants of every replica's memory."""
         for replica in self.replicas:
             replica.engine.check()
 
-    def _route(self, request: Request, at: int) -> None:
+    def route(self, request: Request, at: int) -> None:
+        """To the replica that the router says."""
         replica = self.replicas[0]
         if len(self.replicas) > 1:
             names = known_names(request, replica.engine.limits.block_size) if self._named else ()
@@ -96,6 +112,10 @@ class Cluster:
             if names:
                 replica.prefixes.sent(names)
         self.routed += 1
+        self.give(replica, request, at)
+
+    def give(self, replica: Replica, request: Request, at: int) -> None:
+        """To this one, at `at` ns, which is no earlier than anything that has been looked at."""
         replica.engine.submit(request)
         if replica.leap is None:
             if replica.event is None:
@@ -103,9 +123,7 @@ class Cluster:
         elif (count := replica.leap.until(at)) < replica.count:  # what has not begun by now is decided again
             self._await(replica, count)
 
-    def _look_at(self, replica: Replica | None) -> None:
-        """It is the time at which a replica has ended what it was at."""
-        assert replica is not None
+    def _look_at(self, replica: Replica) -> None:
         replica.event = None
         engine, now = replica.engine, self._events.now
         if replica.leap is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from armillary.core.errors import InputError
 from armillary.core.trace import Trace
@@ -16,9 +18,20 @@ from armillary.serve.iteration_times import KEPT
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
 from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedule, SchedulerPolicy
 from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, silent
-from armillary.serve.simulation.recorder import Recorder
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
+
+
+class Recording(Protocol):
+    """Who notes what happens to requests."""
+
+    def ended(self, request: Request) -> None:
+        """A request is over."""
+        ...
+
+    def waited(self, plan: Plan, ends: NDArray[np.int64]) -> None:
+        """Iterations that repeat `plan` end at `ends` ns, and none of their tokens has been handed out. [iterations]"""
+        ...
 
 
 class VirtualEngine(Engine):
@@ -39,7 +52,7 @@ class VirtualEngine(Engine):
         policy: SchedulerPolicy | None = None,
         drafter: Drafter | None = None,
         fast_forward: bool = True,
-        recorder: Recorder | None = None,
+        recorder: Recording | None = None,
         told: bool = True,
     ) -> None:
         if config.async_scheduling == "on":
@@ -63,6 +76,11 @@ class VirtualEngine(Engine):
     def queued(self) -> int:
         """Requests that wait."""
         return self._seats.queued
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that nobody uses at the beginning of the present iterations."""
+        return self._memory.pool.free_count
 
     @property
     def running(self) -> int:
@@ -137,23 +155,24 @@ class VirtualEngine(Engine):
     def _move_blocks(self, requests: Sequence[Request], computed: Sequence[int], grown: Sequence[tuple[int, int]], last: int) -> list[int]:
         """What iterations 0 to `last` do to blocks, but what the last one does at its end; used blocks while each of those before it ran.
 
-        In the order of stepping: a block may be named, evicted and found again within a leap.
+        In the order of stepping: a block may be named, evicted and found again within a leap. Only a trace wants to know of used blocks.
         """
-        size, pool, used = self.limits.block_size, self._memory.pool, list[int]()
+        size, pool, used, traced = self.limits.block_size, self._memory.pool, list[int](), self._history.trace is not None
         moves = [(iteration, False, place) for iteration, place in grown if iteration <= last]
         if self._sharing:
             for place, start in enumerate(computed):  # iteration i ends with start + 1 + i tokens computed
                 moves += [(i, True, place) for i in range(-(start + 1) % size, last, size)]
             moves.sort()
         for iteration, full, place in moves:
-            used += [pool.used_count] * (iteration + full - len(used))
+            if traced:
+                used += [pool.used_count] * (iteration + full - len(used))
             request = requests[place]
             if full:
                 request.computed = computed[place] + 1 + iteration
                 self._memory.keep(request)
             else:
                 self._memory.grow(request, len(request.blocks) + 1)
-        return used + [pool.used_count] * (last - len(used))
+        return used + [pool.used_count] * (last - len(used)) if traced else used
 
     def _accept(self, request: Request, drafts: int, sampled: Sequence[TokenLogprob], at: int) -> None:
         if drafts or len(request.output) + 1 >= request.sampling.max_tokens or not silent(request):

@@ -1,0 +1,237 @@
+"""Prompts and answers on engines of their own in virtual time, keys and values moved between them (Zhong et al., DistServe, OSDI 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.cluster.device import Link
+from armillary.core.clock import VirtualClock
+from armillary.core.errors import InputError
+from armillary.core.units import S
+from armillary.serve.admission import admissible
+from armillary.serve.config import EngineConfig
+from armillary.serve.executors.virtual import VirtualExecutor
+from armillary.serve.policies import routing
+from armillary.serve.request import Request
+from armillary.serve.schedule import Plan
+from armillary.serve.simulation.cluster import Cluster, Replica
+from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.recorder import Recorder, Result
+from armillary.sim.costs import CostModel
+from armillary.sim.events import EventQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """`count` engines of one phase. `config.kv_blocks` is settled."""
+
+    cost: CostModel
+    config: EngineConfig
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The keys and values of one request's prompt on their way, ns."""
+
+    request_id: str
+    source: int
+    target: int
+    size: int  # bytes
+    begun: int
+    ended: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request whose prompt is computed: what users will see of it, and where its keys and values lie."""
+
+    request: Request
+    source: int
+
+
+class _Ended:
+    """Collects the requests that an engine ends; the times between tokens go to `recorder`."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.requests: list[Request] = []
+        self._recorder = recorder
+
+    def ended(self, request: Request) -> None:
+        self.requests.append(request)
+
+    def waited(self, plan: Plan, ends: NDArray[np.int64]) -> None:
+        if self._recorder is not None:
+            self._recorder.waited(plan, ends)
+
+
+class Disaggregated:
+    """A request is sent to the prefill engine with the shortest queue, which draws its first token; then to the decode engine with fewest requests,
+    which pulls its keys and values when it has blocks for them, one request after another over its `link`.
+
+    What has not been pulled stays where it was computed, at most `buffer` tokens a prefill engine, beside the engine's own pool: a request whose
+    prompt would exceed that is not begun. `token_bytes` of keys and values are moved for each token of a prompt. `moved` tells of all of it.
+    """
+
+    def __init__(self, prefill: Side, decode: Side, link: Link, token_bytes: int, buffer: int) -> None:
+        if prefill.count < 1 or decode.count < 1:
+            raise InputError(f"{prefill.count} prefill and {decode.count} decode engines", "give at least one of each", field="replicas")
+        if token_bytes < 1 or buffer < 1:
+            raise InputError(f"{token_bytes} bytes a token, a buffer of {buffer} tokens", "give at least 1 of each", field="buffer")
+        self.recorder = Recorder()
+        self.moved: list[Transfer] = []
+        self._decode, self._link, self._token_bytes, self._buffer = decode, link, token_bytes, buffer
+        self._prefilled = [_Ended() for _ in range(prefill.count)]
+        self._decoded = [_Ended(self.recorder) for _ in range(decode.count)]
+        self.prefill = Cluster(_engines(prefill, self._prefilled), routing.get("shortest-queue"))
+        self.decode = Cluster(_engines(decode, self._decoded), routing.get("shortest-queue"))
+        self._coming: deque[Request] = deque()  # not begun, for no prefill engine has room for their keys and values
+        self._held = [0] * prefill.count  # tokens of those that were sent to a prefill engine and not pulled yet
+        self._requests: dict[str, Request] = {}  # what users see
+        self._sources: dict[str, int] = {}
+        self._pending: list[deque[_Waiting]] = [deque() for _ in range(decode.count)]
+        self._under_way = [0] * decode.count  # requests whose keys and values are
+        self._promised = [0] * decode.count  # blocks that these will take
+        self._linked = [0] * decode.count  # ns until which the link is busy
+        self._transfers: EventQueue[tuple[Transfer, Request]] = EventQueue()
+
+    def run(self, requests: Iterable[Request]) -> Result:
+        """`requests`, in the order of their `arrival`, to their end. Raises InputError for one that could never run, or comes before the last."""
+        before = 0
+        for request in requests:
+            at = request.arrival if request.arrival is not None else before
+            if at < before:
+                raise InputError(
+                    f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
+                )
+            if len(request.prompt) > self._buffer:
+                raise InputError(
+                    f"the prompt of request '{request.id}' has {len(request.prompt):,} tokens, the buffer of a prefill engine {self._buffer:,}",
+                    "give a larger buffer",
+                    field="buffer",
+                )
+            admissible(request, self._decode.config, self.decode.replicas[0].engine.limits)
+            before = at
+            self._until(at)
+            self._requests[request.id] = request
+            self._coming.append(request)
+            self._begin(at)
+        self._until(None)
+        assert not self._requests  # everything that could run has ended
+        self.prefill.check()
+        self.decode.check()
+        return self.recorder.result()
+
+    def _until(self, at: int | None) -> None:
+        """Everything before `at` happens; at one instant prompts end first, then transfers, then decodes."""
+        while True:
+            times = (self.prefill.next_time, self._transfers.next_time, self.decode.next_time)
+            known = [time for time in times if time is not None]
+            if not known or (at is not None and min(known) >= at):
+                return
+            now = min(known)
+            if times[0] == now:
+                self.prefill.advance()
+                self._first_tokens(now)
+            elif times[1] == now:
+                found = self._transfers.pop()
+                assert found is not None
+                self._arrived(*found)
+            else:
+                self.decode.advance()
+                self._answers()
+                for target in range(len(self._pending)):
+                    self._pull(target, now)
+
+    def _begin(self, now: int) -> None:
+        """As many of those that wait, in the order in which they came, as have room for what their prompts leave."""
+        while self._coming:
+            request = self._coming[0]
+            room = [replica for replica in self.prefill.replicas if self._held[replica.index] + len(request.prompt) <= self._buffer]
+            if not room:
+                return
+            replica = min(room, key=lambda one: (one.engine.queued_tokens, one.engine.queued + one.engine.running, one.index))
+            self._coming.popleft()
+            self._held[replica.index] += len(request.prompt)
+            self._sources[request.id] = replica.index
+            sampling = dataclasses.replace(request.sampling, max_tokens=min(1, request.sampling.max_tokens))
+            own = Request(request.id, request.prompt, sampling, arrival=request.arrival, priority=request.priority)
+            self.prefill.give(replica, own, now)
+
+    def _first_tokens(self, now: int) -> None:
+        """Prompts have ended: who wants more tokens is sent on."""
+        for source, ended in enumerate(self._prefilled):
+            for first in ended.requests:
+                request = self._requests[first.id]
+                request.first_scheduled, request.first_token, request.finished = first.first_scheduled, first.first_token, first.finished
+                request.output, request.preemptions = list(first.output), first.preemptions
+                if request.sampling.max_tokens <= 1:
+                    self._done(request)
+                    self._release(request, now)
+                    continue
+                target = min(self.decode.replicas, key=self._load)
+                self._pending[target.index].append(_Waiting(request, source))
+                self._pull(target.index, now)
+            ended.requests.clear()
+
+    def _load(self, replica: Replica) -> tuple[int, int]:
+        waiting = len(self._pending[replica.index])
+        return waiting + self._under_way[replica.index] + replica.engine.queued + replica.engine.running, replica.index
+
+    def _pull(self, target: int, now: int) -> None:
+        """What a decode engine has blocks for, beside what is already on its way."""
+        pending, engine = self._pending[target], self.decode.replicas[target].engine
+        while pending:
+            request = pending[0].request
+            blocks = engine.limits.blocks_for(request.known)
+            if blocks > engine.free_blocks - self._promised[target]:
+                return
+            waiting = pending.popleft()
+            self._under_way[target] += 1
+            self._promised[target] += blocks
+            size = len(request.prompt) * self._token_bytes
+            begun = max(now, self._linked[target])
+            ended = begun + self._link.latency + round(size * S / self._link.bandwidth)
+            self._linked[target] = ended
+            self._transfers.at(ended, (Transfer(request.id, waiting.source, target, size, begun, ended), request))
+
+    def _arrived(self, transfer: Transfer, request: Request) -> None:
+        """Keys and values are there: the decode engine may go on with the request."""
+        replica = self.decode.replicas[transfer.target]
+        self.moved.append(transfer)
+        self._under_way[transfer.target] -= 1
+        self._promised[transfer.target] -= replica.engine.limits.blocks_for(request.known)
+        own = Request(
+            request.id, request.prompt, request.sampling, arrival=request.arrival, delivered=len(request.prompt), output=list(request.output),
+            first_token=request.first_token, last_token=request.first_token,
+        )  # fmt: skip
+        self.decode.give(replica, own, transfer.ended)
+        self._release(request, transfer.ended)
+
+    def _release(self, request: Request, now: int) -> None:
+        """Its keys and values need not stay where they were computed."""
+        self._held[self._sources.pop(request.id)] -= len(request.prompt)
+        self._begin(now)
+
+    def _answers(self) -> None:
+        for ended in self._decoded:
+            for last in ended.requests:
+                request = self._requests[last.id]
+                request.output, request.finished = last.output, last.finished
+                request.preemptions += last.preemptions
+                self._done(request)
+            ended.requests.clear()
+
+    def _done(self, request: Request) -> None:
+        del self._requests[request.id]
+        self.recorder.ended(request)
+
+
+def _engines(side: Side, ended: Sequence[_Ended]) -> list[VirtualEngine]:
+    return [VirtualEngine(VirtualExecutor(VirtualClock(), side.cost), side.config, recorder=one, told=False) for one in ended]
