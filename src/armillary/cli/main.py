@@ -30,6 +30,7 @@ _VERBS = {
     "chat": "Talk to a model in the terminal.",
     "demo": "Serve 16 chats at once with a real model; measure, report, chat.",
     "simulate": "A workload on hardware that is not here, by the same engine in virtual time.",
+    "plan": "The cheapest hardware and configuration that keep an objective, as a file for serve.",
     "train": "Pre-train a new model, or fine-tune one, from a TOML file.",
     "batch": "Answer a file of requests (JSON lines) without a server.",
     "doctor": "What this machine offers, and what will be slow on it and why.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -20,6 +21,9 @@ def serve(
     /,
     *,
     config: ConfigFile = None,
+    plan: Annotated[
+        Path | None, Parameter(help="A plan of `armillary plan serve`: its model, engine and replicas, if its hardware is here.")
+    ] = None,
     server: ServerFlags = ServerFlags(),  # noqa: B008 (frozen)
     engine: EngineFlags = EngineFlags(),  # noqa: B008
     fleet: FleetFlags = FleetFlags(),  # noqa: B008
@@ -32,7 +36,7 @@ def serve(
     from armillary.core.trace import Trace
     from armillary.serve.http.server import check_address
 
-    settled = settle(model, engine, server, config, fleet=fleet)
+    settled = settle(model, engine, server, config, planned(plan), fleet)
     refuse_open_door(settled.value.server)
     check_address(settled.value.server.host, settled.value.server.port)
     key_ring(settled.value.server)
@@ -50,6 +54,22 @@ def serve(
     finally:
         running.engine.stop()
         note("stopped")
+
+
+def planned(path: Path | None) -> dict[str, Any]:
+    """What a plan says, by dotted keys of the configuration. Raises InputError when its hardware is not here."""
+    from armillary.cli.terminal import note
+
+    if path is None:
+        return {}
+    from armillary.plan.file import executable, load
+
+    plan = load(path)
+    told = executable(plan)
+    note(
+        f"planned for {plan.replicas} x {plan.hardware.device}, {plan.workload.rate:g} requests a second of {plan.workload.lengths}, {plan.workload.slo}"
+    )
+    return told
 
 
 def refuse_open_door(server: Any) -> None:

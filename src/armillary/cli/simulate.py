@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,6 @@ from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
 if TYPE_CHECKING:
     from armillary.serve.request import Request
     from armillary.serve.simulation.scenario import Run, Scenario
-    from armillary.serve.workload.lengths import Lengths
     from armillary.sim.costs import CostModel
 
 simulate = App(name="simulate")
@@ -140,6 +138,7 @@ def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path 
 def _requests(workload: Workload, replicas: int, scenario: Scenario) -> Iterator[Request]:
     from armillary.core.errors import InputError
     from armillary.serve.workload import bursty, requests
+    from armillary.serve.workload.lengths import named
     from armillary.serve.workload.requests import arrivals
     from armillary.serve.workload.trace_file import read_trace
 
@@ -150,14 +149,7 @@ def _requests(workload: Workload, replicas: int, scenario: Scenario) -> Iterator
         return requests(read_trace(workload.trace, speed=workload.speed, most=workload.requests))
     seed = scenario.config.seed
     times = bursty(workload.rate if workload.rate is not None else float(replicas), workload.variation, seed)
-    return requests(arrivals(times, _lengths(workload.lengths), workload.requests, seed + 1, limit=context))
-
-
-def _lengths(text: str) -> Lengths:
-    from armillary.serve.workload import fixed, published
-
-    both = re.fullmatch(r"([0-9]{1,7})\+([0-9]{1,7})", text.strip())
-    return fixed(int(both[1]), int(both[2])) if both else published(text.strip())
+    return requests(arrivals(times, named(workload.lengths), workload.requests, seed + 1, limit=context))
 
 
 def _facts(scenario: Scenario, run: Run) -> dict[str, Any]:

@@ -123,8 +123,9 @@ class Result:
         ranks = np.cumsum(self.gap_counts[order])
         return int(self.gaps[order][np.searchsorted(ranks, max(1, np.ceil(percent / 100 * ranks[-1])))])
 
-    def attainment(self, first_token: float | None = None, per_token: float | None = None) -> float:
-        """The share of requests whose first token came within `first_token` ns and whose others took at most `per_token` ns each on average.
+    def attainment(self, first_token: float | None = None, per_token: float | None = None, wait: float | None = None) -> float:
+        """The share of requests whose first token came within `first_token` ns, whose others took at most `per_token` ns each on average,
+        and that were in the queue for at most `wait` ns.
 
         An answer of one token has no others. 1 where there are no requests.
         """
@@ -133,4 +134,6 @@ class Result:
             kept &= self.first_tokens <= first_token
         if per_token is not None:
             kept &= self.finished - self.first_token <= per_token * np.maximum(0, self.answer - 1)
+        if wait is not None:
+            kept &= self.waits <= wait
         return float(kept.mean()) if len(kept) else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def fitted(name: str, prompts: NDArray[np.int64], answers: NDArray[np.int64], so
     correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(prompts) > 1 and np.ptp(ranks[0]) else 0.0
     at = [tuple(np.quantile(values, _RANKS).tolist()) for values in (prompts, answers)]
     return Lengths(name, at[0], at[1], correlation, source)
+
+
+def named(text: str) -> Lengths:
+    """By published name, or `PROMPT+ANSWER` tokens for all alike. Raises NotFoundError or InputError."""
+    both = re.fullmatch(r"([0-9]{1,7})\+([0-9]{1,7})", text.strip())
+    return fixed(int(both[1]), int(both[2])) if both else published(text.strip())
 
 
 def names() -> tuple[str, ...]:

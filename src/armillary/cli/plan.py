@@ -1,0 +1,271 @@
+"""`armillary plan`: the cheapest hardware and configuration that keep an objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Group, Parameter
+
+from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
+
+if TYPE_CHECKING:
+    from armillary.plan.candidates import Space
+    from armillary.plan.demand import Demand
+    from armillary.plan.file import Plan
+    from armillary.plan.search import Found, Option
+    from armillary.serve.config import EngineConfig
+
+plan = App(name="plan")
+
+_SPACE = Group("What is tried (commas between)", sort_key=1)
+_WORKLOAD = Group("Workload", sort_key=2)
+_ONE: dict[str, str] = {"policies": "policy", "budgets": "max_batch_tokens", "running": "max_running", "weights": "quantize"}
+"""Lists of the search, and the option of the engine that names one."""
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, slots=True)
+class SpaceFlags:
+    """`plan.candidates.Space` as flags."""
+
+    cluster: Annotated[
+        str, Parameter(group=_SPACE, help="Devices or nodes, such as h100,a100 or dgx-h100 (armillary cluster lists them).")
+    ] = "h100"
+    tensor_parallel: Annotated[str, Parameter(name=("--tensor-parallel", "--tp"), group=_SPACE, help="Devices that split each layer.")] = (
+        "1,2,4,8"
+    )
+    pipeline_parallel: Annotated[str, Parameter(name=("--pipeline-parallel", "--pp"), group=_SPACE, help="Stages of layers.")] = "1,2"
+    policies: Annotated[
+        str | None, Parameter(group=_SPACE, show_default=False, help="Who runs when (default: sarathi; or --policy for one).")
+    ] = None
+    budgets: Annotated[
+        str | None, Parameter(group=_SPACE, show_default=False, help="Tokens an iteration (default: 512,1024,2048; or --max-batch-tokens).")
+    ] = None
+    running: Annotated[
+        str | None, Parameter(group=_SPACE, show_default=False, help="Sequences in flight (default: 64,256; or --max-running).")
+    ] = None
+    weights: Annotated[
+        str | None, Parameter(group=_SPACE, show_default=False, help="Formats of weights (default: fp16; or --quantize).")
+    ] = None
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, slots=True)
+class DemandFlags:
+    """What comes."""
+
+    lengths: Annotated[
+        str, Parameter(group=_WORKLOAD, help="conversation, code, summarization (fitted to published traces), or PROMPT+ANSWER tokens.")
+    ] = "conversation"
+    variation: Annotated[
+        float, Parameter(group=_WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
+    ] = 1.0
+
+
+@plan.command(name="serve")
+def serve(
+    model: Annotated[
+        str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
+    ],
+    /,
+    *,
+    slo: Annotated[str, Parameter(help="Bounds that a share of the requests must keep: ttft=300ms,tpot=50ms,wait=5s,attainment=0.9.")],
+    rate: Annotated[float, Parameter(help="Requests a second that are to be served, over all replicas.")],
+    space: SpaceFlags = SpaceFlags(),
+    demand: DemandFlags = DemandFlags(),
+    rank: Annotated[Literal["dollars", "devices"], Parameter(help="What the best has least of.")] = "dollars",
+    keep: Annotated[int, Parameter(help="How many of the best are found exactly.")] = 3,
+    router: Annotated[
+        str, Parameter(help="Who gets a request: power-of-two, shortest-queue, cache-aware, round-robin, consistent-hash.")
+    ] = ("power-of-two"),
+    host_us: Annotated[float, Parameter(help="Microseconds an iteration beside the device: schedule, launch, tokens out.")] = 0.0,
+    engine: EngineFlags = EngineFlags(),  # noqa: B008
+    config: ConfigFile = None,
+    output: Annotated[Path | None, Parameter(help="Write the plan: `armillary serve --plan` executes it where its hardware is.")] = None,
+    html: Annotated[Path | None, Parameter(help="Write the report: candidates, their arithmetic, the capacity curve.")] = None,
+    json: Json = False,
+) -> None:
+    """Find what serves the model at least cost under an objective, by the engine itself in virtual time."""
+    from armillary.cli.terminal import print_json
+    from armillary.core.errors import InputError
+    from armillary.models.graph.find import find
+    from armillary.plan.candidates import candidates
+    from armillary.plan.demand import Demand
+    from armillary.plan.file import chosen
+    from armillary.plan.objective import parse
+    from armillary.plan.search import search, together
+    from armillary.serve.policies import routing
+    from armillary.serve.workload.lengths import named
+
+    for path in (output, html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"the folder {path.absolute().parent} does not exist", "make it, or choose another path")
+    own = {"engine.kv_dtype": "fp16", "engine.max_queue": 1_000_000}
+    settled = settle(model, engine, file=config, defaults=own)
+    tried = _space(space, settled.value.engine, settled.provenance)
+    objective, asked = parse(slo), Demand(named(demand.lengths), demand.variation, settled.value.engine.seed)
+    routing.get(router)
+    with _progress() as told:
+        found = search(
+            candidates(find(model), tried, settled.value.engine, host_us * 1e3),
+            asked,
+            objective,
+            rate=rate,
+            rank=rank,
+            keep=keep,
+            told=told,
+        )
+    scenario, seen = together(found.options[0], asked, objective, rate, router)
+    file = chosen(model, found.options[0], found, asked, objective, rate, scenario, seen, tried.size)
+    if output is not None:
+        file.save(output)
+    if html is not None:
+        from armillary.web.plan_report import write_plan_report
+
+        write_plan_report(file, found, objective, html)
+    if json:
+        print_json(_facts(file, found))
+    else:
+        _tell(file, found, asked)
+        for path in (output, html):
+            if path is not None:
+                print(f"wrote {path}")
+
+
+def _space(flags: SpaceFlags, engine: EngineConfig, provenance: Any) -> Space:
+    """The lists of the search. An option of the engine that was given stands for a list of one."""
+    from armillary.core.errors import InputError
+    from armillary.plan.candidates import Space
+
+    given: dict[str, Any] = {"policies": ("sarathi",), "budgets": (512, 1024, 2048), "running": (64, 256), "weights": ("fp16",)}
+    for name, single in _ONE.items():
+        text, alone = getattr(flags, name), provenance[f"engine.{single}"] != "default"
+        if text is not None and alone:
+            raise InputError(f"{name} and {single} are both given", "give one of them", field=name)
+        if alone:
+            given[name] = (getattr(engine, single),)
+        elif text is not None:
+            given[name] = _words(name, text) if name in ("policies", "weights") else _numbers(name, text)
+    return Space(
+        _words("cluster", flags.cluster),
+        _numbers("tensor_parallel", flags.tensor_parallel),
+        _numbers("pipeline_parallel", flags.pipeline_parallel),
+        **given,
+    )
+
+
+def _words(name: str, text: str) -> tuple[str, ...]:
+    from armillary.core.errors import InputError
+
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words):
+        raise InputError(f"{name} is {text[:80]!r}", "write names with commas between", field=name)
+    return words
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    from armillary.core.errors import InputError
+
+    words = _words(name, text)
+    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
+        raise InputError(f"{name} is {text[:80]!r}", "write whole numbers with commas between", field=name)
+    return tuple(int(word) for word in words)
+
+
+def _progress() -> Any:
+    """A callback of the search: what is done is told on stderr, in place on a terminal."""
+    import sys
+    import time
+    from contextlib import contextmanager
+
+    from armillary.cli.terminal import note
+
+    @contextmanager
+    def progress() -> Any:
+        began = said = time.monotonic()
+
+        def told(done: int, all_of_them: int, name: str) -> None:
+            nonlocal said
+            if sys.stderr.isatty():
+                print(f"\r\033[K{done} of {all_of_them} candidates, {name}", end="", file=sys.stderr, flush=True)
+            elif time.monotonic() - said >= 10:
+                said = time.monotonic()
+                note(f"{done} of {all_of_them} candidates")
+
+        yield told
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        note(f"searched in {time.monotonic() - began:.1f} s")
+
+    return progress()
+
+
+def _option(option: Option, found: Found) -> dict[str, Any]:
+    from armillary.plan.file import per_million
+
+    candidate, config = option.candidate, option.candidate.scenario.config
+    replicas = option.replicas(found.rate)
+    hourly = None if candidate.price is None else candidate.price * replicas
+    load = found.rate if found.rate is not None else option.capacity.rate
+    at = option.capacity.at
+    assert at is not None
+    return {
+        "name": candidate.name, "cluster": candidate.spelling, "devices": candidate.devices, "policy": config.policy,
+        "max_batch_tokens": config.max_batch_tokens, "max_running": config.max_running, "weights": candidate.deployment.precision.weights,
+        "capacity": option.capacity.rate, "capacity_per_device": option.capacity.rate / candidate.devices, "ceiling": option.ceiling.rate,
+        "ttft_ms_p": at.first_token[1] / 1e6, "tpot_ms_p": at.per_token[1] / 1e6, "replicas": replicas, "dollars_per_hour": hourly,
+        "dollars_per_million_tokens": None if hourly is None else per_million(hourly, load, found.moments.answer),
+        "curve": [{"rate": one.rate, "attainment": one.attainment, "holds": one.holds} for one in sorted(option.capacity.probes, key=lambda p: p.rate)],
+    }  # fmt: skip
+
+
+def _facts(file: Plan, found: Found) -> dict[str, Any]:
+    from armillary.plan.arithmetic import arithmetic
+
+    options = [_option(one, found) | {"arithmetic": dict(arithmetic(one, found.moments, found.rate))} for one in found.options]
+    pruned = [{name: getattr(one, name) for name in one.__dataclass_fields__} for one in found.pruned]
+    return {"plan": file.model_dump(mode="json"), "options": options, "pruned": pruned}
+
+
+def _tell(file: Plan, found: Found, demand: Demand) -> None:
+    from armillary.cli.terminal import table
+    from armillary.plan.arithmetic import arithmetic
+    from armillary.plan.candidates import REASONS
+
+    def dollars(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.2f}"
+
+    rows = [_option(one, found) for one in found.options]
+    table(
+        ("candidate", "req/s a replica", "a device", "TTFT p", "TPOT p", "replicas", "$/hour", "$/M tokens"),
+        [
+            (
+                row["name"], f"{row['capacity']:.3g}", f"{row['capacity_per_device']:.3g}", f"{row['ttft_ms_p']:.0f} ms", f"{row['tpot_ms_p']:.1f} ms",
+                row["replicas"], dollars(row["dollars_per_hour"]), dollars(row["dollars_per_million_tokens"]),
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    counts: Counter[str] = Counter()
+    for one in found.pruned:
+        counts[one.reason] += one.count
+    first = {reason: next(one for one in found.pruned if one.reason == reason) for reason in counts}
+    if counts:
+        print(f"\n{sum(counts.values())} others were not pursued:")
+        for reason, count in counts.most_common():
+            print(f"  {count:>4}  {REASONS[reason]}; such as {first[reason].name}: {first[reason].detail}")
+    print("\nthe first, by its arithmetic:")
+    for what, how in arithmetic(found.options[0], found.moments, found.rate):
+        print(f"  {what}: {how}")
+    seen, hardware = file.predicted, file.hardware
+    money = "" if seen.dollars_per_hour is None else f", ${seen.dollars_per_hour:,.2f} an hour"
+    print(
+        f"\nplan: {file.replicas} x {hardware.devices} {hardware.device} behind {file.router}{money}: of {seen.requests:,} requests of "
+        f"{demand.lengths.name} at {file.workload.rate:g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
+        f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
+        f"(p: the objective's share)"
+    )

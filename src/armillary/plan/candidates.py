@@ -1,0 +1,155 @@
+"""What could serve the model: devices x degrees of parallelism x formats x scheduling, and why some cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final
+
+from armillary.cluster.cluster import cluster
+from armillary.core.errors import CapacityError, InputError, NotFoundError
+from armillary.models.graph.architecture import Architecture
+from armillary.models.graph.cost import Deployment
+from armillary.models.graph.layout import Layout, check
+from armillary.models.graph.precision import Precision
+from armillary.serve.config import EngineConfig
+from armillary.serve.simulation.scenario import Scenario
+
+MOST: Final = 4096
+"""Candidates of one search."""
+REASONS: Final = {
+    "layout": "cannot be laid out so",
+    "memory": "does not fit",
+    "format": "the catalogue lacks a figure that its cost needs",
+    "price": "no price is known",
+    "alone": "over the objective for a request alone",
+    "ceiling": "worse than the best even at the roofline's ceiling",
+    "beaten": "worse than the best, simulated at the rate that it would need",
+    "objective": "holds the objective at no rate",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Why `count` candidates like `name` were not pursued: `reason` is one of REASONS, `detail` has the numbers."""
+
+    name: str
+    reason: str
+    detail: str
+    fix: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What is tried. A cluster of one bare device (`h100`) stands for nodes of as many as a layout needs; others for what they say."""
+
+    clusters: tuple[str, ...]
+    tensor: tuple[int, ...] = (1, 2, 4, 8)
+    pipeline: tuple[int, ...] = (1, 2)
+    policies: tuple[str, ...] = ("sarathi", "vllm")
+    budgets: tuple[int, ...] = (512, 2048)
+    running: tuple[int, ...] = (64, 256)
+    weights: tuple[str, ...] = ("fp16",)
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"the search has no {name} to try", f"give at least one of {name}", field=name)
+            if len(set(values)) < len(values):
+                raise InputError(f"the search tries {name} {', '.join(map(str, values))}", "name each once", field=name)
+        if self.size > MOST:
+            raise InputError(
+                f"{self.size:,} candidates are asked for", f"at most {MOST:,}: give fewer budgets, policies or degrees", field="plan"
+            )
+
+    @property
+    def size(self) -> int:
+        """Combinations, the impossible ones included."""
+        size = 1
+        for name in self.__dataclass_fields__:
+            size *= len(getattr(self, name))
+        return size
+
+    @property
+    def schedulings(self) -> int:
+        """Candidates a deployment."""
+        return len(self.policies) * len(self.budgets) * len(self.running)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One replica: `spelling` is the cluster that it needs, `price` what that costs, $/hour (None: not known)."""
+
+    spelling: str
+    scenario: Scenario
+    price: float | None
+
+    @property
+    def deployment(self) -> Deployment:
+        return self.scenario.deployment
+
+    @property
+    def devices(self) -> int:
+        """Devices a replica."""
+        return self.deployment.layout.devices
+
+    @property
+    def name(self) -> str:
+        config = self.scenario.config
+        return f"{_place(self.deployment)}, {config.policy} {config.max_batch_tokens}/{config.max_running}"
+
+
+def candidates(model: Architecture, space: Space, engine: EngineConfig, host: float = 0.0) -> Iterator[Candidate | Pruned]:
+    """All of `space`, each engine like `engine` in what the space leaves open; `host` ns an iteration beside the device.
+
+    Raises NotFoundError or InputError for a cluster that there is not.
+    """
+    bases = [(text, cluster(text)) for text in space.clusters]
+    for (text, base), stages, degree, weights in product(bases, space.pipeline, space.tensor, space.weights):
+        layout = Layout(tensor_parallel=degree, pipeline_parallel=stages)
+        name = f"{layout.devices} x {base.device.name} ({_degrees(layout)}, {weights})"
+        try:
+            check(model, layout)
+            spelling = text if layout.devices <= base.devices or base.devices > 1 else f"{text}x{layout.devices}"
+            place = base if spelling == text else cluster(spelling)
+        except (InputError, NotFoundError) as error:
+            yield Pruned(name, "layout", error.problem, error.fix, space.schedulings)
+            continue
+        precision = Precision("fp32" if weights == "none" else weights, "fp32" if weights == "none" else "fp16", engine.kv_dtype)
+        try:
+            deployment = Deployment(model, place, layout, precision)
+            deployment.kv_blocks(engine.block_size)
+        except CapacityError as error:
+            yield Pruned(name, "memory", error.problem, error.fix, space.schedulings)
+            continue
+        except InputError as error:
+            yield Pruned(name, "layout", error.problem, error.fix, space.schedulings)
+            continue
+        try:
+            cost = deployment.roofline(host=host)
+        except InputError as error:
+            yield Pruned(name, "format", error.problem, error.fix, space.schedulings)
+            continue
+        hourly = place.hourly_price
+        price = None if hourly is None else hourly * layout.devices / place.devices
+        for policy, budget, running in product(space.policies, space.budgets, space.running):
+            config = _engine(engine, policy, budget, running, weights)
+            yield Candidate(spelling, Scenario(deployment, config, cost=cost), price)
+
+
+def _engine(engine: EngineConfig, policy: str, budget: int, running: int, weights: str) -> EngineConfig:
+    """Checked again, for not every policy goes with every option."""
+    chosen: dict[str, Any] = {"policy": policy, "max_batch_tokens": budget, "max_running": running, "quantize": weights}
+    return EngineConfig.model_validate({**{name: getattr(engine, name) for name in engine.model_fields_set}, **chosen})
+
+
+def _degrees(layout: Layout) -> str:
+    return f"tp {layout.tensor_parallel}" + (f", pp {layout.pipeline_parallel}" if layout.pipeline_parallel > 1 else "")
+
+
+def _place(deployment: Deployment) -> str:
+    layout = deployment.layout
+    return f"{layout.devices} x {deployment.device.name} ({_degrees(layout)}, {deployment.precision.weights})"

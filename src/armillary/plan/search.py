@@ -1,0 +1,230 @@
+"""The cheapest configuration that serves a demand under an objective: cheap bounds first, simulations for what they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from armillary.core.errors import CapacityError, InputError
+from armillary.core.units import format_duration
+from armillary.plan.bounds import Alone, Ceiling, alone, ceiling
+from armillary.plan.candidates import Candidate, Pruned
+from armillary.plan.capacity import TOLERANCE, Capacity, Probe, capacity, probe
+from armillary.plan.demand import Demand, Moments
+from armillary.plan.objective import Objective
+from armillary.serve.simulation.scenario import Scenario
+
+Rank = Literal["dollars", "devices"]
+Told = Callable[[int, int, str], None]
+"""Candidates done, candidates in all, what has just been found."""
+_VERIFIED: Final = 32  # replicas that are simulated together; more behave as these do
+_MORE: Final = 1.5  # how many times the replicas that single ones call for may be needed together
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A candidate and what it sustains. `unit`: what a replica costs in the search's terms, $/hour or devices."""
+
+    candidate: Candidate
+    alone: Alone
+    ceiling: Ceiling
+    unit: float
+    capacity: Capacity
+
+    def replicas(self, rate: float | None) -> int:
+        """How many serve `rate` requests a second; 1 for no rate."""
+        return 1 if rate is None else _replicas(rate, self.capacity.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Options, the best first, and all that is none, with why. `rate`: what is wanted in all, requests a second (None: as much as it may be)."""
+
+    options: tuple[Option, ...]
+    pruned: tuple[Pruned, ...]
+    moments: Moments
+    rate: float | None
+    rank: Rank
+
+
+def search(
+    candidates: Iterable[Candidate | Pruned],
+    demand: Demand,
+    objective: Objective,
+    *,
+    rate: float | None = None,
+    rank: Rank = "dollars",
+    keep: int = 3,
+    tolerance: float = TOLERANCE,
+    told: Told | None = None,
+) -> Found:
+    """The `keep` best, exactly; the others only as far as it takes to know that they are not among these.
+
+    Best is what costs least an hour for `rate` (replicas are whole), and of those, and without a rate, what costs least a request. Candidates
+    are taken by what their ceilings promise; each is first simulated at the rate at which it would be as good as the last of the best, and is
+    bisected only if it holds that. Raises CapacityError when the model fits nowhere, InputError when nothing keeps the objective.
+    """
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise InputError(f"{rate:g} requests a second is no rate", "give more than 0, such as --rate 20", field="rate")
+    if keep < 1:
+        raise InputError(f"the best {keep} are no choice", "keep at least 1", field="keep")
+    pruned: list[Pruned] = []
+    fitting: list[Candidate] = []
+    for one in candidates:
+        (pruned if isinstance(one, Pruned) else fitting).append(one)  # type: ignore[arg-type]
+    contexts = {candidate.scenario.settled.context for candidate in fitting}
+    if not contexts:
+        raise _fits_nowhere(pruned)
+    (context,) = contexts
+    assert context is not None
+    moments = demand.moments(context)
+    hopeful = _promising(fitting, pruned, demand, moments, objective, rank, context)
+    if not hopeful:
+        raise _unreachable(fitting, pruned, demand, objective)
+    hopeful.sort(key=lambda one: _score(one[3], one[2].rate, rate))
+    options: list[Option] = []
+    for place, (candidate, least, most, unit) in enumerate(hopeful):
+        enough = _enough(options[keep - 1], unit, rate) if len(options) >= keep else 0.0
+        if enough >= most.rate:
+            why = f"its ceiling is {most.rate:.3g} requests a second a replica, and {enough:.3g} would be as good as the {_nth(keep)} best"
+            pruned.append(Pruned(candidate.name, "ceiling", why))
+        else:
+            found = capacity(candidate.scenario, demand, objective, tolerance=tolerance, enough=enough, most=most.rate)
+            if found.rate:
+                options = sorted(
+                    [*options, Option(candidate, least, most, unit, found)], key=lambda o: _score(o.unit, o.capacity.rate, rate)
+                )
+            else:
+                pruned.append(_simulated_away(candidate, found, enough, objective))
+        if told is not None:
+            told(place + 1, len(hopeful), candidate.name)
+    for beaten in options[keep:]:
+        why = f"{beaten.capacity.rate:.3g} requests a second a replica"
+        pruned.append(Pruned(beaten.candidate.name, "beaten", why))
+    if not options:
+        raise _unreachable([candidate for candidate, *_ in hopeful], pruned, demand, objective)
+    return Found(tuple(options[:keep]), tuple(pruned), moments, rate, rank)
+
+
+def together(option: Option, demand: Demand, objective: Objective, rate: float, router: str = "power-of-two") -> tuple[Scenario, Probe]:
+    """As many replicas behind a router as it takes for `rate`, and what they do. A router shares less evenly than one queue would, so this may
+    be more than capacity alone says. Of more than 32 replicas, 32 are simulated with their share of the rate."""
+    least = option.replicas(rate)
+    for count in range(least, math.ceil(_MORE * least) + 2):
+        shown = min(count, _VERIFIED)
+        scenario = replace(option.candidate.scenario, replicas=shown, router=router)
+        seen = probe(scenario, demand, objective, rate * shown / count)
+        if seen.holds:
+            return replace(scenario, replicas=count), seen
+    raise CapacityError(
+        f"{option.candidate.name}: not even {count} replicas behind the router {router} keep the objective at {rate:g} requests a second, "
+        f"where {least} would by themselves",
+        "choose another --router, such as shortest-queue",
+        field="router",
+    )
+
+
+def _promising(
+    fitting: list[Candidate], pruned: list[Pruned], demand: Demand, moments: Moments, objective: Objective, rank: Rank, context: int
+) -> list[tuple[Candidate, Alone, Ceiling, float]]:
+    """Those that the cheap bounds leave, with what these say and what a replica costs."""
+    left: list[tuple[Candidate, Alone, Ceiling, float]] = []
+    longest = demand.longest(context)
+    for candidate in fitting:
+        config = candidate.scenario.settled
+        assert config.kv_blocks is not None
+        unit = float(candidate.devices) if rank == "devices" else candidate.price
+        pool = config.kv_blocks * config.block_size
+        least = alone(candidate, demand, objective)
+        if pool < longest:
+            why = f"its KV cache holds {pool:,} tokens, and the longest request has {longest:,}"
+            pruned.append(Pruned(candidate.name, "memory", why, "use more devices, a smaller format, or a smaller --context"))
+        elif (miss := least.misses(objective)) is not None:
+            pruned.append(Pruned(candidate.name, "alone", miss))
+        elif unit is None:
+            why = f"nothing says what {candidate.spelling} costs"
+            pruned.append(Pruned(candidate.name, "price", why, "give its price in a catalogue file (docs/cluster.md), or --rank devices"))
+        else:
+            left.append((candidate, least, ceiling(candidate, moments), unit))
+    return left
+
+
+def _replicas(rate: float, each: float) -> int:
+    return max(1, math.ceil(rate / each * (1 - 1e-9)))
+
+
+def _score(unit: float, each: float, rate: float | None) -> tuple[float, float]:
+    """What it costs for the rate, and for each request a second: less is better."""
+    return (unit / each if rate is None else unit * _replicas(rate, each)), unit / each
+
+
+def _enough(best: Option, unit: float, rate: float | None) -> float:
+    """The rate at which a replica that costs `unit` would be as good as `best`; infinite when none is."""
+    whole, each = _score(best.unit, best.capacity.rate, rate)
+    if rate is None:
+        return unit / each
+    most = math.floor(whole / unit * (1 + 1e-9))
+    return rate / most if most else math.inf
+
+
+def _simulated_away(candidate: Candidate, found: Capacity, enough: float, objective: Objective) -> Pruned:
+    if not found.probes:
+        worst = min(found.alone.each, key=lambda key: found.alone.each[key])
+        share = found.alone.each[worst]
+        return Pruned(candidate.name, "alone", f"one by one, only {share:.3g} of the requests keep {worst} {_bound(objective, worst)}")
+    last = found.probes[-1]
+    if not enough:
+        return Pruned(candidate.name, "objective", f"at {last.rate:.3g} requests a second {last.attainment:.3g} of them keep the objective")
+    growing = f", and waits grow by {last.growth:.3g} s a second" if last.attainment >= objective.attainment else ""
+    return Pruned(
+        candidate.name,
+        "beaten",
+        f"at {enough:.3g} requests a second a replica, which would be as good, {last.attainment:.3g} of them keep the objective{growing}",
+    )
+
+
+def _fits_nowhere(pruned: list[Pruned]) -> CapacityError | InputError:
+    """The error when there is nothing to simulate: of what did not fit, the closest is told."""
+    tight = [one for one in pruned if one.reason == "memory"]
+    if tight:
+        last = tight[-1]  # degrees go up
+        return CapacityError(
+            f"the model fits none of the {len(pruned)} deployments tried; the largest: {last.detail}", last.fix, field="cluster"
+        )
+    if not pruned:
+        return InputError("there are no candidates", "give a cluster", field="cluster")
+    return InputError(f"none of the {len(pruned)} deployments is possible; the first: {pruned[0].detail}", pruned[0].fix, field="cluster")
+
+
+def _unreachable(tried: list[Candidate], pruned: list[Pruned], demand: Demand, objective: Objective) -> InputError | CapacityError:
+    """The error when nothing keeps the objective: which bound, what the best reaches, and what would help."""
+    unpriced = [one for one in pruned if one.reason == "price"]
+    if unpriced:
+        return InputError(f"{unpriced[0].detail}, nor any other candidate that keeps the objective", unpriced[0].fix, field="rank")
+    reached = [(alone(candidate, demand, objective), candidate.name) for candidate in tried]
+    said, allowed = [], []
+    for key, bound, field in (("ttft", objective.first_token, "first_token"), ("tpot", objective.per_token, "per_token")):
+        if bound is None:
+            continue
+        least, name = min((getattr(one, field), name) for one, name in reached)
+        said.append(f"{key} is {format_duration(least)} at best ({name}), {format_duration(bound)} is asked for")
+        if least > bound:
+            allowed.append(f"{key}={format_duration(least * 1.1).replace(' ', '')}")
+    tight = [one for one in pruned if one.reason == "memory" and one.count == 1]
+    if tight and len(tight) == len([one for one in pruned if one.reason in ("memory", "alone", "objective")]):
+        return CapacityError(tight[-1].detail, tight[-1].fix, field="cluster")
+    return InputError(
+        f"none of {len(tried)} candidates keeps the objective, {objective}, at any rate: of a request alone {'; '.join(said)}",
+        f"allow {', '.join(allowed) or 'looser bounds or a lower attainment'}, or try more tensor parallelism (--tp), a smaller format (--weights int8), faster devices, shorter prompts",
+        field="slo",
+    )
+
+
+def _bound(objective: Objective, key: str) -> str:
+    return format_duration(objective.bounds[key])
+
+
+def _nth(place: int) -> str:
+    return {1: "", 2: "second", 3: "third"}.get(place, f"{place}th") or "first"

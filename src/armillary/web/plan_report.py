@@ -1,0 +1,106 @@
+"""`report.html` of a plan: candidates, the capacity curve, every option's arithmetic and what was not pursued, in one file that works offline."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from armillary.core.trace_gantt import COLOURS, plotly_js
+from armillary.plan.arithmetic import arithmetic
+from armillary.plan.candidates import REASONS
+from armillary.plan.file import Plan
+from armillary.plan.objective import Objective
+from armillary.plan.search import Found, Option
+from armillary.web.report import script_json
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 36px auto; padding: 0 24px; color: #1d2330; background: #fff; }
+h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 6px; } p, dd { color: #555d6b; max-width: 95ch; margin: 2px 0 8px; }
+dt { font-weight: 600; } table { border-collapse: collapse; margin: 12px 0; }
+th, td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; border-bottom: 1px solid #e3e1d9; }
+"""
+
+
+def write_plan_report(plan: Plan, found: Found, objective: Objective, path: str | Path) -> None:
+    """Write the page. Needs plotly."""
+    hardware, seen = plan.hardware, plan.predicted
+    money = "" if seen.dollars_per_hour is None else f", ${seen.dollars_per_hour:,.2f} an hour"
+    title = f"A plan for {plan.model}: {plan.replicas} x {hardware.devices} {hardware.device}"
+    lead = (
+        f"{plan.workload.rate:g} requests a second of {plan.workload.lengths}, {objective}: {seen.attainment:.1%} of {seen.requests:,} "
+        f"simulated requests keep it{money}. Durations: {plan.provenance.cost_model}."
+    )
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>", "<h2>The best</h2>", _options(found)]
+    parts += ["<h2>Attainment against the rate of a replica</h2>", '<div id="curve" style="height:420px"></div>']
+    for option in found.options:
+        lines = arithmetic(option, found.moments, found.rate)
+        parts.append(f"<h2>{html.escape(option.candidate.name)}</h2><dl>")
+        parts += [f"<dt>{html.escape(what)}</dt><dd>{html.escape(how)}</dd>" for what, how in lines]
+        parts.append("</dl>")
+    rows = [(one.name, f"{one.count:,}", REASONS[one.reason], one.detail) for one in found.pruned]
+    parts += ["<h2>Not pursued</h2>", _table(("candidate", "how many", "why", "numbers"), rows)]
+    figure = script_json({"data": _curves(found, objective), "layout": _LAYOUT})
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        f"<script>{plotly_js()}</script></head>\n<body>{''.join(parts)}\n"
+        f'<script>const figure = {figure}; Plotly.newPlot("curve", figure.data, figure.layout, {{responsive: true}});</script></body></html>\n'
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+_LAYOUT: dict[str, Any] = {
+    "xaxis": {"title": {"text": "requests a second a replica"}, "rangemode": "tozero"},
+    "yaxis": {"title": {"text": "share of requests that keep the objective"}, "range": [0, 1.03]},
+    "margin": {"t": 16, "r": 16},
+    "hovermode": "closest",
+}
+
+
+def _curves(found: Found, objective: Objective) -> list[dict[str, Any]]:
+    """A line an option through every rate that was tried; what does not hold is hollow."""
+    lines: list[dict[str, Any]] = []
+    for place, option in enumerate(found.options):
+        probes = sorted(option.capacity.probes, key=lambda one: one.rate)
+        lines.append(
+            {
+                "name": option.candidate.name, "x": [one.rate for one in probes], "y": [one.attainment for one in probes],
+                "mode": "lines+markers", "line": {"color": COLOURS[place % len(COLOURS)]},
+                "marker": {"size": 9, "symbol": ["circle" if one.holds else "circle-open" for one in probes]},
+                "text": [f"{one.requests:,} requests, waits grow by {one.growth:.2g} s/s" for one in probes],
+            }
+        )  # fmt: skip
+    widest = max((one.rate for option in found.options for one in option.capacity.probes), default=1.0)
+    target = {
+        "name": "objective",
+        "x": [0, widest],
+        "y": [objective.attainment] * 2,
+        "mode": "lines",
+        "line": {"color": "#777", "dash": "dot"},
+    }
+    return [*lines, target]
+
+
+def _options(found: Found) -> str:
+    def row(option: Option) -> tuple[str, ...]:
+        candidate, replicas = option.candidate, option.replicas(found.rate)
+        hourly = "-" if candidate.price is None else f"{candidate.price * replicas:,.2f}"
+        return (
+            candidate.name,
+            f"{option.capacity.rate:.4g}",
+            f"{option.ceiling.rate:.4g}",
+            f"{replicas}",
+            f"{replicas * candidate.devices}",
+            hourly,
+        )
+
+    columns = ("candidate", "requests a second a replica", "ceiling", "replicas", "devices", "$/hour")
+    return _table(columns, [row(option) for option in found.options])
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...], cell: str) -> str:
+        return "<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in cells) + "</tr>"
+
+    return f"<table>{line(columns, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

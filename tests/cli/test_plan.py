@@ -1,0 +1,60 @@
+"""`armillary plan serve`: a choice with its numbers, a file, a page, and words for what cannot be."""
+
+import json
+
+import pytest
+
+from armillary.cli.main import MISUSED, run
+from armillary.plan.file import load
+
+SMALL = ["--cluster", "h100,a100", "--tp", "1,3", "--pp", "1", "--budgets", "512", "--running", "32", "--lengths", "400+8", "--keep", "1"]
+
+
+def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
+    file, page = tmp_path / "plan.toml", tmp_path / "report.html"
+    arguments = ["plan", "serve", "llama-2-7b", "--slo", "ttft=300ms,tpot=50ms", "--rate", "20", *SMALL]
+    assert run([*arguments, "--output", str(file), "--html", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "replicas" in told
+    assert "cannot be laid out so; such as 3 x h100" in told
+    assert f"wrote {file}" in told
+    plan = load(file)
+    assert plan.predicted.attainment >= 0.9
+    assert plan.replicas * plan.predicted.capacity_per_replica >= 20
+    assert plan.predicted.dollars_per_hour == pytest.approx(plan.replicas * plan.hardware.dollars_per_hour)
+    text = page.read_text()
+    assert "Plotly.newPlot" in text
+    assert "<script src" not in text
+    assert "ceil(20 /" in text
+    assert run([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["plan"] == json.loads(json.dumps(plan.model_dump(mode="json")))
+    assert max(point["rate"] for point in facts["options"][0]["curve"] if point["holds"]) == plan.predicted.capacity_per_replica
+    assert {one["reason"] for one in facts["pruned"]} >= {"layout"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--slo", "ttft=1us", "--rate", "2"], "at best"),
+        (["--slo", "ttft=1s", "--rate", "0"], "is no rate"),
+        (["--slo", "soon", "--rate", "2"], "no part of an objective"),
+        (["--slo", "ttft=1s", "--rate", "2", "--cluster", "h1000"], "did you mean h100"),
+        (["--slo", "ttft=1s", "--rate", "2", "--budgets", "many"], "whole numbers"),
+        (["--slo", "ttft=1s", "--rate", "2", "--policy", "orca", "--policies", "vllm"], "both given"),
+        (["--slo", "ttft=1s", "--rate", "2", "--policies", "luck"], "luck"),
+        (["--slo", "ttft=1s", "--rate", "2", "--router", "luck"], "no routing policy"),
+        (["--slo", "ttft=1s", "--rate", "2", "--speculate", "ngram"], "no cost model knows speculate"),
+        (["--slo", "ttft=1s", "--rate", "2", "--output", "/nowhere/plan.toml"], "does not exist"),
+    ],
+)
+def test_what_cannot_be_is_named(capsys, arguments, says):
+    assert run(["plan", "serve", "llama-2-7b", *arguments]) == MISUSED
+    assert says in capsys.readouterr().err
+
+
+def test_a_model_that_fits_nowhere(capsys):
+    assert run(["plan", "serve", "llama-2-70b", "--slo", "ttft=1s", "--rate", "2", "--cluster", "a100", "--tp", "1", "--pp", "1"]) == MISUSED
+    said = capsys.readouterr().err
+    assert "GB more than" in said
+    assert "at least" in said
