@@ -54,7 +54,9 @@ def test_what_cannot_be_is_named(capsys, arguments, says):
 
 
 def test_a_model_that_fits_nowhere(capsys):
-    assert run(["plan", "serve", "llama-2-70b", "--slo", "ttft=1s", "--rate", "2", "--cluster", "a100", "--tp", "1", "--pp", "1"]) == MISUSED
+    assert (
+        run(["plan", "serve", "llama-2-70b", "--slo", "ttft=1s", "--rate", "2", "--cluster", "a100", "--tp", "1", "--pp", "1"]) == MISUSED
+    )
     said = capsys.readouterr().err
     assert "GB more than" in said
     assert "at least" in said
