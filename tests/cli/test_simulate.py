@@ -66,3 +66,14 @@ def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
 def test_what_cannot_be_is_named(capsys, arguments, says):
     assert run(["simulate", "serve", *arguments]) == MISUSED
     assert says in capsys.readouterr().err
+
+
+def test_operations_as_they_were_measured(capsys):
+    plain = ["simulate", "serve", "llama-2-7b", "--requests", "20", "--lengths", "512+8", "--json"]
+    medians = []
+    for more in ([], ["--profile", "a100"]):
+        assert run([*plain, "--cluster", "a100", "--rate", "0.5", *more]) == 0
+        medians.append(json.loads(capsys.readouterr().out)["first_token"]["p50"])
+    assert medians[0] < medians[1] < 1.2 * medians[0]  # docs/simulation.md: the roofline says 0.91 of it
+    assert run([*plain, "--cluster", "h100", "--profile", "a100"]) == MISUSED
+    assert "measured on a100-80g-sxm" in capsys.readouterr().err

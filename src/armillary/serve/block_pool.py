@@ -60,7 +60,7 @@ class BlockPool:
         """
         if count < 0:
             raise InputError(f"cannot allocate {count} KV blocks", "ask for 0 or more")
-        if count > self.free_count:
+        if count > len(self._free) and count > self.free_count:
             raise CapacityError(
                 f"{count} KV blocks wanted, {self.free_count} of {self.total} free", "preempt a sequence or wait for one to end"
             )

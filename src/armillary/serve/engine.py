@@ -329,7 +329,11 @@ class Engine:
                 copies.append((source, request.blocks[entry.start // self.limits.block_size]))
         self._history.scheduled(schedule, admitted, hits, now)
         requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
-        return Plan(schedule, requests, tuple([tuple(request.blocks) for request in requests]), tuple(copies))
+        return Plan(schedule, requests, self._tables(requests), tuple(copies))
+
+    def _tables(self, requests: Sequence[Request]) -> tuple[Sequence[int], ...]:
+        """Copies: an executor may still read them when the sequences have other blocks."""
+        return tuple([tuple(request.blocks) for request in requests])
 
     def _begin(self, request: Request, start: int) -> Hit:
         """An admitted sequence has its first `start` tokens from others."""

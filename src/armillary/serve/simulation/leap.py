@@ -23,7 +23,8 @@ class Leap:
 
     def until(self, instant: int) -> int:
         """How many iterations have begun when something comes at `instant`: it is seen when the last of these has ended."""
-        return min(len(self.ends), int(np.searchsorted(self.ends, instant, side="left")) + 1)
+        count = len(self.ends)
+        return count if count == 1 else min(count, int(np.searchsorted(self.ends, instant, side="left")) + 1)
 
 
 def only_decodes(plan: Plan, running: Sequence[Request]) -> bool:

@@ -109,7 +109,7 @@ class Roofline:
         for index, values in self._features.read(sequences, cached + sequences * np.arange(count, dtype=np.int64)).items():
             features[index] = values
         ns = self._fixed(batch, features) + self._attention(features, np.maximum)
-        return np.broadcast_to(np.asarray(ns, dtype=np.float64), (count,))
+        return ns if isinstance(ns, np.ndarray) else np.full(count, ns)
 
     def _attention(self, features: Sequence[Any], longer: Callable[[Any, Any], Any]) -> Any:
         """ns of the rows that vary: of one iteration (numbers), or of many (arrays)."""
