@@ -4,8 +4,12 @@
 
 For each weight format the engine's iterations are measured as `armillary calibrate --model` does, and never again. Then Poisson requests
 of random lengths are served at two rates, shares of the capacity that the simulator gives, by the real engine on its own thread, open loop;
-and the same requests, arriving when they did, by the same engine in virtual time. Errors are by request: |virtual - real| / real.
-Fed with the real iterations' durations, the virtual engine must make the real schedules: `replay` says whether it did.
+and the same requests, arriving when they did, by the same engine in virtual time.
+
+Errors are told twice: by request (|virtual - real| / real; their median has the bar), and of the measure's own median and 99th percentile, as
+Vidur tells them (the 99th has the bar). By request the worst are far off whoever predicts: who just misses an iteration's beginning waits for
+a whole one, so two simulations whose iterations differ by 1 % differ by 15 to 65 % at their 99th percentile, and two real runs do, too. The
+last table has both. Fed with the real iterations' durations, the virtual engine must make the real schedules: `replay` says whether it did.
 """
 
 from __future__ import annotations
@@ -50,9 +54,13 @@ from armillary.sim.costs.fitting import fit
 
 MEDIAN, P99 = 0.09, 0.20  # bars
 LOADS = (0.4, 0.8)  # of the capacity
-POLICIES = ("sarathi", "vllm")
 OPTIONS: dict[str, Any] = {"kv_memory": "800 MB"}
-OFF = 1.02  # for how much the errors of a cost model grow in queues
+POLICIES: dict[str, dict[str, Any]] = {  # with one budget the two make the same schedules as long as memory is not short
+    "sarathi": {"policy": "sarathi", "max_batch_tokens": 128},
+    "vllm": {"policy": "vllm", "max_batch_tokens": 512},
+}
+TWICE = ("sarathi", 0.8)  # the case that is run for real twice
+OFF = 1.01  # for how much the errors of a cost model grow in queues
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +157,9 @@ def real(loaded: LoadedModel, config: EngineConfig, work: Sequence[Work], seed: 
 
 def iterations(model: Fitted, noted: Noted) -> dict[str, float]:
     """How the model prices the very iterations that ran: apart from queues, where errors add up."""
-    host = model.host
     off, gaps, said = [], [], []
     for (batch, start, end), (_, following, _) in pairwise(noted.ran):
-        beside = host.fixed + host.per_sequence * batch.sequences + host.per_prompt * len(batch.prompts)
+        beside = model.host.of(batch)
         off.append(((model.iteration(batch) - beside) - (end - start)) / (end - start))
         if following - end < 20_000_000:  # else it was idle
             gaps.append(following - end)
@@ -173,9 +180,9 @@ def iterations(model: Fitted, noted: Noted) -> dict[str, float]:
 def case(
     loaded: LoadedModel, model: Fitted, weights: str, policy: str, share: float, rate: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    config = EngineConfig(quantize=weights, policy=policy, **OPTIONS)
-    gc.collect()
+    config = EngineConfig(quantize=weights, **POLICIES[policy], **OPTIONS)
     trace, requests, noted, witness = real(loaded, config, workload(rate, options), options.seed)
+    gc.collect()
     settled = settled_config(loaded, config)
     base = min(request.arrival or 0 for request in requests)
     work = [((request.arrival or 0) - base, len(request.prompt), len(request.output)) for request in requests]
@@ -196,6 +203,7 @@ def case(
         "replay": same,
         "shaken": compare(predicted, virtual(settled, Slower(model, OFF), work)),
         "iterations": iterations(model, noted),
+        "twice": compare(trace, real(loaded, config, workload(rate, options), options.seed)[0]) if (policy, share) == TWICE else None,
     }
 
 
@@ -205,62 +213,71 @@ def settled_config(loaded: LoadedModel, config: EngineConfig) -> EngineConfig:
 
 
 def met(off: Errors) -> bool:
-    return off.median < MEDIAN and off.p99 < P99
+    return off.median < MEDIAN and off.of_p99 < P99
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        ["weights, policy, load", "TTFT median", "p99", "TPOT median", "p99", "makespan", "met", "replay"],
+        ["weights, policy, load", "TTFT: median error", "of its p99", "TPOT: median error", "of its p99", "makespan", "met", "replay"],
     ]
     for row in rows:
         found: Comparison = row["found"]
         good = met(found.ttft) and met(found.tpot) and found.makespan_error < MEDIAN
-        lines.append(
-            [name(row), *(f"{off:.1%}" for off in (found.ttft.median, found.ttft.p99, found.tpot.median, found.tpot.p99, found.makespan_error)),
-             "yes" if good else "no", "identical" if row["replay"] else "DIFFERENT"]
-        )  # fmt: skip
+        off = (found.ttft.median, found.ttft.of_p99, found.tpot.median, found.tpot.of_p99, found.makespan_error)
+        lines.append([name(row), *(f"{one:.1%}" for one in off), "yes" if good else "no", "identical" if row["replay"] else "DIFFERENT"])
     return markdown(lines)
 
 
 def metrics(rows: Sequence[dict[str, Any]]) -> str:
-    """Of the measures themselves, as Vidur tells its errors: not who was late, but how many by how much."""
-    lines = [
-        [
-            "the measure's own",
-            "TTFT median",
-            "p99",
-            "TPOT median",
-            "p99",
-            "real TTFT p50, p99",
-            "predicted",
-            "real TPOT p50, p99",
-            "predicted",
-        ]
-    ]
+    """The measures themselves."""
+    lines = [["p50, p99", "real TTFT", "predicted", "real TPOT", "predicted", "error of TTFT's p50", "of TPOT's p50"]]
     for row in rows:
         found: Comparison = row["found"]
-        values = list(found.requests.values())
-        ttft, tpot = ([[getattr(pair[side], what) for pair in values] for side in (0, 1)] for what in ("ttft", "tpot"))
         shown = [
-            ", ".join(f"{np.quantile([x for x in side if x is not None], q) / 1e6:,.1f}" for q in (0.5, 0.99)) + " ms"
-            for both in (ttft, tpot)
-            for side in both
+            ", ".join(f"{np.quantile(values, q) / 1e6:,.1f}" for q in (0.5, 0.99)) + " ms"
+            for what in ("ttft", "tpot")
+            for side in (0, 1)
+            if (values := [value for pair in found.requests.values() if (value := getattr(pair[side], what)) is not None])
         ]
-        off = (found.ttft.of_median, found.ttft.of_p99, found.tpot.of_median, found.tpot.of_p99)
-        lines.append([name(row), *(f"{one:.1%}" for one in off), *shown])
+        lines.append([name(row), *shown, f"{found.ttft.of_median:.1%}", f"{found.tpot.of_median:.1%}"])
     return markdown(lines)
 
 
 def sources(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        ["where errors come from", "iterations", "mean", "an iteration's error", "p90", "bias of all", "host between", "predicted", "TTFT p99 of 2 % slower"],
+        ["where errors come from", "iterations", "mean", "an iteration's error", "p90", "bias of all", "host between", "predicted"],
     ]  # fmt: skip
     for row in rows:
-        of, shaken = row["iterations"], row["shaken"]
+        of = row["iterations"]
         lines.append(
             [name(row), f"{of['iterations']:,}", f"{of['ms']:.1f} ms", f"{of['median']:.1%}", f"{of['p90']:.1%}", f"{of['bias']:+.1%}",
-             f"{of['host']:.2f} ms", f"{of['host said']:.2f} ms", f"{shaken.ttft.median:.1%}, p99 {shaken.ttft.p99:.1%}"]
+             f"{of['host']:.2f} ms", f"{of['host said']:.2f} ms"]
         )  # fmt: skip
+    return markdown(lines)
+
+
+def worst(rows: Sequence[dict[str, Any]]) -> str:
+    """Errors by request at the 99th percentile, beside what they are between runs that nobody predicted."""
+    lines = [
+        [
+            "p99 of errors by request",
+            "TTFT",
+            "TPOT",
+            f"simulated, {OFF - 1:.0%} slower: TTFT",
+            "TPOT",
+            "real, twice: TTFT",
+            "TPOT",
+            "median",
+        ]
+    ]
+    for row in rows:
+        found, shaken, twice = row["found"], row["shaken"], row["twice"]
+        again = (
+            ["-"] * 3
+            if twice is None
+            else [f"{twice.ttft.p99:.0%}", f"{twice.tpot.p99:.0%}", f"{twice.ttft.median:.1%}, {twice.tpot.median:.1%}"]
+        )
+        lines.append([name(row), *(f"{one.p99:.0%}" for one in (found.ttft, found.tpot, shaken.ttft, shaken.tpot)), *again])
     return markdown(lines)
 
 
@@ -271,11 +288,11 @@ def name(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--prompts", type=int, nargs=2, default=(32, 256), help="tokens, from and to")
-    parser.add_argument("--answers", type=int, nargs=2, default=(8, 48), help="tokens, from and to")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of calibration, a weight format")
+    parser.add_argument("--prompts", type=int, nargs=2, default=(32, 192), help="tokens, from and to")
+    parser.add_argument("--answers", type=int, nargs=2, default=(8, 40), help="tokens, from and to")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of calibration, a weight format")
     parser.add_argument("--weights", nargs="+", default=("int4", "none"))
-    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--publish", action="store_true", help="write bench/results/predict.md")
     parser.add_argument("--force", action="store_true", help="measure although the machine is not quiet")
@@ -305,11 +322,12 @@ def main() -> int:
         f"# The simulator beside the engine\n\n{describe().cpu}, {describe().physical_cores} cores, SmolLM2-135M, {options.requests} Poisson requests a row, prompts of "
         f"{options.prompts[0]} to {options.prompts[1]} tokens, answers of {options.answers[0]} to {options.answers[1]}. `python bench/predict.py`, "
         f"{datetime.now(UTC):%Y-%m-%d}, {time.monotonic() - began:.0f} s.\nLoad average {before:.2f} before, {os.getloadavg()[0]:.2f} after "
-        f"(the bench's own threads included).\nErrors by request, |virtual - real| / real; bars: median under {MEDIAN:.0%}, 99th percentile under {P99:.0%}, "
-        f"makespan under {MEDIAN:.0%}.\nReplay: the schedules of the virtual engine when the real iterations' durations are fed back.\n\n"
-        f"{report(rows)}\n\nThe errors of the measures' own median and 99th percentile (as Vidur tells them), over all requests:\n\n{metrics(rows)}\n\n"
-        f"The cost model on the iterations that ran, without queues; and how far a simulation is from one whose iterations are {OFF - 1:.0%} slower, "
-        f"which is what queues make of a small error:\n\n{sources(rows)}\n\nCalibration: " + " ".join(fits) + "\n"
+        f"(the bench's own threads included).\nErrors by request are |virtual - real| / real: their median is to be under {MEDIAN:.0%}, as is that of the makespan; "
+        f"the measure's own 99th percentile is to be within {P99:.0%}.\nReplay: the schedules of the virtual engine when the real iterations' durations "
+        f"are fed back. sarathi computes at most {POLICIES['sarathi']['max_batch_tokens']} tokens an iteration, vllm {POLICIES['vllm']['max_batch_tokens']}.\n\n"
+        f"{report(rows)}\n\n{metrics(rows)}\n\nThe cost model on the very iterations that ran, without queues:\n\n{sources(rows)}\n\n"
+        f"Who just misses an iteration's beginning waits for a whole one, so single requests are far off between any two runs:\n\n{worst(rows)}\n\n"
+        f"Calibration: {' '.join(fits)}\n"
     )
     print(f"\n{text}")
     if options.publish:

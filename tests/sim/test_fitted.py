@@ -38,7 +38,8 @@ def measured(noise, seed=0):
     generator, samples = np.random.default_rng(seed), []
 
     def add(batch, whole=False):
-        samples.append(Sample(batch, max(1, round(true(batch, whole) * (1 + noise * generator.standard_normal()))), whole))
+        ns, host = ((1 + noise * generator.standard_normal()) * part for part in true(batch))
+        samples.append(Sample(batch, max(1, round(ns)), round(host) if whole else None))
 
     for tokens in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512):
         add(Batch(((tokens, 0),)))
@@ -56,11 +57,11 @@ def measured(noise, seed=0):
     return samples
 
 
-def true(batch, whole):
-    """ns on a machine whose kernels work in tiles of 4 tokens."""
+def true(batch):
+    """ns of the executor and of the host on a machine whose kernels work in tiles of 4 tokens."""
     pairs = sum(query * (cached + (query + 1) / 2) for query, cached in batch.prompts)
-    host = 3e5 + 2e4 * batch.sequences + 5e4 * len(batch.prompts) if whole else 0
-    return 4e6 + 2.6e5 * -(-batch.tokens // 4) * 4 + 1.4e5 * batch.sampled + 200 * pairs + 310 * batch.cached + host
+    host = 3e5 + 2e4 * batch.sequences + 5e4 * len(batch.prompts)
+    return 4e6 + 2.6e5 * -(-batch.tokens // 4) * 4 + 1.4e5 * batch.sampled + 200 * pairs + 310 * batch.cached, host
 
 
 def test_a_known_machine_is_found_again():
@@ -72,15 +73,22 @@ def test_a_known_machine_is_found_again():
         piece = (int(generator.integers(1, 480)), int(generator.integers(0, 600)))
         decodes = int(generator.integers(0, 32))
         batch = Batch((piece,), decodes, int(decodes * generator.integers(1, 1000)), decodes + 1)
-        assert model.iteration(batch) == pytest.approx(true(batch, True), rel=0.07)
+        assert model.iteration(batch) == pytest.approx(sum(true(batch)), rel=0.07)
+    assert (model.host.fixed, model.host.per_sequence) == (pytest.approx(3e5, rel=0.05), pytest.approx(2e4, rel=0.05))
     assert fit("found", measured(noise=0.01)).iteration(batch) == model.iteration(batch)
+
+
+def test_noise_makes_no_iteration_shorter():
+    noisy = fit("noisy", [sample for seed in range(4) for sample in measured(noise=0.12, seed=seed)])
+    off = [noisy.iteration(sample.batch) / sum(true(sample.batch)) - 1 for sample in measured(noise=0.0)]
+    assert abs(np.mean(off)) < 0.02
 
 
 def test_a_timer_that_was_interrupted_bends_no_curve():
     samples = measured(noise=0.0)
-    disturbed = [Sample(one.batch, one.ns * 5, one.whole) if place % 17 == 3 else one for place, one in enumerate(samples)]
+    disturbed = [Sample(one.batch, one.ns * 5, one.host) if place % 17 == 3 else one for place, one in enumerate(samples)]
     batch = Batch(((200, 100),), 8, 4000, 9)
-    assert fit("d", disturbed).iteration(batch) == pytest.approx(true(batch, True), rel=0.05)
+    assert fit("d", disturbed).iteration(batch) == pytest.approx(sum(true(batch)), rel=0.05)
 
 
 def test_too_few_are_refused():

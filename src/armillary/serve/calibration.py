@@ -31,7 +31,8 @@ PIECES: Final = (16, 64, 128, 256, 512)  # of prompts, after ...
 CACHED: Final = (256, 1024, 4096)  # ... computed tokens
 SEQUENCES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS: Final = (16, 128, 512, 1024, 4096)
-MIXED: Final = 16  # batches of prompts and decodes
+PAIRS: Final = 1 << 19  # of queries and cached tokens in a piece
+MIXED: Final = 24  # batches of prompts and decodes
 MOST: Final = 16_384  # tokens of the KV pool that plans are laid in
 ROUNDS: Final = 2  # at least, of which each plan has the median
 TRIAL: Final = 0.4  # share of the time that a trial of the whole engine takes
@@ -127,12 +128,13 @@ def rows_of(about: Mapping[str, str], samples: Sequence[Sample]) -> tuple[Row, .
         batch = sample.batch
         rows.append(
             {
-                "kind": "engine" if sample.whole else "executor",
+                "kind": "engine" if sample.host is not None else "executor",
                 "prompts": " ".join(f"{query}@{cached}" for query, cached in batch.prompts),
                 "decodes": float(batch.decodes),
                 "cached": float(batch.cached),
                 "sampled": float(batch.sampled),
                 "ns": float(sample.ns),
+                **({} if sample.host is None else {"host": float(sample.host)}),
             }
         )
     return tuple(rows)
@@ -149,7 +151,7 @@ def samples_of(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[
             counts = [int(row[name]) for name in ("decodes", "cached", "sampled")]
             if min(0, *counts, *(min(query - 1, cached) for query, cached in prompts)) < 0 or not (prompts or counts[0]):
                 raise ValueError("counts below 0, or nothing at all")
-            samples.append(Sample(Batch(prompts, *counts), int(row["ns"]), row["kind"] == "engine"))
+            samples.append(Sample(Batch(prompts, *counts), int(row["ns"]), int(row["host"]) if row["kind"] == "engine" else None))
         return {name: str(value) for name, value in rows[0].items() if name != "kind"}, samples
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise FormatError(f"the profile's engine section is damaged ({error})", "run armillary calibrate --model again") from error
@@ -225,7 +227,7 @@ def _grid(pool: _Pool, generator: random.Random) -> Iterator[list[Shape]]:
     """Plans that tell the curves apart, as far as they fit."""
     decodes = [count for count in SEQUENCES if count <= pool.seats]
     found = [[Shape(query, 0, sample)] for query in PROMPTS for sample in (False, True)]
-    found += [[Shape(query, cached)] for query in PIECES for cached in CACHED]
+    found += [[Shape(query, cached)] for query in PIECES for cached in CACHED if query * cached <= PAIRS]
     found += [[Shape(1, context, True, True)] * count for count in decodes for context in CONTEXTS]
     for _ in range(MIXED):
         count = generator.choice(decodes)
@@ -240,14 +242,15 @@ def _grid(pool: _Pool, generator: random.Random) -> Iterator[list[Shape]]:
 
 
 class _Noting:
-    """An executor that keeps the last plan's shape."""
+    """An executor that keeps the last plan's shape and how long it took, ns."""
 
     def __init__(self, inner: LocalExecutor) -> None:
-        self.inner, self.batch = inner, Batch()
+        self.inner, self.batch, self.ns = inner, Batch(), 0
 
     def run(self, plan: Plan) -> Outcome:
-        self.batch = batch_of(plan)
-        return self.inner.run(plan)
+        outcome = self.inner.run(plan)
+        self.batch, self.ns = batch_of(plan), outcome.end - outcome.start
+        return outcome
 
 
 def _trial(engine: Engine, vocabulary: int, seconds: float, generator: random.Random, tell: Progress) -> list[Sample]:
@@ -272,7 +275,8 @@ def _trial(engine: Engine, vocabulary: int, seconds: float, generator: random.Ra
                 number += 1
             start = time.perf_counter_ns()
             if engine.step():
-                samples.append(Sample(noting.batch, time.perf_counter_ns() - start, whole=True))
+                took = time.perf_counter_ns() - start
+                samples.append(Sample(noting.batch, noting.ns, max(0, took - noting.ns)))
     finally:
         engine.executor = noting.inner
         engine.stop()

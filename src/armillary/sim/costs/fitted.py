@@ -60,6 +60,10 @@ class Host:
     per_sequence: float = 0.0
     per_prompt: float = 0.0
 
+    def of(self, batch: Batch) -> float:
+        """ns of a batch."""
+        return self.fixed + self.per_sequence * batch.sequences + self.per_prompt * len(batch.prompts)
+
 
 class Fitted:
     """ns of an iteration: linear layers by their tokens, the head by its rows, attention of prompts and of decodes, and the host.

@@ -29,11 +29,11 @@ FOLDS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measured iteration: ns of the executor alone, or (`whole`) from its beginning to that of the next."""
+    """A measured iteration: ns of the executor, and of the host from one to the next (None where the executor ran alone)."""
 
     batch: Batch
     ns: int
-    whole: bool = False
+    host: int | None = None
 
 
 def fit(name: str, samples: Sequence[Sample], folds: int = FOLDS) -> Fitted:
@@ -43,24 +43,24 @@ def fit(name: str, samples: Sequence[Sample], folds: int = FOLDS) -> Fitted:
     """
     if len(samples) < 2 * folds or not any(sample.batch.decodes for sample in samples):
         raise InputError(f"{len(samples)} measured iterations give no curves", f"give at least {2 * folds}, decodes among them")
-    if bad := next((sample for sample in samples if sample.ns <= 0), None):
+    if bad := next((sample for sample in samples if sample.ns <= 0 or (sample.host or 0) < 0), None):
         raise InputError(f"an iteration of {bad.ns} ns was not measured", "calibrate again", field="ns")
     knots = _Knots.of(samples)
     wrong: list[float] = []
     for fold in range(folds):
         seen = [sample for place, sample in enumerate(samples) if place % folds != fold]
-        model = knots.model(name, _solve(knots, seen))
+        model = knots.model(name, _curves(knots, seen), _host(seen))
         for sample in samples[fold::folds]:
-            ns = model.iteration(sample.batch) - (0 if sample.whole else knots.host_of(model, sample.batch))
-            wrong.append(abs(ns - sample.ns) / sample.ns)
+            beside = model.host.of(sample.batch) if sample.host is None else 0.0
+            wrong.append(abs((model.iteration(sample.batch) - beside) / (sample.ns + (sample.host or 0)) - 1))
     p50, p90 = np.quantile(wrong, (0.5, 0.9)).tolist()
-    return knots.model(name, _solve(knots, samples), Errors(len(wrong), p50, p90, max(wrong)))
+    return knots.model(name, _curves(knots, samples), _host(samples), Errors(len(wrong), p50, p90, max(wrong)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Knots:
     """Where lines meet: as far as something was measured. Columns: 1, slopes by tokens, slopes by rows, ns a pair, slopes of attention by
-    (sequences, context), and the host's three."""
+    (sequences, context)."""
 
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
@@ -80,9 +80,8 @@ class _Knots:
             _up_to(CONTEXTS, max(batch.cached // batch.decodes for batch in decodes)),
         )
 
-    def columns(self, sample: Sample) -> Floats:
-        """What of a sample each coefficient is multiplied by."""
-        batch = sample.batch
+    def columns(self, batch: Batch) -> Floats:
+        """What of a batch each coefficient is multiplied by."""
         pairs = np.zeros(len(self.queries))
         for query, cached in batch.prompts:
             pairs += _hats(self.queries, query) * (query * (cached + (query + 1) / 2))
@@ -90,13 +89,12 @@ class _Knots:
         if batch.decodes:
             each = _ramps(self.contexts, batch.cached / batch.decodes)
             reads = np.outer(_hats(self.sequences, batch.decodes) * batch.decodes, each)
-        host = (1.0, float(batch.sequences), float(len(batch.prompts))) if sample.whole else (0.0, 0.0, 0.0)
-        return np.concatenate([[1.0], _ramps(self.tokens, batch.tokens), _ramps(self.rows, batch.sampled), pairs, reads.reshape(-1), host])
+        return np.concatenate([[1.0], _ramps(self.tokens, batch.tokens), _ramps(self.rows, batch.sampled), pairs, reads.reshape(-1)])
 
     def bends(self) -> Floats:
         """Rows that are small where neighbouring coefficients are alike, each in ns of what the narrower one does."""
         starts = np.cumsum([0, 1, len(self.tokens) - 1, len(self.rows) - 1, len(self.queries)]).tolist()
-        width = starts[4] + len(self.sequences) * (len(self.contexts) - 1) + 3
+        width = starts[4] + len(self.sequences) * (len(self.contexts) - 1)
         rows: list[Floats] = []
 
         def alike(one: int, other: int, size: float) -> None:
@@ -120,10 +118,9 @@ class _Knots:
                     alike(here, here + len(steps), float(count * step))
         return np.array(rows).reshape(-1, width)
 
-    def model(self, name: str, found: Floats, errors: Errors | None = None) -> Fitted:
+    def model(self, name: str, found: Floats, host: Host, errors: Errors | None = None) -> Fitted:
         """The curves that the coefficients stand for."""
-        parts = np.split(found[1:], np.cumsum([len(self.tokens) - 1, len(self.rows) - 1, len(self.queries), self._reads]))
-        slopes, rows, pairs, reads, host = parts
+        slopes, rows, pairs, reads = np.split(found[1:], np.cumsum([len(self.tokens) - 1, len(self.rows) - 1, len(self.queries)]))
         steps = np.diff(self.contexts)
         of_each = reads.reshape(len(self.sequences), len(steps))
         return Fitted(
@@ -135,35 +132,43 @@ class _Knots:
                 (count, Curve(self.contexts, np.concatenate([[0.0], np.cumsum(own * steps)])))
                 for count, own in zip(self.sequences, of_each, strict=True)
             ],
-            Host(*host.tolist()),
+            host,
             errors,
         )
 
-    @property
-    def _reads(self) -> int:
-        return len(self.sequences) * (len(self.contexts) - 1)
 
-    @staticmethod
-    def host_of(model: Fitted, batch: Batch) -> float:
-        """ns of the host alone."""
-        return model.host.fixed + model.host.per_sequence * batch.sequences + model.host.per_prompt * len(batch.prompts)
+def _curves(knots: _Knots, samples: Sequence[Sample]) -> Floats:
+    """The executor's coefficients."""
+    ns = np.array([sample.ns for sample in samples], dtype=np.float64)
+    return _solve(np.array([knots.columns(sample.batch) for sample in samples]), ns, knots.bends() * (SMOOTH / np.median(ns)))
 
 
-def _solve(knots: _Knots, samples: Sequence[Sample]) -> Floats:
-    """Coefficients, none negative, of the least relative errors; what lies far off counts by its distance, not by its square (Huber)."""
+def _host(samples: Sequence[Sample]) -> Host:
+    """Of the samples that have it."""
+    found = [(sample.batch, sample.host) for sample in samples if sample.host]
+    if not found:
+        return Host()
+    rows = np.array([(1.0, batch.sequences, len(batch.prompts)) for batch, _ in found])
+    return Host(*_solve(rows, np.array([ns for _, ns in found], dtype=np.float64), np.zeros((0, 3))).tolist())
+
+
+def _solve(rows: Floats, ns: Floats, bends: Floats) -> Floats:
+    """Coefficients, none negative, by which `rows` come to `ns`: the least squares of errors relative to what is predicted.
+
+    Relative to what was measured the short ones would count more, and all would be predicted too short. What lies far off counts by its
+    distance, not by its square (Huber).
+    """
     from scipy.optimize import nnls
 
-    ns = np.array([sample.ns for sample in samples], dtype=np.float64)
-    rows = np.array([knots.columns(sample) for sample in samples]) / ns[:, None]
-    bends = knots.bends() * (SMOOTH / np.median(ns))
-    scale = np.maximum(np.abs(rows).max(axis=0), 1e-12 * np.abs(rows).max())
-    weights, found = np.ones(len(samples)), np.zeros(rows.shape[1])
+    scale = np.maximum(np.abs(rows / ns[:, None]).max(axis=0), 1e-12 * np.abs(rows / ns[:, None]).max())
+    weights, found = 1 / ns, np.zeros(rows.shape[1])
     for _ in range(ROUNDS):
         matrix = np.concatenate([rows * weights[:, None], bends]) / scale
-        found, _ = nnls(matrix, np.concatenate([weights, np.zeros(len(bends))]), maxiter=50 * rows.shape[1])
-        off = np.abs(rows @ (found / scale) - 1)
+        found, _ = nnls(matrix, np.concatenate([ns * weights, np.zeros(len(bends))]), maxiter=50 * rows.shape[1])
+        said = np.maximum(rows @ (found / scale), ns / 10)
+        off = np.abs(ns / said - 1)
         bound = max(1e-6, 2 * float(np.median(off)))
-        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12)))
+        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12))) / said
     solved: Floats = found / scale
     return solved
 
