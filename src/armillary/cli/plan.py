@@ -78,7 +78,10 @@ def serve(
     space: SpaceFlags = SpaceFlags(),
     demand: DemandFlags = DemandFlags(),
     rank: Annotated[Literal["dollars", "devices"], Parameter(help="What the best has least of.")] = "dollars",
-    keep: Annotated[int, Parameter(help="How many of the best are found exactly.")] = 3,
+    keep: Annotated[int, Parameter(help="How many of the best are found.")] = 3,
+    tolerance: Annotated[
+        float, Parameter(help="Relative bracket of a replica's capacity; a narrower one takes more requests, and so longer.")
+    ] = 0.1,
     router: Annotated[
         str, Parameter(help="Who gets a request: power-of-two, shortest-queue, cache-aware, round-robin, consistent-hash.")
     ] = ("power-of-two"),
@@ -117,6 +120,7 @@ def serve(
             rate=rate,
             rank=rank,
             keep=keep,
+            tolerance=tolerance,
             told=told,
         )
     scenario, seen = together(found.options[0], asked, objective, rate, router)

@@ -11,7 +11,7 @@ from armillary import __version__
 from armillary.core.config import Config, load_toml, resolve, to_toml
 from armillary.core.errors import FormatError, InputError
 from armillary.core.units import MS
-from armillary.plan.capacity import TOLERANCE, Probe
+from armillary.plan.capacity import Probe
 from armillary.plan.demand import Demand
 from armillary.plan.objective import Objective, parse
 from armillary.plan.search import Found, Option
@@ -161,7 +161,7 @@ def chosen(
             armillary=__version__,
             cost_model=cost.name if cost is not None else "roofline",
             seed=demand.seed,
-            tolerance=TOLERANCE,
+            tolerance=found.tolerance,
             candidates=size,
             rank=found.rank,
         ),

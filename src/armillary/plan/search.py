@@ -40,13 +40,15 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Options, the best first, and all that is none, with why. `rate`: what is wanted in all, requests a second (None: as much as it may be)."""
+    """Options, the best first, and all that is none, with why. `rate`: what is wanted in all, requests a second (None: as much as it may be).
+    Capacities are known within `tolerance`, relative."""
 
     options: tuple[Option, ...]
     pruned: tuple[Pruned, ...]
     moments: Moments
     rate: float | None
     rank: Rank
+    tolerance: float = TOLERANCE
 
 
 def search(
@@ -60,7 +62,7 @@ def search(
     tolerance: float = TOLERANCE,
     told: Told | None = None,
 ) -> Found:
-    """The `keep` best, exactly; the others only as far as it takes to know that they are not among these.
+    """The `keep` best, within `tolerance`; the others only as far as it takes to know that they are not among these.
 
     Best is what costs least an hour for `rate` (replicas are whole), and of those, and without a rate, what costs least a request. Candidates
     are taken by what their ceilings promise; each is first simulated at the rate at which it would be as good as the last of the best, and is
@@ -105,7 +107,7 @@ def search(
         pruned.append(Pruned(beaten.candidate.name, "beaten", why))
     if not options:
         raise _unreachable([candidate for candidate, *_ in hopeful], pruned, demand, objective)
-    return Found(tuple(options[:keep]), tuple(pruned), moments, rate, rank)
+    return Found(tuple(options[:keep]), tuple(pruned), moments, rate, rank, tolerance)
 
 
 def together(option: Option, demand: Demand, objective: Objective, rate: float, router: str = "power-of-two") -> tuple[Scenario, Probe]:
