@@ -208,13 +208,13 @@ def run() -> Result:
     rows += [
         Row(
             f"goodput a GPU, {figure.prefills} GPU for prompts and {figure.decodes} for answers over both on each, 512 + 64 tokens", "x", 2.1,
-            "figure 1: 2 and 1, of slower GPUs", figure.disaggregated / figure.colocated, 1.1, 3.2,
-            f"1.1 to 3.2: by the fitted lines both on one GPU serve {figure.colocated:.1f} a second, in the figure 1.6",
+            "figure 1 (unconfirmed): 2 and 1", figure.disaggregated / figure.colocated, 1.1, 3.2,
+            f"above 1.1: the direction only. By the fitted lines both on one GPU serve {figure.colocated:.1f} a second, in the figure 1.6: the setups differ",
         ),
         Row(
             f"goodput a GPU, {chat.prefills} for prompts and {chat.decodes} for answers over both on each, conversations", "x", 3.41,
-            "section 6.2: 2.0x to 3.41x for chatbots on ShareGPT", chat.disaggregated / chat.colocated, 2.0, 5.0,
-            "2 to 5: longer prompts, of which the longest alone take 233 of the 250 ms",
+            "section 6.2 (unconfirmed): 2.0x to 3.41x for chatbots on ShareGPT", chat.disaggregated / chat.colocated, 2.0, 5.0,
+            "2 to 5, set after it was seen: other lengths; the longest prompts alone take 233 of the 250 ms",
         ),
         Row(
             "moves of keys and values, of those that needed one", "x", 1.0, "by construction: once each",
