@@ -16,6 +16,7 @@ VERBS = (
     "train",
     "doctor",
     "simulate",
+    "plan",
     "cluster",
     "calibrate",
     "perplexity",

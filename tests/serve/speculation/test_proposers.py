@@ -139,7 +139,8 @@ def test_who_is_cancelled_while_drafts_are_proposed_leaves_nothing_behind():
     model = DraftModel("draft", forward_of("torch", decoder), num_blocks=40, block_size=4, context=256)
     drafter = Adaptive(model, 3, VirtualClock())
     config = EngineConfig(kv_blocks=40, block_size=4, max_batch_tokens=16)
-    engine = Engine(LocalExecutor(forward_of("torch", decoder)), config, clock=VirtualClock(), drafter=drafter)
+    executor = LocalExecutor(forward_of("torch", decoder), clock=VirtualClock())  # how long a draft is follows from times
+    engine = Engine(executor, config, clock=VirtualClock(), drafter=drafter)
     requests = [asked(range(number, 9), name=f"{number}", temperature=1.0) for number in range(3)]
     prepare = model.prepare
 
