@@ -338,16 +338,8 @@ class Engine:
     def _begin(self, request: Request, start: int) -> Hit:
         """An admitted sequence has its first `start` tokens from others."""
         hit = self._memory.begin(request, start)
-        if hit.forked:
-            self.stats.forked_tokens += start
-        elif hit.delivered:
-            self.stats.delivered_tokens += start
-            return hit
-        else:
-            if self._memory.looks_for(request):
-                self.stats.sought_tokens += request.known
-            self.stats.reused_tokens += start
-        if request.first_scheduled is None:
+        self._history.began(request, hit, start, self._memory.looks_for(request))
+        if not hit.delivered and request.first_scheduled is None:
             request.reused = start
         return hit
 
@@ -369,8 +361,7 @@ class Engine:
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):
-            if request.drafts or request.draft_laws:
-                request.drafts, request.draft_laws = (), ()
+            request.drafts, request.draft_laws = (), ()
             if self._requests.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count - entry.drafts

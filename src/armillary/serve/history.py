@@ -112,6 +112,17 @@ class History:
             if story.running:
                 self._left_out.add(hold.request_id)
 
+    def began(self, request: Request, hit: Hit, start: int, sought: bool) -> None:
+        """An admitted sequence has its first `start` tokens from `hit`; `sought`: it looked for them in the prefix cache."""
+        if hit.forked:
+            self.stats.forked_tokens += start
+        elif hit.delivered:
+            self.stats.delivered_tokens += start
+        else:
+            if sought:
+                self.stats.sought_tokens += request.known
+            self.stats.reused_tokens += start
+
     def ran(self, plan: Plan, start: int, end: int, blocks_used: int) -> None:
         """An iteration was carried out."""
         schedule, tokens = plan.schedule, plan.schedule.tokens
