@@ -12,6 +12,7 @@ from armillary.serve.prefix_cache import known_names
 from armillary.serve.request import Request
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.leap import Leap
+from armillary.serve.workload.requests import in_order
 from armillary.sim.events import EventQueue
 
 
@@ -70,14 +71,8 @@ class Cluster:
 
         One that arrives when an iteration ends is in time for the next. Raises InputError for one that arrives before the one before it.
         """
-        events, before = self._events, 0
-        for request in requests:
-            at = request.arrival if request.arrival is not None else before
-            if at < before:
-                raise InputError(
-                    f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
-                )
-            before = at
+        events = self._events
+        for at, request in in_order(requests):
             while (then := events.next_time) is not None and then < at:
                 self.advance()
             self.route(request, at)

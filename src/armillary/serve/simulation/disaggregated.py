@@ -23,6 +23,7 @@ from armillary.serve.schedule import Plan
 from armillary.serve.simulation.cluster import Cluster, Replica
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.recorder import Recorder, Result
+from armillary.serve.workload.requests import in_order
 from armillary.sim.costs import CostModel
 from armillary.sim.events import EventQueue
 
@@ -103,13 +104,7 @@ class Disaggregated:
 
     def run(self, requests: Iterable[Request]) -> Result:
         """`requests`, in the order of their `arrival`, to their end. Raises InputError for one that could never run, or comes before the last."""
-        before = 0
-        for request in requests:
-            at = request.arrival if request.arrival is not None else before
-            if at < before:
-                raise InputError(
-                    f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
-                )
+        for at, request in in_order(requests):
             if len(request.prompt) > self._buffer:
                 raise InputError(
                     f"the prompt of request '{request.id}' has {len(request.prompt):,} tokens, the buffer of a prefill engine {self._buffer:,}",
@@ -117,7 +112,6 @@ class Disaggregated:
                     field="buffer",
                 )
             admissible(request, self._decode.config, self.decode.replicas[0].engine.limits)
-            before = at
             self._until(at)
             self._requests[request.id] = request
             self._coming.append(request)

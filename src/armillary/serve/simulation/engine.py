@@ -20,6 +20,7 @@ from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedu
 from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, silent
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
+from armillary.serve.workload.requests import in_order
 
 
 class Recording(Protocol):
@@ -206,22 +207,17 @@ def replay(engine: VirtualEngine, requests: Iterable[Request]) -> None:
 
     They are taken one by one, so that a workload need not be in memory. Raises InputError for one that arrives before the one before it.
     """
-    clock, coming = engine.virtual_clock, iter(requests)
+    clock, coming = engine.virtual_clock, in_order(requests)
     following = next(coming, None)
     while True:
-        while following is not None and (following.arrival or 0) <= clock.now():
-            before = following.arrival or 0
-            engine.submit(following)
+        while following is not None and following[0] <= clock.now():
+            engine.submit(following[1])
             following = next(coming, None)
-            if following is not None and (following.arrival or 0) < before:
-                raise InputError(
-                    f"request '{following.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival"
-                )
         leap = engine.begin()
         if leap is not None:
-            engine.end(leap, leap.until(following.arrival or 0) if following is not None else None)
+            engine.end(leap, leap.until(following[0]) if following is not None else None)
         elif following is not None:
-            clock.advance_to(following.arrival or 0)
+            clock.advance_to(following[0])
         else:
             engine.check()
             return

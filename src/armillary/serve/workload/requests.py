@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from armillary.core.errors import InputError
 from armillary.serve.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -20,6 +21,17 @@ class Arrival:
     at: int
     prompt: int
     answer: int
+
+
+def in_order(requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:
+    """Each request with its arrival (ns; without one, that of the one before it). Raises InputError for one that arrives before the one before it."""
+    before = 0
+    for request in requests:
+        at = request.arrival if request.arrival is not None else before
+        if at < before:
+            raise InputError(f"request '{request.id}' arrives before the one ahead of it", "sort the workload by arrival", field="arrival")
+        before = at
+        yield at, request
 
 
 def arrivals(times: Iterable[int], lengths: Lengths, count: int, seed: int = 0, limit: int | None = None) -> Iterator[Arrival]:
