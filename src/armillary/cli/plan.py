@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
+from armillary.cli.settings import ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
     from armillary.plan.candidates import Space
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 plan = App(name="plan")
 
 _SPACE = Group("What is tried (commas between)", sort_key=1)
-_WORKLOAD = Group("Workload", sort_key=2)
 _ONE: dict[str, str] = {"policies": "policy", "budgets": "max_batch_tokens", "running": "max_running", "weights": "quantize"}
 """Lists of the search, and the option of the engine that names one."""
 
@@ -58,12 +57,8 @@ class SpaceFlags:
 class DemandFlags:
     """What comes."""
 
-    lengths: Annotated[
-        str, Parameter(group=_WORKLOAD, help="conversation, code, summarization (fitted to published traces), or PROMPT+ANSWER tokens.")
-    ] = "conversation"
-    variation: Annotated[
-        float, Parameter(group=_WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
-    ] = 1.0
+    lengths: Lengths = "conversation"
+    variation: Variation = 1.0
 
 
 @plan.command(name="serve")

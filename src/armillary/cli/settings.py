@@ -21,6 +21,13 @@ def _flag(text: str, group: Group) -> Parameter:
     return Parameter(help=text, group=group, show_default=False)
 
 
+WORKLOAD = Group("Workload", sort_key=2)
+Lengths = Annotated[
+    str, Parameter(group=WORKLOAD, help="conversation, code, summarization (fitted to published traces), or PROMPT+ANSWER tokens.")
+]
+Variation = Annotated[
+    float, Parameter(group=WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
+]
 ConfigFile = Annotated[Path | None, Parameter(help="A TOML file: model = ..., [server], [engine]. Environment and flags win over it.")]
 Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False, help="One JSON document on stdout, for machines.")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
+from armillary.cli.settings import WORKLOAD, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
     from armillary.serve.request import Request
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 simulate = App(name="simulate")
 
 _HARDWARE = Group("Hardware", sort_key=1)
-_WORKLOAD = Group("Workload", sort_key=2)
 
 
 @Parameter(name="*")
@@ -55,20 +54,16 @@ class Hardware:
 class Workload:
     """What comes."""
 
-    requests: Annotated[int, Parameter(group=_WORKLOAD, help="How many.")] = 1000
+    requests: Annotated[int, Parameter(group=WORKLOAD, help="How many.")] = 1000
     rate: Annotated[
-        float | None, Parameter(group=_WORKLOAD, help="A second, over all replicas (default: 1 a replica).", show_default=False)
+        float | None, Parameter(group=WORKLOAD, help="A second, over all replicas (default: 1 a replica).", show_default=False)
     ] = None
-    variation: Annotated[
-        float, Parameter(group=_WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
-    ] = 1.0
-    lengths: Annotated[
-        str, Parameter(group=_WORKLOAD, help="conversation, code, summarization (fitted to published traces), or PROMPT+ANSWER tokens.")
-    ] = "conversation"
+    variation: Variation = 1.0
+    lengths: Lengths = "conversation"
     trace: Annotated[
-        Path | None, Parameter(group=_WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
+        Path | None, Parameter(group=WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
     ] = None
-    speed: Annotated[float, Parameter(group=_WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
+    speed: Annotated[float, Parameter(group=WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
 
 
 @simulate.command(name="serve")
