@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -43,19 +43,26 @@ class NamedChoice(BaseModel):
     function: NamedFunction
 
 
-class ToolFields(Body):
-    """`tool_choice`: none, auto, required, or `{"type": "function", "function": {"name": ...}}`."""
+class _Choosing(Body):
+    """A body with a `tool_choice`, in which a function is named as `named` shows."""
 
-    tools: list[ToolBody] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
-    parallel_tool_calls: bool = True
+    named: ClassVar[str]
 
-    @field_validator("tool_choice", mode="before")
+    @field_validator("tool_choice", mode="before", check_fields=False)
     @classmethod
     def _one_of(cls, value: Any) -> Any:
         if value in ("none", "auto", "required") or (isinstance(value, dict) and value.get("type") == "function"):
             return value
-        raise ValueError('send "none", "auto", "required", or {"type": "function", "function": {"name": "..."}}')
+        raise ValueError(f'send "none", "auto", "required", or {cls.named}')
+
+
+class ToolFields(_Choosing):
+    """`tool_choice`: none, auto, required, or `{"type": "function", "function": {"name": ...}}`."""
+
+    named = '{"type": "function", "function": {"name": "..."}}'
+    tools: list[ToolBody] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @property
     def toolbox(self) -> Toolbox | None:
@@ -83,19 +90,13 @@ class ResponseChoice(NamedFunction):
     type: Literal["function"]
 
 
-class ResponseToolFields(Body):
+class ResponseToolFields(_Choosing):
     """`tool_choice`: none, auto, required, or `{"type": "function", "name": ...}`."""
 
+    named = '{"type": "function", "name": "..."}'
     tools: list[ResponseTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice = "auto"
     parallel_tool_calls: bool = True
-
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _one_of(cls, value: Any) -> Any:
-        if value in ("none", "auto", "required") or (isinstance(value, dict) and value.get("type") == "function"):
-            return value
-        raise ValueError('send "none", "auto", "required", or {"type": "function", "name": "..."}')
 
     @property
     def toolbox(self) -> Toolbox | None:
