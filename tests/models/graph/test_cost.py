@@ -1,5 +1,7 @@
 """A model on hardware: what fits, and a roofline that equals its operations one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from armillary.models.graph.layout import Layout
 from armillary.models.graph.precision import Precision
 from armillary.models.graph.published import architecture
 from armillary.sim.batch import Batch
-from armillary.sim.collectives import seconds
+from armillary.sim.collectives import seconds, terms
 from armillary.sim.operation import Kind
 
 PLACES = {
@@ -82,6 +84,49 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
 def test_more_devices_than_there_are():
     with pytest.raises(InputError, match="8 devices on a cluster of 1"):
         Deployment(architecture("llama-2-7b"), cluster("h100"), Layout(tensor_parallel=8), Precision())
+
+
+@pytest.mark.parametrize(
+    ("where", "layout", "links"),
+    [
+        # Experts of a stage meet within their node, whatever other stages there are; sends leave it only where the next stage is elsewhere.
+        ("dgx-h100:2", Layout(tensor_parallel=8, expert_parallel=8, pipeline_parallel=2), {"all_to_all": "nvlink", "send": "ib"}),
+        (
+            "dgx-h100:2",
+            Layout(tensor_parallel=4, expert_parallel=4, pipeline_parallel=4),
+            {"all_to_all": "nvlink", "send": "nvlink ib nvlink"},
+        ),
+        # Experts over two nodes, and tensor ranks within each.
+        ("dgx-h100:2", Layout(tensor_parallel=8, data_parallel=2, expert_parallel=16), {"all_to_all": "ib", "all_gather": "nvlink"}),
+        # Nodes of three: the second pair lies in both.
+        ("h100x3:2/ib-ndr", Layout(tensor_parallel=2, pipeline_parallel=3), {"all_reduce": "nvlink ib nvlink"}),
+    ],
+)
+def test_groups_of_an_axis_meet_where_they_lie(where, layout, links):
+    model = replace(architecture("mixtral-8x7b"), mixture=replace(architecture("mixtral-8x7b").mixture, experts=16))
+    deployment = Deployment(model, cluster(where), layout, Precision())
+    fast, slow = deployment.cluster.domain_link, deployment.cluster.network
+    assert fast.name.startswith("nvlink")
+    stages = [deployment._stage(work, range(len(work.rows))) for work in deployment.works]
+    for name, expected in links.items():
+        met = []
+        for work, stage in zip(deployment.works, stages, strict=True):
+            places = [place for place, row in enumerate(work.rows) if row.name == name and row.ranks > 1]
+            shares = {stage.per_byte[place] / terms(name, work.rows[place].ranks)[1] * 1e-9 for place in places}
+            met += ["nvlink" if share == pytest.approx(1 / fast.bandwidth) else "ib" for share in shares]
+            assert all(share == pytest.approx(1 / fast.bandwidth) or share == pytest.approx(1 / slow.bandwidth) for share in shares)
+        wanted = expected.split()
+        assert met == (wanted if len(wanted) > 1 else wanted * len(met))
+
+
+def test_a_node_s_cards_are_shared_by_its_devices():
+    """Four cards of 100 Gbit/s for eight devices: half a card each."""
+    layout = Layout(tensor_parallel=16)
+    deployment = Deployment(architecture("llama-2-70b"), replace(cluster("p4d"), nodes=2), layout, Precision())
+    work = deployment.works[0]
+    place = next(place for place, row in enumerate(work.rows) if row.name == "all_reduce")
+    stage = deployment._stage(work, range(len(work.rows)))
+    assert stage.per_byte[place] == pytest.approx(terms("all_reduce", 16)[1] * 1e9 / (deployment.cluster.network.bandwidth / 2))
 
 
 def test_more_tokens_never_cost_less():

@@ -123,9 +123,9 @@ class Deployment:
         latency, per_byte = np.zeros(len(work.rows)), np.zeros(len(work.rows))
         for place, row in enumerate(work.rows):
             if row.axis is not None and place in kept:
-                link = self._link(row.axis)
+                link, bandwidth = self._link(row.axis, work.stage)
                 messages, share = terms(row.name, row.ranks)
-                latency[place], per_byte[place] = messages * link.latency, share * 1e9 / link.bandwidth
+                latency[place], per_byte[place] = messages * link.latency, share * 1e9 / bandwidth
         gates = np.array([work.basis.index(row.gate) for row in work.rows])
         repeats = np.array([row.repeat for row in work.rows])
         moved = matrix("weight_bytes", "kv_bytes", "read_bytes", "write_bytes")
@@ -133,16 +133,23 @@ class Deployment:
         flops, message = matrix("flops")[rows], matrix("message_bytes")[rows]
         return Stage(flops, moved[rows], message, gates[rows], repeats[rows], latency[rows], per_byte[rows])
 
-    def _link(self, axis: Axis) -> Link:
-        """By which the ranks of an axis meet: a domain's fabric where they fit into one, else the network."""
-        layout = self.layout
-        ranks = layout.tensor_parallel if axis is Axis.TENSOR else layout.devices
-        link = self.cluster.domain_link if ranks <= self.cluster.domain else self.cluster.network
+    def _link(self, axis: Axis, stage: int) -> tuple[Link, float]:
+        """By which the ranks of an axis meet in a pipeline stage, and the B/s that each device has there: the domain's fabric where none of
+        the axis' groups lies in two domains, else the network, whose cards a node's devices share. A stage's sends go to the next one's devices."""
+        layout, domain = self.layout, self.cluster.domain
+        width = layout.tensor_parallel * layout.data_parallel
+        first, ranks = stage * width, {Axis.TENSOR: layout.tensor_parallel, Axis.EXPERT: layout.expert_parallel}.get(axis, 1)
+        reach = width if axis is Axis.PIPELINE else ranks - 1  # from a group's first device to its last
+        if all(start // domain == (start + reach) // domain for start in range(first, first + width, ranks)):
+            link, bandwidth = self.cluster.domain_link, 0.0 if self.cluster.domain_link is None else self.cluster.domain_link.bandwidth
+        else:
+            link, bandwidth = self.cluster.network, self.cluster.network_per_device
         if link is None:
             raise InputError(
-                f"{self.cluster.name} has no link among {ranks} devices", "name a node, such as dgx-h100, or a network: h100x8:2/ib-ndr"
+                f"{self.cluster.name} has no link among {layout.devices} devices",
+                "name a node, such as dgx-h100, or a network: h100x8:2/ib-ndr",
             )
-        return link
+        return link, bandwidth
 
 
 class BatchFeatures:
