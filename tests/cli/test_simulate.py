@@ -60,6 +60,17 @@ def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
         (["llama-2-7b", "--replicas", "2", "--save", "x.json"], "trace one replica"),
         (["llama-2-7b", "--trace", "/nowhere.csv"], "/nowhere.csv"),
         (["llama-2-7b", "--context", "100000"], "4,096 tokens of llama-2-7b"),
+        (["llama-2-7b", "--prefill-workers", "1"], "give at least 1 of each"),
+        (["llama-2-7b", "--prefill-workers", "1", "--decode-workers", "1"], "take 2 devices, and h100 has 1"),
+        (
+            ["llama-2-7b", "--cluster", "dgx-h100", "--prefill-workers", "1", "--decode-workers", "1", "--replicas", "2"],
+            "are both asked for",
+        ),
+        (
+            ["llama-2-7b", "--cluster", "dgx-h100", "--prefill-workers", "1", "--decode-workers", "1", "--save", "x.json"],
+            "trace one replica",
+        ),
+        (["llama-2-7b", "--cluster", "dgx-h100", "--prefill-workers", "1", "--decode-workers", "1", "--kv-link", "string"], "string"),
         (["nobody-knows"], "no model 'nobody-knows'"),
     ],
 )
@@ -77,3 +88,19 @@ def test_operations_as_they_were_measured(capsys):
     assert medians[0] < medians[1] < 1.2 * medians[0]  # docs/simulation.md: the roofline says 0.91 of it
     assert run([*plain, "--cluster", "h100", "--profile", "a100"]) == MISUSED
     assert "measured on a100-80g-sxm" in capsys.readouterr().err
+
+
+def test_prefill_and_decode_workers(capsys):
+    plain = ["simulate", "serve", "llama-2-7b", "--cluster", "dgx-a100", "--requests", "40", "--rate", "4", "--lengths", "1000+20"]
+    split = ["--prefill-workers", "2", "--decode-workers", "1", "--decode-tp", "2", "--profile", "a100"]
+    told = []
+    for link in ("fabric", "pcie-4"):
+        assert run([*plain, *split, "--kv-link", link, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert (told[0]["devices"], told[0]["decode_layout"]["tensor_parallel"]) == (4, 2)
+    assert told[0]["moved_bytes"] == 40 * 1000 * 2 * 32 * 4096 * 2
+    assert (told[0]["link"], told[1]["link"]) == ("nvlink-3", "pcie-4")
+    assert told[0]["first_token"] == told[1]["first_token"]
+    assert told[0]["gap"]["p99"] < told[1]["gap"]["p99"]
+    assert run([*plain, *split]) == 0
+    assert "moved over nvlink-3" in capsys.readouterr().out

@@ -12,7 +12,10 @@ from cyclopts import App, Group, Parameter
 from armillary.cli.settings import WORKLOAD, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
+    from armillary.models.graph.cost import Deployment
+    from armillary.serve.config import EngineConfig
     from armillary.serve.request import Request
+    from armillary.serve.simulation.phases import Phases
     from armillary.serve.simulation.scenario import Run, Scenario
     from armillary.sim.costs import CostModel
 
@@ -40,6 +43,27 @@ class Hardware:
     router: Annotated[str, Parameter(group=_HARDWARE, help="power-of-two, shortest-queue, cache-aware, round-robin, consistent-hash.")] = (
         "power-of-two"
     )
+    prefill_workers: Annotated[
+        int, Parameter(group=_HARDWARE, help="Engines for prompts alone (disaggregation), with --decode-workers; no --replicas then.")
+    ] = 0
+    decode_workers: Annotated[
+        int, Parameter(group=_HARDWARE, help="Engines that generate alone, from keys and values that prefill workers computed.")
+    ] = 0
+    decode_tensor_parallel: Annotated[
+        int | None,
+        Parameter(name=("--decode-tensor-parallel", "--decode-tp"), group=_HARDWARE, help="Of decode workers (default: as --tp)."),
+    ] = None
+    decode_pipeline_parallel: Annotated[
+        int | None,
+        Parameter(name=("--decode-pipeline-parallel", "--decode-pp"), group=_HARDWARE, help="Of decode workers (default: as --pp)."),
+    ] = None
+    kv_link: Annotated[
+        str | None,
+        Parameter(
+            group=_HARDWARE,
+            help="What keys and values move over: fabric, network, or a link's name (default: the fabric where all workers share one).",
+        ),
+    ] = None
     host_us: Annotated[
         float, Parameter(group=_HARDWARE, help="Microseconds an iteration beside the device: schedule, launch, tokens out.")
     ] = 0.0
@@ -85,23 +109,32 @@ def serve(
 ) -> None:
     """Serve a workload in virtual time: the scheduler, memory and router are those of `armillary serve`, durations a roofline's or measured."""
     from armillary.cli.terminal import print_json, table, timed
+    from armillary.core.errors import InputError
     from armillary.core.trace import Trace
     from armillary.core.units import format_count, format_duration
 
     scenario = _scenario(model, hardware, engine, config, fast=not step_all)
-    coming = _requests(workload, hardware.replicas, scenario)
+    replicas = 1 if hardware.prefill_workers else hardware.replicas
+    coming = _requests(workload, replicas, scenario.context, scenario.config.seed)
+    simulated: Scenario | Phases = scenario
+    if hardware.prefill_workers or hardware.decode_workers:
+        if save is not None:
+            raise InputError(
+                "a trace of several engines would mix their iterations", "trace one replica, without --prefill-workers", field="save"
+            )
+        simulated = _phases(hardware, scenario)
     trace = Trace(f"{scenario.deployment.model.name}, virtual time") if save is not None else None
     with timed(f"{format_count(workload.requests)} requests in virtual time") as close:
-        run = scenario.run(coming, trace=trace)
+        run = simulated.run(coming) if trace is None else scenario.run(coming, trace=trace)
         close(
             f"{format_duration(run.result.makespan)} of virtual time, {len(run.result.arrival) / max(run.wall, 1e-9):,.0f} requests a second"
         )
     if save is not None and trace is not None:
         trace.save(save)
     if json:
-        print_json(_facts(scenario, run))
+        print_json(_facts(simulated, run))
         return
-    _tell(scenario, run, table)
+    _tell(simulated, run, table)
 
 
 def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
@@ -111,14 +144,19 @@ def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path 
     from armillary.models.graph.find import find
     from armillary.models.graph.layout import Layout
     from armillary.models.graph.precision import Precision
-    from armillary.serve.simulation.scenario import Scenario
 
     own = {"engine.quantize": "fp16", "engine.kv_dtype": "fp16", "engine.max_running": 128, "engine.max_queue": 1_000_000}
     settled = settle(model, engine, file=config, defaults=own).value.engine
     weights = "fp32" if settled.quantize == "none" else settled.quantize
     precision = Precision(weights, "fp32" if weights == "fp32" else "fp16", settled.kv_dtype)
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
-    deployment = Deployment(find(model), cluster(hardware.cluster), layout, precision)
+    return _engines(Deployment(find(model), cluster(hardware.cluster), layout, precision), settled, hardware, fast)
+
+
+def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, fast: bool) -> Scenario:
+    """Replicas of a deployment, with the cost model that is asked for."""
+    from armillary.serve.simulation.scenario import Scenario
+
     cost: CostModel
     if hardware.profile is not None:
         from armillary.models.graph.profiled import profiled
@@ -130,7 +168,45 @@ def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path 
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
 
 
-def _requests(workload: Workload, replicas: int, scenario: Scenario) -> Iterator[Request]:
+def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
+    """The prefill and decode workers that are asked for, of which `scenario` has the engines of the first kind."""
+    from armillary.cluster import catalogue
+    from armillary.core.errors import InputError
+    from armillary.models.graph.layout import Layout
+    from armillary.serve.simulation.phases import Phases, transfer_link
+
+    if not (hardware.prefill_workers > 0 and hardware.decode_workers > 0):
+        raise InputError(
+            f"{hardware.prefill_workers} prefill and {hardware.decode_workers} decode workers: the one kind answers nothing without the other",
+            "give at least 1 of each",
+            field="decode_workers" if hardware.prefill_workers > 0 else "prefill_workers",
+        )
+    if hardware.replicas > 1:
+        raise InputError(
+            f"{hardware.replicas} replicas and prefill and decode workers are both asked for",
+            "give replicas, or prefill_workers and decode_workers",
+            field="replicas",
+        )
+    place, first = scenario.deployment.cluster, scenario.deployment
+    degrees = (hardware.decode_tensor_parallel or hardware.tensor_parallel, hardware.decode_pipeline_parallel or hardware.pipeline_parallel)
+    second = dataclasses.replace(first, layout=Layout(tensor_parallel=degrees[0], pipeline_parallel=degrees[1]))
+    decode = _engines(second, scenario.config, hardware, scenario.fast_forward)
+    wanted = hardware.prefill_workers * first.layout.devices + hardware.decode_workers * second.layout.devices
+    if wanted > place.devices:
+        raise InputError(
+            f"{hardware.prefill_workers} prefill and {hardware.decode_workers} decode workers take {wanted} devices, and {place.name} has {place.devices}",
+            f"name a larger cluster, such as --cluster {place.device.name}x{wanted} or dgx-h100:{-(-wanted // 8)}",
+            field="cluster",
+        )
+    near = hardware.kv_link == "fabric" or (hardware.kv_link is None and wanted <= place.domain)
+    if hardware.kv_link in (None, "fabric", "network"):
+        link = transfer_link(place, first, second, near=near)
+    else:
+        link = catalogue.default().link(hardware.kv_link)
+    return Phases(scenario, decode, link).times(hardware.prefill_workers, hardware.decode_workers)
+
+
+def _requests(workload: Workload, replicas: int, context: int, seed: int) -> Iterator[Request]:
     from armillary.core.errors import InputError
     from armillary.serve.workload import bursty, requests
     from armillary.serve.workload.lengths import named
@@ -139,19 +215,30 @@ def _requests(workload: Workload, replicas: int, scenario: Scenario) -> Iterator
 
     if workload.requests < 1:
         raise InputError(f"{workload.requests} requests are no workload", "give at least 1", field="requests")
-    context = scenario.settled.context
     if workload.trace is not None:
         return requests(read_trace(workload.trace, speed=workload.speed, most=workload.requests))
-    seed = scenario.config.seed
     times = bursty(workload.rate if workload.rate is not None else float(replicas), workload.variation, seed)
     return requests(arrivals(times, named(workload.lengths), workload.requests, seed + 1, limit=context))
 
 
-def _facts(scenario: Scenario, run: Run) -> dict[str, Any]:
+def _facts(simulated: Scenario | Phases, run: Run) -> dict[str, Any]:
     """Everything as plain values; times in ns."""
     import numpy as np
 
-    result, devices = run.result, scenario.deployment.layout.devices * scenario.replicas
+    from armillary.serve.simulation.phases import Phases
+
+    apart: dict[str, Any] = {}
+    if isinstance(simulated, Phases):
+        scenario, devices = simulated.decode, simulated.devices
+        size = int(run.result.prompt[run.result.answer > 1].sum()) * simulated.token_bytes
+        apart = {
+            "prefill_workers": simulated.prefill.replicas, "decode_workers": simulated.decode.replicas, "link": simulated.link.name,
+            "link_bandwidth": simulated.link.bandwidth, "moved_bytes": size, "prefill_layout": _degrees(simulated.prefill),
+            "decode_layout": _degrees(simulated.decode),
+        }  # fmt: skip
+    else:
+        scenario, devices = simulated, simulated.deployment.layout.devices * simulated.replicas
+    result = run.result
 
     def spread(values: Any) -> dict[str, float]:
         return {
@@ -161,26 +248,39 @@ def _facts(scenario: Scenario, run: Run) -> dict[str, Any]:
     price = scenario.deployment.device.price
     hours = result.makespan / 3.6e12 * devices
     return {
-        "model": scenario.deployment.model.name, "device": scenario.deployment.device.name, "devices": devices, "replicas": scenario.replicas,
+        "model": scenario.deployment.model.name, "device": scenario.deployment.device.name, "devices": devices,
+        "replicas": simulated.replicas if not apart else 0,
         "scheduling": scenario.settled.scheduling, "kv_blocks": run.blocks, "requests": len(result.arrival),
         "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan,
         "wait": spread(result.waits), "first_token": spread(result.first_tokens), "per_token": spread(result.per_token),
         "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
         "throughput_per_device": result.throughput / devices, "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
         "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
-        "wall_seconds": run.wall,
+        "wall_seconds": run.wall, **apart,
     }  # fmt: skip
 
 
-def _tell(scenario: Scenario, run: Run, table: Any) -> None:
-    from armillary.core.units import format_count, format_duration
+def _degrees(scenario: Scenario) -> dict[str, int]:
+    layout = scenario.deployment.layout
+    return {"tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel}
 
-    facts = _facts(scenario, run)
-    layout, config = scenario.deployment.layout, scenario.settled
+
+def _tell(simulated: Scenario | Phases, run: Run, table: Any) -> None:
+    from armillary.core.units import format_bytes, format_count, format_duration, format_rate
+    from armillary.serve.simulation.phases import Phases
+
+    facts = _facts(simulated, run)
+    scenario = simulated.decode if isinstance(simulated, Phases) else simulated
+    config = scenario.settled
+    if isinstance(simulated, Phases):
+        engines = f"{_many(simulated.prefill, 'prefill worker')}, {_many(simulated.decode, 'decode worker')}"
+    else:
+        engines = _many(scenario, "replica")
     print(
         f"{facts['model']} in {scenario.deployment.precision.weights} on {facts['devices']} x {facts['device']} "
-        f"({scenario.replicas} replicas of {layout.tensor_parallel} x {layout.pipeline_parallel} devices), {facts['scheduling']}, "
-        f"{config.max_batch_tokens} tokens an iteration, {facts['kv_blocks']:,} KV blocks of {config.block_size} tokens a replica\n"
+        f"({engines}), {facts['scheduling']}, "
+        f"{config.max_batch_tokens} tokens an iteration, {facts['kv_blocks']:,} KV blocks of {config.block_size} tokens "
+        f"a {'decode worker' if isinstance(simulated, Phases) else 'replica'}\n"
         f"durations: {scenario.cost.name if scenario.cost else 'roofline'}\n"
     )
     names = (
@@ -198,3 +298,14 @@ def _tell(scenario: Scenario, run: Run, table: Any) -> None:
         + (f", ${dollars:,.2f} a million generated tokens" if dollars is not None else "")
         + f"; {facts['iterations']:,} iterations, {facts['preemptions']:,} preemptions"
     )
+    if isinstance(simulated, Phases):
+        moved = facts["moved_bytes"]
+        print(
+            f"keys and values: {format_bytes(moved)} moved over {simulated.link.name} ({format_rate(simulated.link.bandwidth, 'B')}), "
+            f"{format_bytes(simulated.token_bytes)} a prompt token"
+        )
+
+
+def _many(scenario: Scenario, what: str) -> str:
+    layout = scenario.deployment.layout
+    return f"{scenario.replicas} {what}{'s' if scenario.replicas != 1 else ''} of {layout.tensor_parallel} x {layout.pipeline_parallel} devices"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol, Self
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from armillary.core.errors import CapacityError, InputError
 from armillary.core.units import S
 from armillary.plan.demand import Demand
 from armillary.plan.objective import Objective
+from armillary.serve.request import Request
 from armillary.serve.simulation.recorder import Result
-from armillary.serve.simulation.scenario import Scenario
+from armillary.serve.simulation.scenario import Run
 
 TOLERANCE: Final = 0.02
 """How far apart the rate that holds and the one that does not may be in the end."""
@@ -26,6 +27,26 @@ _ALONE: Final = 128  # requests that are asked one by one
 _RESIDENCES: Final = 4  # mean residences that pass before requests are judged: by then an empty start is forgotten
 _WAITS: Final = 20  # bounds on waiting that a run lasts, for queues of that length to come and go
 _DOUBLINGS: Final = 40
+
+
+class Simulated(Protocol):
+    """What serves requests in virtual time: a `Scenario`, or the `Phases` of a disaggregated one."""
+
+    @property
+    def replicas(self) -> int:
+        """By so many times a simulation is longer."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a request."""
+        ...
+
+    def single(self) -> Self:
+        """The least of it that serves."""
+        ...
+
+    def run(self, requests: Iterable[Request], /) -> Run: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +85,7 @@ class Capacity:
 
 
 def capacity(
-    scenario: Scenario,
+    scenario: Simulated,
     demand: Demand,
     objective: Objective,
     *,
@@ -80,7 +101,6 @@ def capacity(
     """
     if not 1e-4 <= tolerance < 1:
         raise InputError(f"a tolerance of {tolerance:g} cannot be reached", "give 0.0001 to 1, such as 0.02", field="tolerance")
-    scenario = scenario if scenario.cost is not None else replace(scenario, cost=scenario.deployment.roofline())
     probes: list[Probe] = []
 
     def holds(rate: float) -> bool:
@@ -125,7 +145,7 @@ def capacity(
     return Capacity(low, tuple(probes), alone)
 
 
-def probe(scenario: Scenario, demand: Demand, objective: Objective, rate: float, tolerance: float = TOLERANCE) -> Probe:
+def probe(scenario: Simulated, demand: Demand, objective: Objective, rate: float, tolerance: float = TOLERANCE) -> Probe:
     """Whether the objective holds at `rate`, by the later half of a simulation that is doubled until it has settled.
 
     An engine that starts empty looks better at first than it will be, so what fails in a short run has failed. What holds must hold in a run
@@ -150,12 +170,10 @@ def probe(scenario: Scenario, demand: Demand, objective: Objective, rate: float,
         count = min(max(2 * count, min(needed, 4 * count)), most)
 
 
-def _once(scenario: Scenario, demand: Demand, objective: Objective, rate: float, count: int) -> tuple[Probe, int]:
+def _once(scenario: Simulated, demand: Demand, objective: Objective, rate: float, count: int) -> tuple[Probe, int]:
     """A simulation of `count` requests, and how many there should be."""
-    context = scenario.settled.context
-    assert context is not None
     try:
-        result = scenario.run(demand.requests(rate, count, context)).result
+        result = scenario.run(demand.requests(rate, count, scenario.context)).result
     except CapacityError:  # the queue passed its bound
         return Probe(rate, count, False, 0.0, {}, 1.0, True, (0, 0), (0, 0), (0, 0), 0.0), count
     span = int(result.arrival.max())
@@ -189,18 +207,18 @@ def _judged(rate: float, count: int, judged: Result, objective: Objective, growt
 
 
 def _growth(result: Result) -> float:
-    """The slope of the wait for the first token over the time of arrival, s/s (least squares)."""
-    at, waited = result.arrival.astype(np.float64), result.first_tokens.astype(np.float64)
+    """The slope of the wait for the first token over the time of arrival, s/s (least squares); of the wait in the queue where first tokens are
+    there from the beginning."""
+    first = result.first_tokens if result.first_tokens.any() else result.waits
+    at, waited = result.arrival.astype(np.float64), first.astype(np.float64)
     at = at - at.mean()
     spread = float(at @ at)
     return float(at @ (waited - waited.mean())) / spread if spread else 0.0
 
 
-def _alone(scenario: Scenario, demand: Demand, objective: Objective) -> tuple[Probe, float]:
+def _alone(scenario: Simulated, demand: Demand, objective: Objective) -> tuple[Probe, float]:
     """Requests of whom none meets another, and their mean residence in ns: no rate does better."""
-    context = scenario.settled.context
-    assert context is not None
-    one = replace(scenario, replicas=1)
+    one, context = scenario.single(), scenario.context
 
     def apart(gap: int) -> Result:
         coming = list(demand.requests(1.0, _ALONE, context))

@@ -55,6 +55,8 @@ def test_keys_and_values_are_moved_once_and_not_read_before_they_are_there(decod
     for target in (0, 1):  # a link carries one at a time
         spans = sorted((one.begun, one.ended) for one in simulation.moved if one.target == target)
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+        spans = sorted((one.begun, one.ended) for one in simulation.moved if one.source == target)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert sorted(result.answer.tolist()) == sorted(request.sampling.max_tokens for request in coming)
 
 

@@ -76,22 +76,29 @@ class Disaggregated:
     """A request is sent to the prefill engine with the shortest queue, which draws its first token; then to the decode engine with fewest requests,
     which pulls its keys and values when it has blocks for them, one request after another over its `link`.
 
-    What has not been pulled stays where it was computed, at most `buffer` tokens a prefill engine, beside the engine's own pool: a request whose
-    prompt would exceed that is not begun. `token_bytes` of keys and values are moved for each token of a prompt. `moved` tells of all of it.
+    What has been sent to a prefill engine and not been pulled is at most `buffer` tokens: a request whose prompt would exceed that is not begun.
+    A buffer as large as the engine's pool is that pool. `token_bytes` of keys and values are moved for each token of a prompt, and an engine
+    sends to one at a time. `moved` tells of all of it. `paired`: decode engine i pulls from prefill engine i alone.
     """
 
-    def __init__(self, prefill: Side, decode: Side, link: Link, token_bytes: int, buffer: int) -> None:
+    def __init__(
+        self, prefill: Side, decode: Side, link: Link, token_bytes: int, buffer: int, *, paired: bool = False, fast_forward: bool = True
+    ) -> None:
         if prefill.count < 1 or decode.count < 1:
             raise InputError(f"{prefill.count} prefill and {decode.count} decode engines", "give at least one of each", field="replicas")
         if token_bytes < 1 or buffer < 1:
             raise InputError(f"{token_bytes} bytes a token, a buffer of {buffer} tokens", "give at least 1 of each", field="buffer")
+        if paired and prefill.count != decode.count:
+            raise InputError(
+                f"{prefill.count} prefill and {decode.count} decode engines are no pairs", "give as many of each", field="paired"
+            )
         self.recorder = Recorder()
         self.moved: list[Transfer] = []
         self._decode, self._link, self._token_bytes, self._buffer = decode, link, token_bytes, buffer
         self._prefilled = [_Ended() for _ in range(prefill.count)]
         self._decoded = [_Ended(self.recorder) for _ in range(decode.count)]
-        self.prefill = Cluster(_engines(prefill, self._prefilled), routing.get("shortest-queue"))
-        self.decode = Cluster(_engines(decode, self._decoded), routing.get("shortest-queue"))
+        self.prefill = Cluster(_engines(prefill, self._prefilled, fast_forward), routing.get("shortest-queue"))
+        self.decode = Cluster(_engines(decode, self._decoded, fast_forward), routing.get("shortest-queue"))
         self._coming: deque[Request] = deque()  # not begun, for no prefill engine has room for their keys and values
         self._held = [0] * prefill.count  # tokens of those that were sent to a prefill engine and not pulled yet
         self._requests: dict[str, Request] = {}  # what users see
@@ -99,7 +106,9 @@ class Disaggregated:
         self._pending: list[deque[_Waiting]] = [deque() for _ in range(decode.count)]
         self._under_way = [0] * decode.count  # requests whose keys and values are
         self._promised = [0] * decode.count  # blocks that these will take
-        self._linked = [0] * decode.count  # ns until which the link is busy
+        self._linked = [0] * decode.count  # ns until which a decode engine's link is busy ...
+        self._sending = [0] * prefill.count  # ... and a prefill engine's
+        self._paired = paired
         self._transfers: EventQueue[tuple[Transfer, Request]] = EventQueue()
 
     def run(self, requests: Iterable[Request]) -> Result:
@@ -155,7 +164,10 @@ class Disaggregated:
             self._held[replica.index] += len(request.prompt)
             self._sources[request.id] = replica.index
             sampling = dataclasses.replace(request.sampling, max_tokens=min(1, request.sampling.max_tokens))
-            own = Request(request.id, request.prompt, sampling, arrival=request.arrival, priority=request.priority)
+            own = Request(
+                request.id, request.prompt, sampling, arrival=request.arrival, priority=request.priority, deadline=request.deadline,
+                cache_salt=request.cache_salt,
+            )  # fmt: skip
             self.prefill.give(replica, own, now)
 
     def _first_tokens(self, now: int) -> None:
@@ -164,12 +176,12 @@ class Disaggregated:
             for first in ended.requests:
                 request = self._requests[first.id]
                 request.first_scheduled, request.first_token, request.finished = first.first_scheduled, first.first_token, first.finished
-                request.output, request.preemptions = list(first.output), first.preemptions
+                request.output, request.preemptions, request.reused = list(first.output), first.preemptions, first.reused
                 if request.sampling.max_tokens <= 1:
                     self._done(request)
                     self._release(request, now)
                     continue
-                target = min(self.decode.replicas, key=self._load)
+                target = self.decode.replicas[source] if self._paired else min(self.decode.replicas, key=self._load)
                 self._pending[target.index].append(_Waiting(request, source))
                 self._pull(target.index, now)
             ended.requests.clear()
@@ -190,9 +202,9 @@ class Disaggregated:
             self._under_way[target] += 1
             self._promised[target] += blocks
             size = len(request.prompt) * self._token_bytes
-            begun = max(now, self._linked[target])
+            begun = max(now, self._linked[target], self._sending[waiting.source])
             ended = begun + self._link.latency + round(size * S / self._link.bandwidth)
-            self._linked[target] = ended
+            self._linked[target] = self._sending[waiting.source] = ended
             self._transfers.at(ended, (Transfer(request.id, waiting.source, target, size, begun, ended), request))
 
     def _arrived(self, transfer: Transfer, request: Request) -> None:
@@ -202,8 +214,8 @@ class Disaggregated:
         self._under_way[transfer.target] -= 1
         self._promised[transfer.target] -= replica.engine.limits.blocks_for(request.known)
         own = Request(
-            request.id, request.prompt, request.sampling, arrival=request.arrival, delivered=len(request.prompt), output=list(request.output),
-            first_token=request.first_token, last_token=request.first_token,
+            request.id, request.prompt, request.sampling, arrival=request.arrival, priority=request.priority, cache_salt=request.cache_salt,
+            delivered=len(request.prompt), output=list(request.output), first_token=request.first_token, last_token=request.first_token,
         )  # fmt: skip
         self.decode.give(replica, own, transfer.ended)
         self._release(request, transfer.ended)
@@ -227,5 +239,8 @@ class Disaggregated:
         self.recorder.ended(request)
 
 
-def _engines(side: Side, ended: Sequence[_Ended]) -> list[VirtualEngine]:
-    return [VirtualEngine(VirtualExecutor(VirtualClock(), side.cost), side.config, recorder=one, told=False) for one in ended]
+def _engines(side: Side, ended: Sequence[_Ended], fast_forward: bool) -> list[VirtualEngine]:
+    return [
+        VirtualEngine(VirtualExecutor(VirtualClock(), side.cost), side.config, recorder=one, told=False, fast_forward=fast_forward)
+        for one in ended
+    ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import InputError
@@ -22,6 +22,9 @@ from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.sim.costs import CostModel
 
 MOST_REPLICAS: Final = 100_000
+Phase = Literal["both", "prefill", "decode"]
+"""What of requests is simulated: prompts and answers; prompts alone, each to its first token; or answers alone, whose prompts and first tokens
+are there when they come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Scenario:
     router: str = "power-of-two"
     cost: CostModel | None = None
     fast_forward: bool = True
+    phase: Phase = "both"
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MOST_REPLICAS:
@@ -60,6 +64,8 @@ class Scenario:
         for name, wanted in asked.items():
             if wanted:
                 raise InputError(f"no cost model knows {name} yet", f"simulate without {name}", field=name)
+        if self.cost is None:
+            object.__setattr__(self, "cost", self.deployment.roofline())
 
     @property
     def settled(self) -> EngineConfig:
@@ -73,6 +79,23 @@ class Scenario:
             )
         return config.model_copy(update={"kv_blocks": blocks, "kv_memory": None, "context": context})
 
+    @property
+    def priced(self) -> CostModel:
+        """What an iteration costs."""
+        assert self.cost is not None
+        return self.cost
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a request."""
+        context = self.settled.context
+        assert context is not None
+        return context
+
+    def single(self) -> Scenario:
+        """One replica of it."""
+        return replace(self, replicas=1)
+
     def run(self, requests: Iterable[Request], *, trace: Trace | None = None) -> Run:
         """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests.
 
@@ -80,7 +103,7 @@ class Scenario:
         """
         if trace is not None and self.replicas > 1:
             raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
-        cost = self.cost if self.cost is not None else self.deployment.roofline()
+        cost = self.priced
         recorder, config = Recorder(), self.settled
         engines = [
             VirtualEngine(
@@ -94,7 +117,7 @@ class Scenario:
             for _ in range(self.replicas)
         ]
         began = time.perf_counter()
-        Cluster(engines, routing.get(self.router), seed=config.seed).run(requests)
+        Cluster(engines, routing.get(self.router), seed=config.seed).run(_PHASES[self.phase](requests))
         wall = time.perf_counter() - began
         assert config.kv_blocks is not None
         return Run(recorder.result(), summed([engine.stats for engine in engines]), config.kv_blocks, wall)
@@ -113,3 +136,21 @@ def summed(stats: Iterable[EngineStats]) -> EngineStats:
             else:
                 setattr(whole, name, {key: mine[key] + its[key] for key in its})
     return whole
+
+
+def prompts_alone(requests: Iterable[Request]) -> Iterator[Request]:
+    """Each until its first token."""
+    return (replace(request, sampling=replace(request.sampling, max_tokens=min(1, request.sampling.max_tokens))) for request in requests)
+
+
+def answers_alone(requests: Iterable[Request]) -> Iterator[Request]:
+    """Those that want more than one token: keys, values and the first token come with them."""
+    for request in requests:
+        if request.sampling.max_tokens > 1:
+            at = request.arrival
+            yield replace(request, delivered=len(request.prompt), output=[0], first_token=at, last_token=at)
+
+
+_PHASES: Final[dict[Phase, Callable[[Iterable[Request]], Iterable[Request]]]] = {
+    "both": lambda requests: requests, "prefill": prompts_alone, "decode": answers_alone,
+}  # fmt: skip
