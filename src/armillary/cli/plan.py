@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from armillary.serve.config import EngineConfig
 
 plan = App(name="plan")
+for _name, _line in {
+    "partition": "How a dense model lies over chips, for prefill and for decode (Pope et al.).",
+}.items():
+    plan.command(f"armillary.cli.plan_{_name}:{_name}", name=_name, help=_line)
 
 _SPACE = Group("What is tried (commas between)", sort_key=1)
 _ONE: dict[str, str] = {"policies": "policy", "budgets": "max_batch_tokens", "running": "max_running", "weights": "quantize"}
