@@ -43,6 +43,27 @@ def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
     assert len(Trace.load(tmp_path / "trace0.json")) > 600
 
 
+@pytest.mark.parametrize("by", [["ngram"], ["layers", "--draft-layers", "0.25"], ["model", "--draft-model", "qwen2.5-0.5b"]])
+def test_drafts_in_virtual_time(capsys, by):
+    facts = []
+    for more in ([], ["--speculate", *by, "--acceptance", "0.9", "--draft-tokens", "4"]):
+        arguments = ["qwen2.5-3b", "--requests", "20", "--rate", "2", "--lengths", "100+60"]
+        assert run(["simulate", "serve", *arguments, *more, "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    plain, drafted = facts
+    assert plain["drafts"] is None
+    assert 2 < drafted["drafts"]["tokens_a_pass"] < 4.2
+    assert drafted["iterations"] < plain["iterations"]
+    assert drafted["generated_tokens"] == plain["generated_tokens"] == 1200
+    assert (drafted["kv_blocks"] < plain["kv_blocks"]) == (by != ["ngram"])
+
+
+def test_decode_workers_draft(capsys):
+    arguments = ["mistral-7b", "--cluster", "dgx-h100", "--requests", "20", "--prefill-workers", "1", "--decode-workers", "1"]
+    assert run(["simulate", "serve", *arguments, "--lengths", "100+60", "--speculate", "ngram", "--acceptance", "0.9", "--json"]) == 0
+    assert 2 < json.loads(capsys.readouterr().out)["drafts"]["tokens_a_pass"] < 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -56,7 +77,10 @@ def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
         (["llama-2-7b", "--tp", "0"], "tensor_parallel is 0"),
         (["llama-2-7b", "--replicas", "0"], "give 1 to 100,000"),
         (["llama-2-7b", "--router", "luck"], "no routing policy"),
-        (["llama-2-7b", "--speculate", "ngram"], "no cost model knows speculate"),
+        (["llama-2-7b", "--speculate", "ngram"], "give --acceptance"),
+        (["llama-2-7b", "--acceptance", "0.5"], "nobody drafts"),
+        (["llama-2-7b", "--speculate", "model", "--draft-model", "llama-3-8b", "--acceptance", "0.5"], "128,256 tokens"),
+        (["llama-2-13b", "--cluster", "a100", "--speculate", "model", "--draft-model", "llama-2-70b", "--acceptance", "0.5"], "GB more"),
         (["llama-2-7b", "--replicas", "2", "--save", "x.json"], "trace one replica"),
         (["llama-2-7b", "--trace", "/nowhere.csv"], "/nowhere.csv"),
         (["llama-2-7b", "--context", "100000"], "4,096 tokens of llama-2-7b"),

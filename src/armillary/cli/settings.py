@@ -28,6 +28,15 @@ Lengths = Annotated[
 Variation = Annotated[
     float, Parameter(group=WORKLOAD, help="Coefficient of variation of the time between arrivals: 1 is Poisson, more is bursty.")
 ]
+Acceptance = Annotated[
+    str | None,
+    Parameter(
+        group=WORKLOAD,
+        show_default=False,
+        help="How often drafts (--speculate) are right, such as 0.7; or of the first, second, ... and all later ones of a pass, "
+        "in a share of the passes: 0.6,0.8@0.5.",
+    ),
+]
 ConfigFile = Annotated[Path | None, Parameter(help="A TOML file: model = ..., [server], [engine]. Environment and flags win over it.")]
 Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False, help="One JSON document on stdout, for machines.")]
 

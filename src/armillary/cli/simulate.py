@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import WORKLOAD, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
+from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
     from armillary.models.graph.cost import Deployment
     from armillary.serve.config import EngineConfig
     from armillary.serve.request import Request
+    from armillary.serve.simulation.acceptance import Acceptance as Rates
     from armillary.serve.simulation.phases import Phases
     from armillary.serve.simulation.scenario import Run, Scenario
     from armillary.sim.costs import CostModel
@@ -88,6 +89,7 @@ class Workload:
         Path | None, Parameter(group=WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
     ] = None
     speed: Annotated[float, Parameter(group=WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
+    acceptance: Acceptance = None
 
 
 @simulate.command(name="serve")
@@ -113,7 +115,7 @@ def serve(
     from armillary.core.trace import Trace
     from armillary.core.units import format_count, format_duration
 
-    scenario = _scenario(model, hardware, engine, config, fast=not step_all)
+    scenario = _scenario(model, hardware, workload, engine, config, fast=not step_all)
     replicas = 1 if hardware.prefill_workers else hardware.replicas
     coming = _requests(workload, replicas, scenario.context, scenario.config.seed)
     simulated: Scenario | Phases = scenario
@@ -137,35 +139,42 @@ def serve(
     _tell(simulated, run, table)
 
 
-def _scenario(model: str, hardware: Hardware, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
+def _scenario(model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
     """Everything that is asked for, checked before anything runs."""
     from armillary.cluster.cluster import cluster
     from armillary.models.graph.cost import Deployment
     from armillary.models.graph.find import find
     from armillary.models.graph.layout import Layout
     from armillary.models.graph.precision import Precision
+    from armillary.serve.simulation.acceptance import parse
 
     own = {"engine.quantize": "fp16", "engine.kv_dtype": "fp16", "engine.max_running": 128, "engine.max_queue": 1_000_000}
     settled = settle(model, engine, file=config, defaults=own).value.engine
     weights = "fp32" if settled.quantize == "none" else settled.quantize
     precision = Precision(weights, "fp32" if weights == "fp32" else "fp16", settled.kv_dtype)
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
-    return _engines(Deployment(find(model), cluster(hardware.cluster), layout, precision), settled, hardware, fast)
+    acceptance = parse(workload.acceptance) if workload.acceptance is not None else None
+    return _engines(Deployment(find(model), cluster(hardware.cluster), layout, precision), settled, hardware, fast, acceptance)
 
 
-def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, fast: bool) -> Scenario:
+def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, fast: bool, acceptance: Rates | None) -> Scenario:
     """Replicas of a deployment, with the cost model that is asked for."""
+    from armillary.serve.simulation.drafts import draft_of
     from armillary.serve.simulation.scenario import Scenario
 
     cost: CostModel
+    draft_cost: CostModel | None = None  # the roofline
     if hardware.profile is not None:
         from armillary.models.graph.profiled import profiled
         from armillary.sim.costs.profile import profile
 
-        cost = profiled(deployment, profile(hardware.profile), host=hardware.host_us * 1e3)
+        measured = profile(hardware.profile)
+        cost = profiled(deployment, measured, host=hardware.host_us * 1e3)
+        if settled.speculate == "layers" and (draft := draft_of(deployment, settled)) is not None:
+            draft_cost = profiled(draft, measured)
     else:
         cost = deployment.roofline(host=hardware.host_us * 1e3)
-    return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
+    return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost)
 
 
 def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
@@ -190,7 +199,7 @@ def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
     place, first = scenario.deployment.cluster, scenario.deployment
     degrees = (hardware.decode_tensor_parallel or hardware.tensor_parallel, hardware.decode_pipeline_parallel or hardware.pipeline_parallel)
     second = dataclasses.replace(first, layout=Layout(tensor_parallel=degrees[0], pipeline_parallel=degrees[1]))
-    decode = _engines(second, scenario.config, hardware, scenario.fast_forward)
+    decode = _engines(second, scenario.config, hardware, scenario.fast_forward, scenario.acceptance)
     wanted = hardware.prefill_workers * first.layout.devices + hardware.decode_workers * second.layout.devices
     if wanted > place.devices:
         raise InputError(
@@ -255,6 +264,7 @@ def _facts(simulated: Scenario | Phases, run: Run) -> dict[str, Any]:
         "wait": spread(result.waits), "first_token": spread(result.first_tokens), "per_token": spread(result.per_token),
         "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
         "throughput_per_device": result.throughput / devices, "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
+        "drafts": _drafts(scenario, run),
         "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
         "wall_seconds": run.wall, **apart,
     }  # fmt: skip
@@ -263,6 +273,19 @@ def _facts(simulated: Scenario | Phases, run: Run) -> dict[str, Any]:
 def _degrees(scenario: Scenario) -> dict[str, int]:
     layout = scenario.deployment.layout
     return {"tensor_parallel": layout.tensor_parallel, "pipeline_parallel": layout.pipeline_parallel}
+
+
+def _drafts(scenario: Scenario, run: Run) -> dict[str, Any] | None:
+    """What became of them; `tokens_a_pass` beside the first token of each answer. None where nobody drafts."""
+    if scenario.acceptance is None:
+        return None
+    drafting, stats = scenario.drafting, run.stats
+    passes = stats.generated_tokens - stats.accepted_tokens - len(run.result.arrival)
+    assert drafting is not None
+    return {
+        "by": drafting.cost.name if drafting.cost is not None else "earlier text, at no cost", "acceptance": str(scenario.acceptance),
+        "verified": stats.drafted_tokens, "accepted": stats.accepted_tokens, "tokens_a_pass": 1 + stats.accepted_tokens / max(1, passes),
+    }  # fmt: skip
 
 
 def _tell(simulated: Scenario | Phases, run: Run, table: Any) -> None:
@@ -281,8 +304,14 @@ def _tell(simulated: Scenario | Phases, run: Run, table: Any) -> None:
         f"({engines}), {facts['scheduling']}, "
         f"{config.max_batch_tokens} tokens an iteration, {facts['kv_blocks']:,} KV blocks of {config.block_size} tokens "
         f"a {'decode worker' if isinstance(simulated, Phases) else 'replica'}\n"
-        f"durations: {scenario.cost.name if scenario.cost else 'roofline'}\n"
+        f"durations: {scenario.priced.name}"
     )
+    drafts = facts["drafts"]
+    if drafts is not None:
+        print(
+            f"drafts: {drafts['by']}; {drafts['verified']:,} were verified and {drafts['accepted']:,} right, {drafts['tokens_a_pass']:.2f} tokens a pass"
+        )
+    print()
     names = (
         ("wait", "wait in the queue"),
         ("first_token", "time to first token"),

@@ -123,7 +123,11 @@ class Cluster:
         engine, now = replica.engine, self._events.now
         if replica.leap is not None:
             engine.end(replica.leap, replica.count)
+            replica.leap = None
         engine.virtual_clock.advance_to(now)
+        if (drafted := engine.draft()) > now:
+            replica.event = self._events.at(drafted, replica)
+            return
         replica.leap = engine.begin()
         if replica.leap is not None:
             self._await(replica, len(replica.leap.ends))

@@ -21,6 +21,7 @@ from armillary.serve.policies import routing
 from armillary.serve.request import Request
 from armillary.serve.schedule import Plan
 from armillary.serve.simulation.cluster import Cluster, Replica
+from armillary.serve.simulation.drafts import Drafting
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.workload.requests import in_order
@@ -30,11 +31,12 @@ from armillary.sim.events import EventQueue
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """`count` engines of one phase. `config.kv_blocks` is settled."""
+    """`count` engines of one phase. `config.kv_blocks` is settled; `drafting` where `config` speculates."""
 
     cost: CostModel
     config: EngineConfig
     count: int = 1
+    drafting: Drafting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,9 @@ class Disaggregated:
 
 
 def _engines(side: Side, ended: Sequence[_Ended], fast_forward: bool) -> list[VirtualEngine]:
-    return [
-        VirtualEngine(VirtualExecutor(VirtualClock(), side.cost), side.config, recorder=one, told=False, fast_forward=fast_forward)
-        for one in ended
-    ]
+    engines: list[VirtualEngine] = []
+    for one in ended:
+        executor = VirtualExecutor(VirtualClock(), side.cost)
+        drafter = side.drafting.drafter(side.config, executor.clock) if side.drafting is not None else None
+        engines.append(VirtualEngine(executor, side.config, drafter=drafter, recorder=one, told=False, fast_forward=fast_forward))
+    return engines

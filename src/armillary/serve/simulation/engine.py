@@ -65,6 +65,9 @@ class VirtualEngine(Engine):
         self._repeating = self.policy if leaps and isinstance(self.policy, Repeating) else None
         self._sharing = config.prefix_cache == "on"
         self._recorder = recorder
+        self._drafted = False
+        if config.speculate != "off" and drafter is None:
+            raise InputError(f"nobody proposes tokens here, as speculate {config.speculate} wants", "give a drafter", field="speculate")
         if not told:
             if trace is not None:
                 raise InputError(
@@ -92,10 +95,17 @@ class VirtualEngine(Engine):
         super().submit(request)
         self.queued_tokens += len(request.prompt)
 
+    def draft(self) -> int:
+        """Have tokens proposed for the next iteration, and give the time (ns) at which they are there: who comes by then is in time for it."""
+        if self.drafter is not None and not self._drafted:
+            self._proposals.ask(self.drafter, self._seats.running)
+            self._drafted = True
+        return self.clock.now()
+
     def begin(self) -> Leap | None:
         """The next iteration, and those that repeat it, begin now; None when there is nothing to do. `end` must follow."""
-        if self.drafter is not None:
-            self._proposals.ask(self.drafter, self._seats.running)
+        self.draft()
+        self._drafted = False
         if not self._seats.running and not self._seats.waiting:
             return None
         began = self.clock.now()
@@ -210,7 +220,8 @@ def replay(engine: VirtualEngine, requests: Iterable[Request]) -> None:
     clock, coming = engine.virtual_clock, in_order(requests)
     following = next(coming, None)
     while True:
-        while following is not None and following[0] <= clock.now():
+        drafted = engine.draft()
+        while following is not None and following[0] <= drafted:
             engine.submit(following[1])
             following = next(coming, None)
         leap = engine.begin()

@@ -80,7 +80,7 @@ class Phases:
 
         Raises InputError for a request that could never run, CapacityError when a queue passes its bound.
         """
-        prefill, decode = (Side(one.priced, one.settled, one.replicas) for one in (self.prefill, self.decode))
+        prefill, decode = (Side(one.priced, one.settled, one.replicas, one.drafting) for one in (self.prefill, self.decode))
         pool, blocks = prefill.config, decode.config.kv_blocks
         assert pool.kv_blocks is not None
         assert blocks is not None

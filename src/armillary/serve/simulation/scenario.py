@@ -16,8 +16,11 @@ from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.history import EngineStats
 from armillary.serve.policies import routing
 from armillary.serve.request import Request
+from armillary.serve.simulation.acceptance import Acceptance
 from armillary.serve.simulation.cluster import Cluster
+from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.sim.costs import CostModel
 
@@ -41,7 +44,8 @@ class Run:
 class Scenario:
     """`replicas` of `deployment`, each an engine of `config` whose iterations take what `cost` says (by default the deployment's roofline).
 
-    Raises InputError for what has no model in virtual time yet, naming it.
+    Where `config` speculates, drafts are right as `acceptance` says; what a draft model computes takes what `draft_cost` says (by default its
+    roofline on the same devices). Raises InputError for what has no model in virtual time yet, naming it.
     """
 
     deployment: Deployment
@@ -51,6 +55,8 @@ class Scenario:
     cost: CostModel | None = None
     fast_forward: bool = True
     phase: Phase = "both"
+    acceptance: Acceptance | None = None
+    draft_cost: CostModel | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MOST_REPLICAS:
@@ -58,20 +64,48 @@ class Scenario:
         routing.get(self.router)
         config = self.config
         asked = {
-            "speculate": config.speculate != "off", "kv_policy": config.kv_policy != "dense", "offload": config.offload is not None,
+            "kv_policy": config.kv_policy != "dense", "offload": config.offload is not None,
             "sparsity": config.sparsity is not None, "lora": bool(config.lora), "async_scheduling": config.async_scheduling == "on",
         }  # fmt: skip
         for name, wanted in asked.items():
             if wanted:
                 raise InputError(f"no cost model knows {name} yet", f"simulate without {name}", field=name)
+        if config.speculate != "off" and self.acceptance is None:
+            raise InputError(
+                f"how often the drafts of speculate {config.speculate} are right is the workload's to say",
+                "give --acceptance, such as 0.7",
+                field="acceptance",
+            )
+        if config.speculate == "off" and self.acceptance is not None:
+            raise InputError(
+                f"an acceptance of {self.acceptance} says nothing where nobody drafts",
+                "give --speculate, or leave it out",
+                field="acceptance",
+            )
+        draft_of(self.deployment, config)  # it may not be possible
         if self.cost is None:
             object.__setattr__(self, "cost", self.deployment.roofline())
+
+    @property
+    def draft(self) -> Deployment | None:
+        """What computes drafts beside the model."""
+        return draft_of(self.deployment, self.config)
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """Who proposes tokens; None where nobody does."""
+        if self.acceptance is None:
+            return None
+        draft = self.draft
+        if draft is None:
+            return Drafting(self.acceptance)
+        return Drafting(self.acceptance, self.draft_cost if self.draft_cost is not None else draft.roofline(), draft.model.max_context)
 
     @property
     def settled(self) -> EngineConfig:
         """The configuration with the KV pool that the device has, and the model's context."""
         config, model = self.config, self.deployment.model
-        blocks = config.kv_blocks if config.kv_blocks is not None else self.deployment.kv_blocks(config.block_size)
+        blocks = config.kv_blocks if config.kv_blocks is not None else kv_blocks(self.deployment, config, self.draft)
         context = config.context if config.context is not None else model.max_context
         if context > model.max_context:
             raise InputError(
@@ -103,18 +137,19 @@ class Scenario:
         """
         if trace is not None and self.replicas > 1:
             raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
-        cost = self.priced
-        recorder, config = Recorder(), self.settled
+        cost, recorder, config, drafting = self.priced, Recorder(), self.settled, self.drafting
+        clocks = [VirtualClock() for _ in range(self.replicas)]
         engines = [
             VirtualEngine(
-                VirtualExecutor(VirtualClock(), cost),
+                VirtualExecutor(clock, cost),
                 config,
                 trace=trace,
+                drafter=None if drafting is None else drafting.drafter(config, clock),
                 recorder=recorder,
                 fast_forward=self.fast_forward,
                 told=trace is not None,
             )
-            for _ in range(self.replicas)
+            for clock in clocks
         ]
         began = time.perf_counter()
         Cluster(engines, routing.get(self.router), seed=config.seed).run(_PHASES[self.phase](requests))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from armillary.core.clock import Clock, RealClock
 from armillary.serve.request import Request
 from armillary.serve.speculation.drafter import Proposer
 from armillary.serve.speculation.length import best_lengths
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PRIOR = 0.6  # acceptance where nothing is known: what the papers report for unlike texts ...
 PRIOR_TOKENS = 2.0  # ... and how many tokens' evidence that is worth

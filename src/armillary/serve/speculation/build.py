@@ -9,6 +9,7 @@ from armillary.core.errors import InputError
 from armillary.serve.kv_pool import kv_bytes_per_token
 from armillary.serve.speculation.adaptive import Adaptive
 from armillary.serve.speculation.draft_model import DraftModel
+from armillary.serve.speculation.layers import kept_layers
 from armillary.serve.speculation.ngram import NGram
 
 if TYPE_CHECKING:
@@ -70,19 +71,6 @@ def build_drafter(
         deterministic=config.deterministic,
     )
     return Adaptive(model, config.draft_tokens, clock)
-
-
-def kept_layers(total: int, share: float) -> tuple[int, ...]:
-    """The layers of a self-draft: `share` of all, evenly spread, the first and the last among them.
-
-    Raises InputError when that is fewer than two or all of them.
-    """
-    count = round(total * share)
-    if not 2 <= count < total:
-        raise InputError(
-            f"draft_layers {share:g} keeps {count} of {total} layers", f"keep from 2 to {total - 1} of them", field="draft_layers"
-        )
-    return tuple(round(place * (total - 1) / (count - 1)) for place in range(count))
 
 
 def check_fits(target: LoadedModel, draft: LoadedModel) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from armillary.serve.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WORD = array("i").itemsize
 
