@@ -109,8 +109,3 @@ def test_what_comes_too_late_in_the_list_is_refused():
     engine = VirtualEngine(VirtualExecutor(VirtualClock(), COST), EngineConfig(kv_blocks=64))
     with pytest.raises(InputError, match="sort the workload"):
         replay(engine, [blank(3, 3, 9, 0), blank(3, 3, 8, 1)])
-
-
-def test_virtual_time_has_no_second_thread():
-    with pytest.raises(InputError, match="async_scheduling"):
-        VirtualEngine(VirtualExecutor(VirtualClock(), COST), EngineConfig(kv_blocks=64, async_scheduling="on"))

@@ -12,6 +12,7 @@ from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.schedule import Entry, Outcome, Plan, Reason
 from armillary.sim.batch import Batch
 from armillary.sim.costs import CostModel
+from armillary.sim.costs.overlapped import Overlapped
 
 Drawn = Callable[[Request, int], int]
 """The token at a position of a request, that nobody has to compute."""
@@ -50,8 +51,10 @@ class VirtualExecutor:
         self.clock.advance_to(end)
         return self.outcome(plan, start, end)
 
-    def duration(self, plan: Plan) -> int:
-        """ns that the iteration takes."""
+    def duration(self, plan: Plan, *, ahead: bool = False) -> int:
+        """ns that the iteration takes; `ahead`: its schedule was made while the one before it ran."""
+        if ahead and isinstance(self.cost, Overlapped):
+            return self.cost.ahead(batch_of(plan))
         return self.cost.iteration(batch_of(plan))
 
     def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:

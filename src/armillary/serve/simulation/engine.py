@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from armillary.serve.engine import Engine
 from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.history import History
 from armillary.serve.iteration_times import KEPT
+from armillary.serve.lookahead import foresee
 from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
 from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedule, SchedulerPolicy
 from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, silent
@@ -56,11 +58,10 @@ class VirtualEngine(Engine):
         recorder: Recording | None = None,
         told: bool = True,
     ) -> None:
-        if config.async_scheduling == "on":
-            raise InputError("virtual time has no second thread", "simulate with async_scheduling off", field="async_scheduling")
         super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter)
         self.virtual, self.virtual_clock = executor, executor.clock
-        leaps = fast_forward and drafter is None and config.kv_policy == "dense"
+        self._foresees = config.async_scheduling == "on" and drafter is None  # drafts follow the token that is being drawn
+        leaps = fast_forward and drafter is None and config.kv_policy == "dense" and not self._foresees
         # A policy that does not say whether it would say the same again is asked every time.
         self._repeating = self.policy if leaps and isinstance(self.policy, Repeating) else None
         self._sharing = config.prefix_cache == "on"
@@ -109,7 +110,10 @@ class VirtualEngine(Engine):
         if not self._seats.running and not self._seats.waiting:
             return None
         began = self.clock.now()
+        foreseen = self.stats.foreseen_schedules
         plan = self._apply(*self._decide())
+        if self._foresees:
+            return self._begun_ahead(plan, began, self.stats.foreseen_schedules > foreseen)
         same = self._repeating
         if same is None or not (only_decodes(plan, self._seats.running) and same.repeats(self._state(), plan.schedule)):
             return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64), [])
@@ -119,6 +123,12 @@ class VirtualEngine(Engine):
         if count > 1:
             grown, count = growths(plan.requests, self.limits, count, self._memory.pool.free_count)
         return Leap(plan, began, began + np.cumsum(self.virtual.durations(plan, count)), grown)
+
+    def _begun_ahead(self, plan: Plan, began: int, ahead: bool) -> Leap:
+        """The next schedule is made when this iteration begins, as the real engine does beside its executor: who comes later is not in it."""
+        with suppress(Exception):  # a policy's defect shows when it is asked again
+            self._foreseen = foresee(self.policy, plan, self._state())
+        return Leap(plan, began, np.array([began + self.virtual.duration(plan, ahead=ahead)], dtype=np.int64), [])
 
     def end(self, leap: Leap, count: int | None = None) -> None:
         """The first `count` iterations of a leap (by default all) are over, and it is the time at which the last of them ends."""

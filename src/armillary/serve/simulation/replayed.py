@@ -64,7 +64,7 @@ class Replayed(VirtualExecutor):
         super().__init__(clock, _Ends(), lambda request, position: tokens[request.id][position - len(request.prompt)])
         self._ends = np.array(ends, dtype=np.int64)
 
-    def duration(self, plan: Plan) -> int:
+    def duration(self, plan: Plan, *, ahead: bool = False) -> int:
         return int(self.durations(plan, 1)[0])
 
     def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:

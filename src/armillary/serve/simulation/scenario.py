@@ -65,7 +65,7 @@ class Scenario:
         config = self.config
         asked = {
             "kv_policy": config.kv_policy != "dense", "offload": config.offload is not None,
-            "sparsity": config.sparsity is not None, "lora": bool(config.lora), "async_scheduling": config.async_scheduling == "on",
+            "sparsity": config.sparsity is not None, "lora": bool(config.lora),
         }  # fmt: skip
         for name, wanted in asked.items():
             if wanted:

@@ -1,0 +1,39 @@
+"""A host that works while the device does (NanoFlow's asynchronous scheduling, Zhu et al., OSDI 2025, section 4.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from armillary.sim.batch import Batch
+from armillary.sim.costs.fitted import Host
+from armillary.sim.costs.model import CostModel, whole_one
+
+
+@dataclass(frozen=True, slots=True)
+class Overlapped:
+    """`device` knows nothing of the host. An iteration whose schedule was there when the one before it ended (`ahead`) takes the longer of
+    the two, any other both, one after the other."""
+
+    device: CostModel
+    host: Host
+
+    @property
+    def name(self) -> str:
+        return f"{self.device.name}, the host beside it"
+
+    def iteration(self, batch: Batch) -> int:
+        return self.device.iteration(batch) + self._host(batch)
+
+    def ahead(self, batch: Batch) -> int:
+        """ns of an iteration whose schedule was made while the one before it ran."""
+        return max(self.device.iteration(batch), self._host(batch))
+
+    def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
+        return self.device.decodes(sequences, cached, count) + self._host(Batch((), sequences, cached, sequences))
+
+    def _host(self, batch: Batch) -> int:
+        ns = self.host.of(batch)
+        return whole_one(ns) if ns > 0 else 0
