@@ -1,5 +1,6 @@
 """`armillary simulate`: what it tells, and what it refuses before anything runs."""
 
+import io
 import json
 
 import pytest
@@ -128,3 +129,45 @@ def test_prefill_and_decode_workers(capsys):
     assert told[0]["gap"]["p99"] < told[1]["gap"]["p99"]
     assert run([*plain, *split]) == 0
     assert "moved over nvlink-3" in capsys.readouterr().out
+
+
+def test_the_share_that_keeps_an_objective(capsys):
+    arguments = ["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--requests", "60", "--rate", "3", "--slo", "ttft=120ms,tpot=50ms"]
+    assert run([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0 < facts["slo"]["attainment"] == facts["slo"]["each"]["ttft"] < 1
+    assert 0 < facts["model_flops_utilization"] < facts["busy"] <= 1
+    assert run(arguments) == 0
+    assert "of the requests keep the objective" in capsys.readouterr().out
+    assert run([*arguments[:-1], "soon"]) == MISUSED
+
+
+def test_the_curve_to_a_capacity(capsys):
+    arguments = ["simulate", "capacity", "llama-2-7b", "--cluster", "a100", "--lengths", "100+2", "--tolerance", "0.5"]
+    assert run([*arguments, "--slo", "ttft=200ms", "--json"]) == 0
+    *curve, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    points = [line["probe"] for line in curve]
+    assert last["capacity"]["rate"] == max(point["rate"] for point in points if point["holds"])
+    lost = min(point["rate"] for point in points if not point["holds"])
+    assert last["capacity"]["rate"] < lost <= 1.5 * last["capacity"]["rate"] * (1 + 1e-9)
+    assert all(point["first_token"]["p50"] <= point["first_token"]["p"] <= point["first_token"]["p99"] for point in points)
+    assert run([*arguments, "--slo", "ttft=1ms"]) == 0
+    assert "nothing holds" in capsys.readouterr().out
+
+
+def test_an_engine_is_watched_by_lines(capsys, monkeypatch):
+    asked = [{"at": 2 * 10**9, "since": 3}, {"at": 2 * 10**9, "explain": "0"}, {"at": 10**6}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, asked))))
+    assert run(["simulate", "watch", "llama-2-7b", "--cluster", "a100", "--requests", "20", "--rate", "8", "--lengths", "400+40"]) == 0
+    ready, later, story, early = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ready == {"ready": True}
+    assert (later["now"], later["model"]["name"]) == (2 * 10**9, "llama-2-7b")
+    assert later["iterations"][0]["index"] > 3
+    assert "arrived with a prompt of 400 tokens" in story["events"][0]
+    assert early["iteration"] < later["iteration"]
+
+
+def test_a_program_that_wants_errors_as_json_gets_them(capsys, monkeypatch):
+    monkeypatch.setenv("ARMILLARY_ERRORS", "json")
+    assert run(["simulate", "serve", "llama-2-7b", "--rate", "0"]) == MISUSED
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["field"] == "rate"

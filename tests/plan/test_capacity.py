@@ -98,7 +98,7 @@ def test_what_no_request_alone_keeps_has_no_capacity():
     found = capacity(engine(), Demand(fixed(100, 20)), Objective(first_token=6 * MS, per_token=50 * MS))
     assert (found.rate, found.probes) == (0.0, ())
     assert found.alone.each == {"ttft": 0.0, "tpot": 1.0}
-    assert found.alone.first_token == (7 * MS, 7 * MS)
+    assert found.alone.first_token == (7 * MS, 7 * MS, 7 * MS)
 
 
 def test_rates_differ_by_nothing_but_the_rate():

@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
     except ArmillaryError as error:
         if _debugging():
             raise
-        _tell(error.problem, error.fix)
+        _tell(error.problem, error.fix, error.field)
         return MISUSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -132,8 +132,13 @@ def _terminate(number: int, frame: object) -> None:
     sys.exit(TERMINATED)
 
 
-def _tell(problem: str, fix: str) -> None:
-    """Two lines on stderr: what is wrong, and what to do."""
+def _tell(problem: str, fix: str, field: str | None = None) -> None:
+    """Two lines on stderr: what is wrong, and what to do; for a program that has set ARMILLARY_ERRORS=json, one JSON object."""
+    if os.environ.get("ARMILLARY_ERRORS") == "json":
+        import json
+
+        print(json.dumps({"problem": problem, "fix": fix, "field": field}), file=sys.stderr)
+        return
     print(f"error: {problem}", file=sys.stderr)
     if fix:
         print(f"  fix: {fix}", file=sys.stderr)

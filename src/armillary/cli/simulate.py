@@ -13,6 +13,7 @@ from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags
 
 if TYPE_CHECKING:
     from armillary.models.graph.cost import Deployment
+    from armillary.plan.objective import Objective
     from armillary.serve.config import EngineConfig
     from armillary.serve.request import Request
     from armillary.serve.simulation.acceptance import Acceptance as Rates
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from armillary.sim.costs import CostModel
 
 simulate = App(name="simulate")
+simulate.command(
+    "armillary.cli.simulate_capacity:capacity", name="capacity", help="The highest rate at which an objective holds, and the curve to it."
+)
+simulate.command("armillary.cli.simulate_watch:watch", name="watch", help="For the page: the engine at any instant, by lines of JSON.")
 
 _HARDWARE = Group("Hardware", sort_key=1)
 
@@ -103,6 +108,7 @@ def serve(
     workload: Workload = Workload(),
     engine: EngineFlags = EngineFlags(),  # noqa: B008
     config: ConfigFile = None,
+    slo: Annotated[str | None, Parameter(help="Tell which share of the requests keeps it: ttft=300ms,tpot=50ms,wait=5s.")] = None,
     save: Annotated[Path | None, Parameter(help="Write the trace of the (one) replica: Chrome/Perfetto JSON.")] = None,
     step_all: Annotated[
         bool, Parameter(name="--step-all", negative=(), help="Step through iterations that repeat instead of leaping over them.")
@@ -114,33 +120,40 @@ def serve(
     from armillary.core.errors import InputError
     from armillary.core.trace import Trace
     from armillary.core.units import format_count, format_duration
+    from armillary.plan.objective import parse
+    from armillary.serve.simulation.scenario import Scenario
 
-    scenario = _scenario(model, hardware, workload, engine, config, fast=not step_all)
-    replicas = 1 if hardware.prefill_workers else hardware.replicas
-    coming = _requests(workload, replicas, scenario.context, scenario.config.seed)
-    simulated: Scenario | Phases = scenario
-    if hardware.prefill_workers or hardware.decode_workers:
-        if save is not None:
-            raise InputError(
-                "a trace of several engines would mix their iterations", "trace one replica, without --prefill-workers", field="save"
-            )
-        simulated = _phases(hardware, scenario)
-    trace = Trace(f"{scenario.deployment.model.name}, virtual time") if save is not None else None
+    objective = parse(slo) if slo is not None else None
+    simulated = simulated_of(model, hardware, workload, engine, config, fast=not step_all)
+    coming = requests_of(workload, simulated)
+    if save is not None and not isinstance(simulated, Scenario):
+        raise InputError(
+            "a trace of several engines would mix their iterations", "trace one replica, without --prefill-workers", field="save"
+        )
+    trace = Trace(f"{model}, virtual time") if save is not None else None
     with timed(f"{format_count(workload.requests)} requests in virtual time") as close:
-        run = simulated.run(coming) if trace is None else scenario.run(coming, trace=trace)
+        run = simulated.run(coming, trace=trace) if isinstance(simulated, Scenario) else simulated.run(coming)
         close(
             f"{format_duration(run.result.makespan)} of virtual time, {len(run.result.arrival) / max(run.wall, 1e-9):,.0f} requests a second"
         )
     if save is not None and trace is not None:
         trace.save(save)
     if json:
-        print_json(_facts(simulated, run))
+        print_json(_facts(simulated, run, objective))
         return
-    _tell(simulated, run, table)
+    _tell(simulated, run, objective, table)
+
+
+def simulated_of(
+    model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool = True
+) -> Scenario | Phases:
+    """Everything that is asked for, checked before anything runs."""
+    scenario = _scenario(model, hardware, workload, engine, config, fast=fast)
+    return _phases(hardware, scenario) if hardware.prefill_workers or hardware.decode_workers else scenario
 
 
 def _scenario(model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
-    """Everything that is asked for, checked before anything runs."""
+    """Replicas, or of what is asked for the prefill workers."""
     from armillary.cluster.cluster import cluster
     from armillary.models.graph.cost import Deployment
     from armillary.models.graph.find import find
@@ -221,8 +234,10 @@ def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
     return Phases(scenario, decode, link).times(hardware.prefill_workers, hardware.decode_workers)
 
 
-def _requests(workload: Workload, replicas: int, context: int, seed: int) -> Iterator[Request]:
+def requests_of(workload: Workload, simulated: Scenario | Phases) -> Iterator[Request]:
+    """What comes, one by one."""
     from armillary.core.errors import InputError
+    from armillary.serve.simulation.phases import Phases
     from armillary.serve.workload import bursty, requests
     from armillary.serve.workload.lengths import named
     from armillary.serve.workload.requests import arrivals
@@ -232,19 +247,23 @@ def _requests(workload: Workload, replicas: int, context: int, seed: int) -> Ite
         raise InputError(f"{workload.requests} requests are no workload", "give at least 1", field="requests")
     if workload.trace is not None:
         return requests(read_trace(workload.trace, speed=workload.speed, most=workload.requests))
-    times = bursty(workload.rate if workload.rate is not None else float(replicas), workload.variation, seed)
-    return requests(arrivals(times, named(workload.lengths), workload.requests, seed + 1, limit=context))
+    first = simulated.prefill if isinstance(simulated, Phases) else simulated
+    seed, usual = first.config.seed, 1 if isinstance(simulated, Phases) else simulated.replicas
+    times = bursty(workload.rate if workload.rate is not None else float(usual), workload.variation, seed)
+    return requests(arrivals(times, named(workload.lengths), workload.requests, seed + 1, limit=first.context))
 
 
-def _facts(simulated: Scenario | Phases, run: Run) -> dict[str, Any]:
-    """Everything as plain values; times in ns."""
+def _facts(simulated: Scenario | Phases, run: Run, objective: Objective | None) -> dict[str, Any]:
+    """Everything as plain values; times in ns. `busy`: the share of the time in which an engine has an iteration. `model_flops_utilization`: two
+    FLOPs a parameter that a token passes through, of the devices' peak; without attention."""
     import numpy as np
 
+    from armillary.models.graph.parameters import active_parameters
     from armillary.serve.simulation.phases import Phases
 
     apart: dict[str, Any] = {}
     if isinstance(simulated, Phases):
-        scenario, devices = simulated.decode, simulated.devices
+        scenario, engines = simulated.decode, simulated.prefill.replicas + simulated.decode.replicas
         size = int(run.result.prompt[run.result.answer > 1].sum()) * simulated.token_bytes
         apart = {
             "prefill_workers": simulated.prefill.replicas, "decode_workers": simulated.decode.replicas, "link": simulated.link.name,
@@ -252,24 +271,30 @@ def _facts(simulated: Scenario | Phases, run: Run) -> dict[str, Any]:
             "decode_layout": _degrees(simulated.decode),
         }  # fmt: skip
     else:
-        scenario, devices = simulated, simulated.deployment.layout.devices * simulated.replicas
-    result = run.result
+        scenario, engines = simulated, simulated.replicas
+    result, devices = run.result, simulated.devices
 
     def spread(values: Any) -> dict[str, float]:
         return {
             f"p{percent}": float(np.percentile(values, percent, method="inverted_cdf")) if len(values) else 0.0 for percent in (50, 90, 99)
         }
 
-    price = scenario.deployment.device.price
+    device, span = scenario.deployment.device, max(1, result.makespan)
+    flops = 2 * active_parameters(scenario.deployment.model) * run.stats.scheduled_tokens
+    attained = flops / (span / 1e9 * devices * device.peak(scenario.deployment.product_dtype))
+    price = device.price
     hours = result.makespan / 3.6e12 * devices
     return {
-        "model": scenario.deployment.model.name, "device": scenario.deployment.device.name, "devices": devices,
+        "model": scenario.deployment.model.name, "device": device.name, "devices": devices,
         "replicas": simulated.replicas if not apart else 0,
         "scheduling": scenario.settled.scheduling, "kv_blocks": run.blocks, "requests": len(result.arrival),
         "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan,
         "wait": spread(result.waits), "first_token": spread(result.first_tokens), "per_token": spread(result.per_token),
         "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
-        "throughput_per_device": result.throughput / devices, "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
+        "throughput_per_device": result.throughput / devices,
+        "busy": run.busy / span / engines, "model_flops_utilization": attained,
+        "slo": None if objective is None else {"text": objective.text, "attainment": objective.met(result), "each": objective.each(result)},
+        "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
         "drafts": _drafts(scenario, run),
         "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
         "wall_seconds": run.wall, **apart,
@@ -294,11 +319,11 @@ def _drafts(scenario: Scenario, run: Run) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _tell(simulated: Scenario | Phases, run: Run, table: Any) -> None:
+def _tell(simulated: Scenario | Phases, run: Run, objective: Objective | None, table: Any) -> None:
     from armillary.core.units import format_bytes, format_count, format_duration, format_rate
     from armillary.serve.simulation.phases import Phases
 
-    facts = _facts(simulated, run)
+    facts = _facts(simulated, run, objective)
     scenario = simulated.decode if isinstance(simulated, Phases) else simulated
     config = scenario.settled
     if isinstance(simulated, Phases):
@@ -333,6 +358,12 @@ def _tell(simulated: Scenario | Phases, run: Run, table: Any) -> None:
         + (f", ${dollars:,.2f} a million generated tokens" if dollars is not None else "")
         + f"; {facts['iterations']:,} iterations, {facts['preemptions']:,} preemptions"
     )
+    print(
+        f"an engine has an iteration {facts['busy']:.1%} of the time; products with weights are {facts['model_flops_utilization']:.1%} of the devices' peak"
+    )
+    if objective is not None:
+        each = ", ".join(f"{name} {share:.1%}" for name, share in facts["slo"]["each"].items())
+        print(f"{facts['slo']['attainment']:.1%} of the requests keep the objective ({each}); wanted: {objective}")
     if isinstance(simulated, Phases):
         moved = facts["moved_bytes"]
         print(

@@ -51,7 +51,7 @@ class Simulated(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One rate tried, requests a second. Shares are of the later half of `requests`; times in ns, `p` the objective's own percentile.
+    """One rate tried, requests a second. Shares are of the later half of `requests`; times in ns: the median, the objective's own percentile `p`, the 99th.
 
     `growth`: by how much a request's wait for its first token grows for each second that it comes later, s/s. A queue that is stable has 0;
     one that gets `r` and serves `c` requests a second has 1 - c/r.
@@ -64,9 +64,9 @@ class Probe:
     each: dict[str, float]
     growth: float
     settled: bool
-    first_token: tuple[float, float]  # median, p
-    per_token: tuple[float, float]
-    wait: tuple[float, float]
+    first_token: tuple[float, float, float]  # median, p, 99th percentile
+    per_token: tuple[float, float, float]
+    wait: tuple[float, float, float]
     throughput: float  # generated tokens a second of the judged part
 
 
@@ -175,7 +175,7 @@ def _once(scenario: Simulated, demand: Demand, objective: Objective, rate: float
     try:
         result = scenario.run(demand.requests(rate, count, scenario.context)).result
     except CapacityError:  # the queue passed its bound
-        return Probe(rate, count, False, 0.0, {}, 1.0, True, (0, 0), (0, 0), (0, 0), 0.0), count
+        return Probe(rate, count, False, 0.0, {}, 1.0, True, (0, 0, 0), (0, 0, 0), (0, 0, 0), 0.0), count
     span = int(result.arrival.max())
     later = since(result, span // 2)
     residence = float((later.finished - later.arrival).mean())
@@ -194,11 +194,11 @@ def since(result: Result, instant: int) -> Result:
 def _judged(rate: float, count: int, judged: Result, objective: Objective, growth: float) -> Probe:
     met = objective.met(judged)
 
-    def spread(values: np.ndarray) -> tuple[float, float]:
+    def spread(values: np.ndarray) -> tuple[float, float, float]:
         if not len(values):
-            return 0.0, 0.0
-        low, high = np.percentile(values, (50, 100 * objective.attainment), method="inverted_cdf")
-        return float(low), float(high)
+            return 0.0, 0.0, 0.0
+        median, high, last = np.percentile(values, (50, 100 * objective.attainment, 99), method="inverted_cdf")
+        return float(median), float(high), float(last)
 
     return Probe(
         rate, count, met >= objective.attainment, met, objective.each(judged), growth, True, spread(judged.first_tokens),

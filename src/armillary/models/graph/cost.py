@@ -81,6 +81,11 @@ class Deployment:
         """Bytes of the fullest device that are left for keys and values; negative where the weights do not fit."""
         return self.usable - self.weight_bytes
 
+    @property
+    def product_dtype(self) -> str:
+        """The format in which weights are multiplied."""
+        return _PRODUCTS.get(self.precision.weights, self.precision.weights)
+
     def kv_tokens(self) -> int:
         """How many tokens' keys and values a replica holds."""
         return min((self.usable - work.weight_bytes) // work.kv_bytes_per_token for work in self.works)
@@ -107,10 +112,7 @@ class Deployment:
         """What an iteration costs, but those rows that it goes `without`. Weights of 4 bits are multiplied in 16, for that is how kernels
         use them."""
         works = self.works
-        dtype = self.precision.weights
-        rates = Rates(
-            self.device.attainable(_PRODUCTS.get(dtype, dtype)), self.device.attainable_bandwidth, launch, host, host_per_sequence
-        )
+        rates = Rates(self.device.attainable(self.product_dtype), self.device.attainable_bandwidth, launch, host, host_per_sequence)
         stages = [self._stage(work, [place for place, row in enumerate(work.rows) if not without(row)]) for work in works]
         name = f"roofline of {self.model.name} on {self.layout.devices} x {self.device.name}"
         return Roofline(name, stages, BatchFeatures(works[0]), rates)

@@ -76,6 +76,7 @@ class VirtualEngine(Engine):
                 )
             self._history = History(None, told=False)
         self.queued_tokens = 0  # of prompts that have not been started
+        self.busy = 0  # ns of iterations that have ended
 
     @property
     def queued(self) -> int:
@@ -134,6 +135,7 @@ class VirtualEngine(Engine):
         """The first `count` iterations of a leap (by default all) are over, and it is the time at which the last of them ends."""
         plan, ends = leap.plan, leap.ends if count is None else leap.ends[:count]
         start, end = leap.start, int(ends[-1])
+        self.busy += end - start
         if self._recorder is not None:
             self._recorder.waited(plan, ends)
         if len(ends) > 1:

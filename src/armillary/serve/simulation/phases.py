@@ -91,8 +91,8 @@ class Phases:
         began = time.perf_counter()
         result = simulation.run(requests)
         wall = time.perf_counter() - began
-        stats = summed(one.engine.stats for one in (*simulation.prefill.replicas, *simulation.decode.replicas))
-        return Run(result, stats, blocks, wall)
+        engines = [one.engine for one in (*simulation.prefill.replicas, *simulation.decode.replicas)]
+        return Run(result, summed(engine.stats for engine in engines), blocks, wall, sum(engine.busy for engine in engines))
 
 
 def transfer_link(place: Cluster, prefill: Deployment, decode: Deployment, *, near: bool) -> Link:

@@ -22,6 +22,7 @@ from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.recorder import Recorder, Result
+from armillary.serve.simulation.watched import Gate, WatchedEngine
 from armillary.sim.costs import CostModel
 
 MOST_REPLICAS: Final = 100_000
@@ -32,12 +33,13 @@ are there when they come."""
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A simulation's end. `wall` is what it took here, s; `blocks` the KV blocks of a replica."""
+    """A simulation's end. `wall` is what it took here, s; `blocks` the KV blocks of a replica; `busy` ns of iterations, of all replicas together."""
 
     result: Result
     stats: EngineStats  # of all replicas together
     blocks: int
     wall: float
+    busy: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,11 @@ class Scenario:
         return Drafting(self.acceptance, self.draft_cost if self.draft_cost is not None else draft.roofline(), draft.model.max_context)
 
     @property
+    def devices(self) -> int:
+        """Of all replicas."""
+        return self.deployment.layout.devices * self.replicas
+
+    @property
     def settled(self) -> EngineConfig:
         """The configuration with the KV pool that the device has, and the model's context."""
         config, model = self.config, self.deployment.model
@@ -130,32 +137,38 @@ class Scenario:
         """One replica of it."""
         return replace(self, replicas=1)
 
-    def run(self, requests: Iterable[Request], *, trace: Trace | None = None) -> Run:
-        """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests.
+    def run(self, requests: Iterable[Request], *, trace: Trace | None = None, watched: Gate | None = None) -> Run:
+        """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests; `watched` stops it to be looked at.
 
         Raises InputError for a request that could never run, and CapacityError when a queue passes its bound.
         """
         if trace is not None and self.replicas > 1:
             raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
         cost, recorder, config, drafting = self.priced, Recorder(), self.settled, self.drafting
-        clocks = [VirtualClock() for _ in range(self.replicas)]
-        engines = [
-            VirtualEngine(
+
+        def engine(index: int) -> VirtualEngine:
+            clock, seen = VirtualClock(), watched is not None and index == watched.replica
+            kind = WatchedEngine if seen else VirtualEngine
+            return kind(
                 VirtualExecutor(clock, cost),
                 config,
                 trace=trace,
                 drafter=None if drafting is None else drafting.drafter(config, clock),
                 recorder=recorder,
                 fast_forward=self.fast_forward,
-                told=trace is not None,
+                told=trace is not None or seen,
             )
-            for clock in clocks
-        ]
+
+        engines = [engine(index) for index in range(self.replicas)]
+        if watched is not None:
+            watched.take(engines[watched.replica])
         began = time.perf_counter()
         Cluster(engines, routing.get(self.router), seed=config.seed).run(_PHASES[self.phase](requests))
         wall = time.perf_counter() - began
         assert config.kv_blocks is not None
-        return Run(recorder.result(), summed([engine.stats for engine in engines]), config.kv_blocks, wall)
+        return Run(
+            recorder.result(), summed([engine.stats for engine in engines]), config.kv_blocks, wall, sum(engine.busy for engine in engines)
+        )
 
 
 def summed(stats: Iterable[EngineStats]) -> EngineStats:
