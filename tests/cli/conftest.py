@@ -72,3 +72,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"bos_token": specials[0], "eos_token": specials[2], "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def measured_profile(tiny_model: Path, tmp_path: Path) -> Path:
+    """A profile of this machine whose engine serves `tiny_model`: 1 ms an iteration and 10 us a token of it, whatever was cached."""
+    from armillary.cluster.machine import describe
+    from armillary.cluster.profile import Identity, MemoryRate, ProductRate, Profile
+    from armillary.models.graph.find import runnable
+    from armillary.serve import calibration
+    from armillary.serve.config import EngineConfig
+    from armillary.sim.batch import Batch
+    from armillary.sim.costs.fitting import Sample
+
+    batches = [Batch(((query, 0),), 0, 0, 1) for query in (1, 16, 64, 256, 512)]
+    batches += [Batch((), count, count * cached, count) for count in (1, 2, 8, 64) for cached in (0, 128, 512)]
+    known = calibration.identity(runnable(str(tiny_model)), EngineConfig(), 1)
+    rows = calibration.rows_of(known | {"disturbed": ""}, [Sample(batch, 1_000_000 + 10_000 * batch.tokens) for batch in batches])
+    machine = Identity.of(describe()).model_copy(update={"memory": 8 * 10**9})
+    products = (ProductRate(library="torch", dtype="fp32", threads=1, m=1, n=64, k=64, seconds=1e-6),)
+    memory = (MemoryRate(operation="read", threads=1, size=10**6, bandwidth=1e10),)
+    path = tmp_path / "here.json"
+    Profile(
+        machine=machine,
+        taken="today",
+        seconds=1,
+        load_before=0,
+        load_after=0,
+        others=0.0,
+        products=products,
+        memory=memory,
+        engine={"tiny": rows},
+    ).save(path)
+    return path

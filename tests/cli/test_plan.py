@@ -60,3 +60,38 @@ def test_a_model_that_fits_nowhere(capsys):
     said = capsys.readouterr().err
     assert "GB more than" in said
     assert "at least" in said
+
+
+def test_a_plan_for_this_machine_takes_what_was_measured_of_it(capsys, tiny_model, measured_profile):
+    small = [
+        "--tp",
+        "1",
+        "--pp",
+        "1",
+        "--budgets",
+        "512",
+        "--running",
+        "32",
+        "--lengths",
+        "100+5",
+        "--keep",
+        "1",
+        "--rank",
+        "devices",
+        "--tolerance",
+        "0.9",
+        "--json",
+    ]
+    arguments = ["plan", "serve", str(tiny_model), "--slo", "ttft=50ms", "--rate", "5", "--cluster", str(measured_profile), *small]
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    plan = json.loads(said.out)["plan"]
+    assert plan["provenance"]["cost_model"] == "tiny"
+    assert plan["engine"]["quantize"] == "none"
+    assert plan["engine"]["kv_dtype"] == "fp32"
+    assert plan["predicted"]["ttft_ms_p50"] == pytest.approx(2, rel=0.02)
+    with pytest.warns(UserWarning, match="durations are a roofline's"):
+        assert run([*arguments, "--kv-dtype", "fp16"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["provenance"]["cost_model"].startswith("roofline")
+    assert run([*arguments, "--host-us", "5"]) == MISUSED
+    assert "leave --host-us out" in capsys.readouterr().err

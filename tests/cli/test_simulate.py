@@ -171,3 +171,24 @@ def test_a_program_that_wants_errors_as_json_gets_them(capsys, monkeypatch):
     monkeypatch.setenv("ARMILLARY_ERRORS", "json")
     assert run(["simulate", "serve", "llama-2-7b", "--rate", "0"]) == MISUSED
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["field"] == "rate"
+
+
+def test_this_machines_own_engine(capsys, tiny_model, measured_profile):
+    plain = ["simulate", "serve", str(tiny_model), "--profile", str(measured_profile)]
+    assert run([*plain, "--requests", "20", "--lengths", "100+5", "--rate", "1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["first_token"]["p50"] == pytest.approx(2e6, rel=0.02)
+    assert facts["per_token"]["p50"] == pytest.approx(1.01e6, rel=0.02)
+    assert facts["kv_blocks"] == 64 * 2048 // 16  # as `serve` sizes its pool: every sequence at full length
+    for more, says in (
+        (["--cluster", "h100"], "leave --cluster out"),
+        (["--tp", "2"], "leave --tensor-parallel out"),
+        (["--host-us", "5"], "its host included"),
+        (["--quantize", "int4"], "weights none, not int4"),
+    ):
+        assert run([*plain, *more]) == MISUSED
+        assert says in capsys.readouterr().err
+    assert run(["simulate", "serve", "llama-2-7b", "--profile", str(measured_profile)]) == MISUSED
+    assert "no engine computes it here" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="measured with at most 512 tokens an iteration"):
+        assert run([*plain, "--requests", "2", "--max-batch-tokens", "1024", "--json"]) == 0

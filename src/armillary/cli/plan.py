@@ -13,6 +13,7 @@ from cyclopts import App, Group, Parameter
 from armillary.cli.settings import ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
+    from armillary.models.config import ModelConfig
     from armillary.plan.candidates import Space
     from armillary.plan.demand import Demand
     from armillary.plan.file import Plan
@@ -52,7 +53,8 @@ class SpaceFlags:
         str | None, Parameter(group=_SPACE, show_default=False, help="Sequences in flight (default: 64,256; or --max-running).")
     ] = None
     weights: Annotated[
-        str | None, Parameter(group=_SPACE, show_default=False, help="Formats of weights (default: fp16; or --quantize).")
+        str | None,
+        Parameter(group=_SPACE, show_default=False, help="Formats of weights (default: fp16, or what a profile measured; or --quantize)."),
     ] = None
 
 
@@ -106,14 +108,15 @@ def serve(
     for path in (output, html):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"the folder {path.absolute().parent} does not exist", "make it, or choose another path")
-    own = {"engine.kv_dtype": "fp16", "engine.max_queue": 1_000_000}
+    here, formats = _here(model, space.cluster)
+    own = {"engine.max_queue": 1_000_000} | ({} if formats else {"engine.kv_dtype": "fp16"})
     settled = settle(model, engine, file=config, defaults=own)
-    tried = _space(space, settled.value.engine, settled.provenance)
+    tried = _space(space, settled.value.engine, settled.provenance, formats)
     objective, asked = parse(slo), Demand(named(demand.lengths), demand.variation, settled.value.engine.seed)
     routing.get(router)
     with _progress() as told:
         found = search(
-            candidates(find(model), tried, settled.value.engine, host_us * 1e3),
+            candidates(find(model), tried, settled.value.engine, host_us * 1e3, here),
             asked,
             objective,
             rate=rate,
@@ -139,12 +142,32 @@ def serve(
                 print(f"wrote {path}")
 
 
-def _space(flags: SpaceFlags, engine: EngineConfig, provenance: Any) -> Space:
-    """The lists of the search. An option of the engine that was given stands for a list of one."""
+def _here(model: str, places: str) -> tuple[ModelConfig | None, tuple[str, ...]]:
+    """The model's configuration where a profile of a machine is among the `places` and it could run there, and, where all are such profiles,
+    the formats of weights that were measured of it."""
+    from armillary.cluster.profile import load
+    from armillary.core.errors import InputError, NotFoundError
+    from armillary.models.graph.find import runnable
+    from armillary.serve.calibration import formats
+
+    profiles = [Path(word) for word in _words("cluster", places) if word.endswith(".json")]
+    if not profiles:
+        return None, ()
+    try:
+        here = runnable(model)
+    except (InputError, NotFoundError):  # a name that nobody knows is told of when its architecture is looked for
+        return None, ()
+    if len(profiles) < len(_words("cluster", places)):
+        return here, ()
+    return here, tuple(dict.fromkeys(name for path in profiles for name in formats(load(path), here)))
+
+
+def _space(flags: SpaceFlags, engine: EngineConfig, provenance: Any, measured: tuple[str, ...]) -> Space:
+    """The lists of the search. An option of the engine that was given stands for a list of one; `measured` formats of weights are the default."""
     from armillary.core.errors import InputError
     from armillary.plan.candidates import Space
 
-    given: dict[str, Any] = {"policies": ("sarathi",), "budgets": (512, 1024, 2048), "running": (64, 256), "weights": ("fp16",)}
+    given: dict[str, Any] = {"policies": ("sarathi",), "budgets": (512, 1024, 2048), "running": (64, 256), "weights": measured or ("fp16",)}
     for name, single in _ONE.items():
         text, alone = getattr(flags, name), provenance[f"engine.{single}"] != "default"
         if text is not None and alone:
@@ -270,5 +293,5 @@ def _tell(file: Plan, found: Found, demand: Demand) -> None:
         f"\nplan: {file.replicas} x {hardware.devices} {hardware.device} behind {file.router}{money}: of {seen.requests:,} requests of "
         f"{demand.lengths.name} at {file.workload.rate:g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
         f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
-        f"(p: the objective's share)"
+        f"(p: the objective's share)\ndurations: {file.provenance.cost_model}"
     )

@@ -36,8 +36,13 @@ class Hardware:
     """Where a replica runs, and how many there are."""
 
     cluster: Annotated[
-        str, Parameter(group=_HARDWARE, help="Devices, such as h100, 8xh100 or dgx-a100:4 (armillary cluster lists them).")
-    ] = "h100"
+        str | None,
+        Parameter(
+            group=_HARDWARE,
+            show_default=False,
+            help="Devices, such as h100 (the default), 8xh100 or dgx-a100:4 (armillary cluster lists them).",
+        ),
+    ] = None
     tensor_parallel: Annotated[
         int, Parameter(name=("--tensor-parallel", "--tp"), group=_HARDWARE, help="Devices that split each layer.")
     ] = 1
@@ -75,7 +80,11 @@ class Hardware:
     ] = 0.0
     profile: Annotated[
         str | None,
-        Parameter(group=_HARDWARE, help="Measured operations: a100, h100 (Llama-2 7B, 70B), or CSV files as Vidur's, separated by commas."),
+        Parameter(
+            group=_HARDWARE,
+            help="What was measured: a100, h100 (Llama-2 7B, 70B), CSV files as Vidur's, separated by commas; or profile.json of armillary "
+            "calibrate --model: this machine's own engine, with the options and defaults of serve.",
+        ),
     ] = None
 
 
@@ -161,13 +170,15 @@ def _scenario(model: str, hardware: Hardware, workload: Workload, engine: Engine
     from armillary.models.graph.precision import Precision
     from armillary.serve.simulation.acceptance import parse
 
+    if hardware.profile is not None and hardware.profile.endswith(".json"):
+        return _measured_scenario(model, hardware, engine, config, workload.acceptance, fast=fast)
     own = {"engine.quantize": "fp16", "engine.kv_dtype": "fp16", "engine.max_running": 128, "engine.max_queue": 1_000_000}
     settled = settle(model, engine, file=config, defaults=own).value.engine
-    weights = "fp32" if settled.quantize == "none" else settled.quantize
-    precision = Precision(weights, "fp32" if weights == "fp32" else "fp16", settled.kv_dtype)
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
     acceptance = parse(workload.acceptance) if workload.acceptance is not None else None
-    return _engines(Deployment(find(model), cluster(hardware.cluster), layout, precision), settled, hardware, fast, acceptance)
+    place = cluster("h100" if hardware.cluster is None else hardware.cluster)
+    deployment = Deployment(find(model), place, layout, Precision.of(settled.quantize, settled.kv_dtype))
+    return _engines(deployment, settled, hardware, fast, acceptance)
 
 
 def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, fast: bool, acceptance: Rates | None) -> Scenario:
@@ -194,6 +205,49 @@ def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, 
     if ahead:
         cost = Overlapped(cost, Host(hardware.host_us * 1e3))
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost)
+
+
+def _measured_scenario(
+    model: str, hardware: Hardware, engine: EngineFlags, config: Path | None, acceptance: str | None, *, fast: bool
+) -> Scenario:
+    """The engine that `armillary calibrate --model` measured, as `serve` would start it there."""
+    from armillary.cluster.cluster import cluster
+    from armillary.cluster.profile import load
+    from armillary.core.errors import InputError
+    from armillary.models.graph.cost import Deployment
+    from armillary.models.graph.find import find, runnable
+    from armillary.models.graph.layout import Layout
+    from armillary.models.graph.precision import Precision
+    from armillary.serve.calibration import cost_model
+    from armillary.serve.simulation.measured import as_measured
+    from armillary.serve.simulation.scenario import Scenario
+
+    path = hardware.profile
+    assert path is not None
+    for name, given in (
+        ("cluster", hardware.cluster not in (None, path)),
+        ("tensor_parallel", hardware.tensor_parallel != 1),
+        ("pipeline_parallel", hardware.pipeline_parallel != 1),
+        ("host_us", hardware.host_us != 0),
+        ("prefill_workers", hardware.prefill_workers != 0),
+        ("decode_workers", hardware.decode_workers != 0),
+    ):
+        if given:
+            raise InputError(
+                f"{path} has measured a whole engine on one machine, its host included",
+                f"leave --{name.replace('_', '-')} out, or --profile",
+                field=name,
+            )
+    settled = settle(model, engine, file=config, defaults={"engine.max_queue": 1_000_000}).value.engine
+    if settled.speculate != "off" or acceptance is not None:
+        raise InputError(f"{path} has measured no drafts", "simulate without --speculate and --acceptance", field="speculate")
+    if settled.async_scheduling == "on":
+        raise InputError(f"{path} has measured a host that waits for the device", "leave async_scheduling off", field="async_scheduling")
+    shape = runnable(model)
+    deployment = Deployment(find(model), cluster(path), Layout(), Precision.of(settled.quantize, settled.kv_dtype))
+    cost = cost_model(load(Path(path)), shape, settled)
+    settled = as_measured(settled, shape, cost, deployment.kv_memory)
+    return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
 
 
 def _phases(hardware: Hardware, scenario: Scenario) -> Phases:

@@ -18,7 +18,7 @@ def arithmetic(option: Option, moments: Moments, rate: float | None) -> list[tup
         (
             "memory of a device",
             f"{format_bytes(deployment.usable)} usable of {format_bytes(device.memory)}: {format_bytes(deployment.weight_bytes)} weights, "
-            f"{format_bytes(deployment.kv_memory)} keys and values: {config.kv_blocks:,} blocks x {config.block_size} = "
+            f"{format_bytes(deployment.kv_memory)} left for keys and values: {config.kv_blocks:,} blocks x {config.block_size} = "
             f"{config.kv_blocks * config.block_size:,} tokens a replica",
         ),
         (

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
+from armillary.cluster import profile as profiles
 from armillary.cluster.cluster import cluster
 from armillary.core.errors import CapacityError, InputError, NotFoundError
+from armillary.models.config import ModelConfig
 from armillary.models.graph.architecture import Architecture
 from armillary.models.graph.cost import Deployment
 from armillary.models.graph.layout import Layout, check
 from armillary.models.graph.precision import Precision
+from armillary.serve.calibration import cost_model
 from armillary.serve.config import EngineConfig
+from armillary.serve.simulation.measured import as_measured
 from armillary.serve.simulation.scenario import Scenario
+from armillary.sim.costs import CostModel, Fitted
 
 MOST: Final = 4096
 """Candidates of one search."""
@@ -102,9 +109,13 @@ class Candidate:
         return f"{_place(self.deployment)}, {config.policy} {config.max_batch_tokens}/{config.max_running}"
 
 
-def candidates(model: Architecture, space: Space, engine: EngineConfig, host: float = 0.0) -> Iterator[Candidate | Pruned]:
+def candidates(
+    model: Architecture, space: Space, engine: EngineConfig, host: float = 0.0, here: ModelConfig | None = None
+) -> Iterator[Candidate | Pruned]:
     """All of `space`, each engine like `engine` in what the space leaves open; `host` ns an iteration beside the device.
 
+    `here`: the model's configuration, where it can be run here. On a machine's profile (.json) that has measured its engine, iterations take
+    what was measured and the KV pool is what `serve` makes it; of other formats they take a roofline's time, which is told in a warning.
     Raises NotFoundError or InputError for a cluster that there is not.
     """
     bases = [(text, cluster(text)) for text in space.clusters]
@@ -118,7 +129,7 @@ def candidates(model: Architecture, space: Space, engine: EngineConfig, host: fl
         except (InputError, NotFoundError) as error:
             yield Pruned(name, "layout", error.problem, error.fix, space.schedulings)
             continue
-        precision = Precision("fp32" if weights == "none" else weights, "fp32" if weights == "none" else "fp16", engine.kv_dtype)
+        precision = Precision.of(weights, engine.kv_dtype)
         try:
             deployment = Deployment(model, place, layout, precision)
             deployment.kv_blocks(engine.block_size)
@@ -128,8 +139,11 @@ def candidates(model: Architecture, space: Space, engine: EngineConfig, host: fl
         except InputError as error:
             yield Pruned(name, "layout", error.problem, error.fix, space.schedulings)
             continue
+        measured = _measured(text, here, engine.model_copy(update={"quantize": weights})) if layout.devices == 1 else None
+        if measured is not None and host:
+            raise InputError(f"{text} has measured the engine with its host", "leave --host-us out", field="host_us")
         try:
-            cost = deployment.roofline(host=host)
+            cost: CostModel = deployment.roofline(host=host) if measured is None else measured
         except InputError as error:
             yield Pruned(name, "format", error.problem, error.fix, space.schedulings)
             continue
@@ -137,7 +151,20 @@ def candidates(model: Architecture, space: Space, engine: EngineConfig, host: fl
         price = None if hourly is None else hourly * layout.devices / place.devices
         for policy, budget, running in product(space.policies, space.budgets, space.running):
             config = _engine(engine, policy, budget, running, weights)
+            if measured is not None and here is not None:
+                config = as_measured(config, here, measured, deployment.kv_memory)
             yield Candidate(spelling, Scenario(deployment, config, cost=cost), price)
+
+
+def _measured(place: str, here: ModelConfig | None, engine: EngineConfig) -> Fitted | None:
+    """The costs of the engine in the profile that `place` may be; None where there are none."""
+    if here is None or not place.endswith(".json"):
+        return None
+    try:
+        return cost_model(profiles.load(Path(place)), here, engine)
+    except NotFoundError as error:
+        warnings.warn(f"{error.problem}: durations are a roofline's, which is optimistic ({error.fix})", stacklevel=2)
+        return None
 
 
 def _engine(engine: EngineConfig, policy: str, budget: int, running: int, weights: str) -> EngineConfig:

@@ -56,9 +56,7 @@ class Shape:
 
 def identity(model: ModelConfig, config: EngineConfig, threads: int) -> dict[str, str]:
     """What the costs of an iteration depend on, in words: two engines of one identity cost the same on one machine."""
-    return {
-        "architecture": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}",
-        "parameters": str(model.parameters()),
+    return _of_model(model) | {
         "weights": config.quantize,
         "kv_dtype": config.kv_dtype,
         "kv_policy": config.kv_policy,
@@ -66,6 +64,13 @@ def identity(model: ModelConfig, config: EngineConfig, threads: int) -> dict[str
         "block_size": str(config.block_size),
         "deterministic": str(config.deterministic),
         "threads": str(threads),
+    }
+
+
+def _of_model(model: ModelConfig) -> dict[str, str]:
+    return {
+        "architecture": f"{model.architecture}, {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size}",
+        "parameters": str(model.parameters()),
     }
 
 
@@ -155,6 +160,13 @@ def samples_of(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[
         return {name: str(value) for name, value in rows[0].items() if name != "kind"}, samples
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise FormatError(f"the profile's engine section is damaged ({error})", "run armillary calibrate --model again") from error
+
+
+def formats(profile: Profile, model: ModelConfig) -> tuple[str, ...]:
+    """The formats of weights in which engines of `model` were measured."""
+    of_model = _of_model(model)
+    found = [samples_of(rows)[0] for rows in profile.engine.values()]
+    return tuple(dict.fromkeys(about["weights"] for about in found if of_model.items() <= about.items()))
 
 
 def cost_model(profile: Profile, model: ModelConfig, config: EngineConfig, machine: Machine | None = None) -> Fitted:

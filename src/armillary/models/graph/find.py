@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from armillary.core.errors import InputError, NotFoundError
 from armillary.models import hub
+from armillary.models.config import ModelConfig
 from armillary.models.config_file import MAX_CONFIG_BYTES, read_config
 from armillary.models.fields import MAX_CONTEXT, Fields, read_json
 from armillary.models.graph.architecture import Architecture, Latent, Mixture, from_config
@@ -23,22 +24,38 @@ def find(name: str) -> Architecture:
     known = published().get(name.lower())
     if known is not None:
         return known.architecture
-    path = Path(name)
-    if path.name == "config.json" and path.is_file():
-        path = path.parent
-    elif not path.exists() and name not in hub.aliases():
-        names = [*published(), *hub.aliases()]
-        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`armillary models published` lists those without weights"
-        raise NotFoundError(f"there is no model {name[:200]!r}", f"{hint} A path to a config.json works too")
-    else:
-        path = hub.resolve(name, fetch=False)
+    path = _path(name)
     if path.is_dir():
         raw = read_json(path / "config.json", MAX_CONFIG_BYTES)
         family = str(raw.get("model_type"))
         if family in FAMILIES:
             return FAMILIES[family](Fields(raw, str(path / "config.json")), path.name or family)
     return from_config(read_config(path), path.stem if path.is_file() else path.name)
+
+
+def runnable(name: str) -> ModelConfig:
+    """The configuration of a model that is here and that the decoder runs: what `find` of it forgets.
+
+    Raises NotFoundError for one that is only published, InputError for a family that the decoder does not know.
+    """
+    if name.lower() in published():
+        raise NotFoundError(
+            f"{name} stands for a published architecture, and no engine computes it here", "name a model that is here (armillary models)"
+        )
+    return read_config(_path(name))
+
+
+def _path(name: str) -> Path:
+    """Where the model of an alias, a file or a folder lies."""
+    path = Path(name)
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    if path.exists() or name in hub.aliases():
+        return hub.resolve(name, fetch=False)
+    names = [*published(), *hub.aliases()]
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`armillary models published` lists those without weights"
+    raise NotFoundError(f"there is no model {name[:200]!r}", f"{hint} A path to a config.json works too")
 
 
 def read(raw: Mapping[str, Any], source: str = "config.json") -> Architecture:

@@ -45,6 +45,11 @@ class Precision:
         for name in (self.weights, self.activations, self.kv, self.embeddings or self.weights):
             bits(name)
 
+    @classmethod
+    def of(cls, quantize: str, kv_dtype: str) -> Precision:
+        """As the engine's options of these names have it: weights that are not packed are computed in fp32, all others in 16 bits."""
+        return cls("fp32" if quantize == "none" else quantize, "fp32" if quantize == "none" else "fp16", kv_dtype)
+
     def weight_bytes(self, elements: int) -> int:
         return stored(elements, bits(self.weights))
 
