@@ -5,8 +5,11 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
+
+_ONE: Final = array("i", (1,))
 
 
 class BlockPool:
@@ -29,17 +32,16 @@ class BlockPool:
         self.total = total
         self.block_size = block_size
         self._forgotten = forgotten
-        # Packed, for a simulated cluster has thousands of pools.
-        self._free = array("i", range(total - 1, -1, -1))  # a stack: the next block is the last
-        self._place = array("i", range(total - 1, -1, -1))  # block -> where it lies in the stack; -1 while it is not free
-        self._references = array("i", bytes(4 * total))
+        # Packed, and no longer than what has been used, for a simulated cluster has thousands of pools.
+        self._users = array("i")  # block -> how many; of a free one ~(where it lies in the stack). Those from its end on were never taken
+        self._free = array("i")  # a stack of blocks that were given back: the next is the last
         self._kept: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # the one that goes next is the first
 
     @property
     def free_count(self) -> int:
         """Blocks that `allocate` can give, idle ones among them."""
-        return len(self._free) + len(self._idle)
+        return self.total - len(self._users) + len(self._free) + len(self._idle)
 
     @property
     def idle_count(self) -> int:
@@ -51,7 +53,7 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """How many sequences use a block."""
-        return self._references[block]
+        return max(0, self._users[block]) if block < len(self._users) else 0
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """Take `count` blocks, all or nothing; `after` is the block that the first should follow when it can.
@@ -60,24 +62,33 @@ class BlockPool:
         """
         if count < 0:
             raise InputError(f"cannot allocate {count} KV blocks", "ask for 0 or more")
-        if count > len(self._free) and count > self.free_count:
-            raise CapacityError(
-                f"{count} KV blocks wanted, {self.free_count} of {self.total} free", "preempt a sequence or wait for one to end"
-            )
-        while len(self._free) < count:  # all at once, so that neighbours among them are found
-            self._forget_oldest()
-        stack, place, references, total, taken = self._free, self._place, self._references, self.total, list[int]()
-        follower = total if after is None else after + 1
-        for _ in range(count):
+        users, stack, fresh = self._users, self._free, self.total - len(self._users)
+        if count > len(stack) + fresh:
+            if count > self.free_count:
+                raise CapacityError(
+                    f"{count} KV blocks wanted, {self.free_count} of {self.total} free", "preempt a sequence or wait for one to end"
+                )
+            while count > len(stack) + fresh:  # all at once, so that neighbours among them are found
+                self._forget_oldest()
+        taken, known = list[int](), len(users)
+        follower = self.total if after is None else after + 1
+        while len(taken) < count:
+            if follower == known or not stack:  # what was never taken follows itself
+                more = min(count - len(taken), self.total - known)
+                if more:
+                    taken.extend(range(known, known + more))
+                    users.extend(_ONE * more)
+                    known += more
+                    follower = known
+                    continue
             last = stack.pop()
             block = last
-            if follower < total and (at := place[follower]) >= 0:
+            if follower < known and (at := ~users[follower]) >= 0:
                 block = follower
                 if block != last:  # it lies further down the stack: the last one fills its place
                     stack[at] = last
-                    place[last] = at
-            place[block] = -1
-            references[block] = 1
+                    users[last] = ~at
+            users[block] = 1
             taken.append(block)
             follower = block + 1
         return taken
@@ -85,14 +96,14 @@ class BlockPool:
     def share(self, blocks: Iterable[int]) -> None:
         """One user more of blocks that are used or idle."""
         for block in blocks:
-            if not self._references[block] and block not in self._idle:
+            if not self.references(block) and block not in self._idle:
                 raise ArmillaryError(f"KV block {block} is shared, but it is free", "share only what is used or kept")
             self._idle.pop(block, None)
-            self._references[block] += 1
+            self._users[block] += 1
 
     def keep(self, block: int) -> None:
         """From its last user's end on a used block is idle, not free."""
-        if not self._references[block]:
+        if not self.references(block):
             raise ArmillaryError(f"KV block {block} is to be kept, but nobody uses it", "keep a block while its sequence has it")
         self._kept.add(block)
 
@@ -102,44 +113,48 @@ class BlockPool:
         Of those that become idle the first is kept longest: the beginning of a sequence is of use without its end, not the reverse.
         """
         given = list(blocks)
-        total, users = self.total, self._references
-        for block in given:
-            if not 0 <= block < total:
-                raise ArmillaryError(f"KV block {block} is not of this pool (0..{total - 1})", "free only what allocate() returned")
-            if not users[block]:
-                raise ArmillaryError(f"KV block {block} is freed twice", "clear the block table when its sequence gives its blocks back")
+        given.reverse()  # so that the first of them is the next to be handed out
+        if not given:
+            return
+        users, stack, kept = self._users, self._free, self._kept
+        low, high, counts = min(given), max(given), list[int]()
+        if low < 0 or high >= self.total:
+            foreign = low if low < 0 else high
+            raise ArmillaryError(f"KV block {foreign} is not of this pool (0..{self.total - 1})", "free only what allocate() returned")
+        if high < len(users):
+            counts = [users[block] for block in given]
+        if not counts or min(counts) < 1:
+            unused = next(block for block in given if not self.references(block))
+            raise ArmillaryError(f"KV block {unused} is freed twice", "clear the block table when its sequence gives its blocks back")
         if len(set(given)) != len(given):
             raise ArmillaryError("a KV block is named twice in one free()", "a block table holds each block once")
-        stack, references, kept = self._free, self._references, self._kept
-        for block in reversed(given):  # so that the first of them is the next to be handed out
-            left = references[block] = references[block] - 1
-            if left:
-                continue
-            if block in kept:
-                self._idle[block] = None
-            else:
-                self._place[block] = len(stack)
+        for block, count in zip(given, counts, strict=True):
+            if count == 1 and block not in kept:
+                users[block] = ~len(stack)
                 stack.append(block)
+                continue
+            users[block] = count - 1
+            if count == 1:
+                self._idle[block] = None
 
     def check(self) -> None:
-        """Assert the invariants: every block is in exactly one place: the free stack, idle, or used."""
-        if len(self._place) != self.total:
-            raise ArmillaryError(f"the KV pool lost track of its size: {len(self._place)} places for {self.total} blocks")
+        """Assert the invariants: every block is in exactly one place: the free stack, idle, used, or never taken."""
+        if len(self._users) > self.total:
+            raise ArmillaryError(f"the KV pool lost track of its size: it knows {len(self._users)} blocks of {self.total}")
         for place, block in enumerate(self._free):
-            if self._place[block] != place:
-                raise ArmillaryError(f"KV block {block} lies at {place} of the free stack but is recorded at {self._place[block]}")
-        recorded = sum(place >= 0 for place in self._place)
+            if self._users[block] != ~place:
+                raise ArmillaryError(f"KV block {block} lies at {place} of the free stack but is recorded as {self._users[block]}")
+        recorded = sum(count < 0 for count in self._users)
         if recorded != len(self._free):
             raise ArmillaryError(f"{recorded} KV blocks are recorded as free, {len(self._free)} are in the free stack")
-        for block, count in enumerate(self._references):
-            states = (count > 0) + (self._place[block] >= 0) + (block in self._idle)
-            if states != 1 or (block in self._idle and block not in self._kept):
-                raise ArmillaryError(f"KV block {block} is in {states} of the states used, free and idle; it has {count} users")
+        for block, count in enumerate(self._users):
+            if (count == 0) != (block in self._idle) or (block in self._idle and block not in self._kept):
+                raise ArmillaryError(f"KV block {block} has {count} users and is {'' if block in self._idle else 'not '}idle")
 
     def _forget_oldest(self) -> None:
         """Frees the idle block that has been so longest."""
         block, _ = self._idle.popitem(last=False)
         self._kept.discard(block)
         self._forgotten(block)
-        self._place[block] = len(self._free)
+        self._users[block] = ~len(self._free)
         self._free.append(block)

@@ -17,7 +17,7 @@ from armillary.serve import live, policies
 from armillary.serve.admission import admissible
 from armillary.serve.config import EngineConfig
 from armillary.serve.continuation import extend, keep_prompt_scores
-from armillary.serve.history import EngineStats, History
+from armillary.serve.history import History
 from armillary.serve.iteration_times import IterationTimes
 from armillary.serve.lookahead import Foreseen, foresee
 from armillary.serve.outbox import Outbox
@@ -46,7 +46,7 @@ class Engine:
 
     `eos_ids` end a sequence unless its request ignores them. `policy` overrides the one that `config` names. `drafter` proposes
     tokens to be verified together. `adapters` are those that requests may run with. `features` are named parts that show their
-    state in `snapshot`.
+    state in `snapshot`. `told`: whether stories are kept for `explain`, and recent iterations.
 
     A request with a `parent` that is still waiting for its prompt begins when the parent has computed it, and shares it.
     """
@@ -62,6 +62,7 @@ class Engine:
         policy: SchedulerPolicy | None = None,
         drafter: Drafter | None = None,
         adapters: AdapterStore | None = None,
+        told: bool = True,
     ) -> None:
         if config.kv_blocks is None:
             raise InputError("the size of the KV pool is not settled", "set kv_blocks, or use EngineConfig.with_pool", field="kv_blocks")
@@ -77,7 +78,8 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self._memory = SequenceMemory(config.kv_blocks, config.block_size, config.kv, sharing=config.prefix_cache == "on")
-        self._history = History(trace)
+        self._history = History(trace, told=told)
+        self.stats = self._history.stats  # cumulative counters; read them, never write
         self._times = IterationTimes()
         self._index = 0
         self._numbers = count()
@@ -94,11 +96,6 @@ class Engine:
         self._stopping = False
 
     # -- what users call ---------------------------------------------------------------------------------------------
-
-    @property
-    def stats(self) -> EngineStats:
-        """Cumulative counters; read them, never write."""
-        return self._history.stats
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InputError when it could never run here, CapacityError when the queue is full."""
@@ -314,21 +311,21 @@ class Engine:
             request.computed = request.kept = 0
             request.drafts, request.draft_laws = (), ()
             request.preemptions += 1
-        self._seats.admit(admitted)
         hits: dict[str, Hit] = {}
-        for entry in schedule.entries:  # before anybody is given what others have left
-            if entry.request_id not in running:
-                hits[entry.request_id] = self._begin(scheduled[entry.request_id], entry.start)
+        if admitted:
+            self._seats.admit(admitted)
+            for entry in schedule.entries:  # before anybody is given what others have left
+                if entry.request_id not in running:
+                    hits[entry.request_id] = self._begin(scheduled[entry.request_id], entry.start)
         copies: list[tuple[int, int]] = []
-        for entry in schedule.entries:
-            request = scheduled[entry.request_id]
+        requests = tuple([scheduled[entry.request_id] for entry in schedule.entries])
+        for entry, request in zip(schedule.entries, requests, strict=True):
             self._memory.grow(request, entry.blocks)
             if request.first_scheduled is None:
                 request.first_scheduled = now
-            if entry.request_id in hits and (source := hits[entry.request_id].copied) is not None:
-                copies.append((source, request.blocks[entry.start // self.limits.block_size]))
+            if hits and (hit := hits.get(entry.request_id)) is not None and hit.copied is not None:
+                copies.append((hit.copied, request.blocks[entry.start // self.limits.block_size]))
         self._history.scheduled(schedule, admitted, hits, now)
-        requests = tuple(scheduled[entry.request_id] for entry in schedule.entries)
         return Plan(schedule, requests, self._tables(requests), tuple(copies))
 
     def _tables(self, requests: Sequence[Request]) -> tuple[Sequence[int], ...]:
@@ -353,7 +350,7 @@ class Engine:
     def _collect(self, plan: Plan, outcome: Outcome) -> None:
         """Advance every sequence of the iteration by what was computed and drawn."""
         self._history.ran(plan, outcome.start, outcome.end, self._memory.pool.used_count)
-        failed = dict(outcome.failed)
+        failed, alive, shared = dict(outcome.failed), self._requests, self._memory.shared
         for index, vector in outcome.pooled:
             plan.requests[index].pooled = vector
         if self.drafter is not None:
@@ -361,13 +358,13 @@ class Engine:
         for index, (entry, request, sampled, scores) in enumerate(
             zip(plan.schedule.entries, plan.requests, outcome.sampled, outcome.prompt_logprobs, strict=True)
         ):
-            request.drafts, request.draft_laws = (), ()
-            if self._requests.get(request.id) is not request:  # cancelled meanwhile
+            request.drafts = request.draft_laws = ()
+            if alive.get(request.id) is not request:  # cancelled meanwhile
                 continue
             request.computed = entry.start + entry.count - entry.drafts
-            if index not in failed:
+            if shared and index not in failed:
                 self._memory.keep(request)
-            if entry.start < len(request.prompt) <= request.computed and not request.output:
+            if not request.output and entry.start < len(request.prompt) <= request.computed:
                 self.stats.prompt_tokens += len(request.prompt)
             if scores:
                 keep_prompt_scores(request, entry.start, scores)
@@ -400,7 +397,8 @@ class Engine:
                 self._end(request, event.finish_reason, event)
                 return
             self._outbox.put(request, event)
-        self._seats.release_forks(request)
+        if self._seats.forks:
+            self._seats.release_forks(request)
 
     def _fail(self, plan: Plan, error: Exception, start: int) -> None:
         """The executor raised: the requests of the iteration end, everything else goes on."""

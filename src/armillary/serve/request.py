@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from armillary.core.values import value
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,7 +42,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TokenLogprob:
     """A token, its log-probability (None when not asked for), and `top` alternatives as (token, logprob), best first."""
 
@@ -49,7 +51,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Event:
     """One step of a request's output, handed to `Request.on_event` on the engine's thread.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from armillary.core.values import value
 from armillary.serve.request import Request, TokenLogprob
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Reason(StrEnum):
     LOWEST_CLASS = "preempted: others needed KV blocks, and nobody was of a lower priority"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Entry:
     """One sequence's share of an iteration: compute `count` tokens from position `start`.
 
@@ -54,7 +55,7 @@ class Entry:
     drafts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Preemption:
     """A running sequence that loses its blocks and goes back to the front of the queue."""
 
@@ -63,7 +64,7 @@ class Preemption:
     blocks: int  # free by that: its own, but for those that another sequence shares
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hold:
     """A sequence that could not run in this iteration, and why."""
 
@@ -71,7 +72,7 @@ class Hold:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Schedule:
     """One iteration. Entries of running sequences come first, then those admitted, in queue order.
 
@@ -109,7 +110,7 @@ class Limits:
         return filled if self.most_blocks is None else min(filled, self.most_blocks)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hit:
     """The beginning of a sequence that has been computed already: whole blocks, in order, and the tokens in them.
 
@@ -168,7 +169,7 @@ class Room:
         return self._memory.references(block) - self._given_back.get(block, 0)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class State:
     """What a policy sees. `waiting` is in queue order (preempted sequences at the front), `running` in admission order.
 
@@ -181,7 +182,7 @@ class State:
     running: Sequence[Request]
     free_blocks: int
     limits: Limits
-    memory: Memory = NothingShared()  # noqa: RUF009
+    memory: Memory = NothingShared()
     now: int = 0
     measured: Sequence[tuple[int, int]] = ()
 
@@ -210,7 +211,7 @@ class Repeating(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Plan:
     """A schedule with the block tables that carry it out: what an executor gets.
 
@@ -224,7 +225,7 @@ class Plan:
     copies: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Outcome:
     """What an iteration produced, by entry index.
 

@@ -17,20 +17,20 @@ class Seats:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.parked: list[tuple[Request, FinishReason, Event]] = []
-        self._forks = Forks()
+        self.forks = Forks()
 
     @property
     def queued(self) -> int:
         """How many have not begun."""
-        return len(self.waiting) + len(self._forks)
+        return len(self.waiting) + len(self.forks)
 
     def queue(self) -> Iterator[Request]:
-        return chain(self.waiting, self._forks)
+        return chain(self.waiting, self.forks)
 
     def enter(self, request: Request, *, as_fork: bool) -> None:
         """A new request, last in the queue, or with its parent's forks until `release_forks`."""
         if as_fork:
-            self._forks.add(request)
+            self.forks.add(request)
         else:
             self.waiting.append(request)
 
@@ -55,7 +55,7 @@ class Seats:
 
     def release_forks(self, parent: Request) -> None:
         """Those that waited for the parent's prompt take the place in the queue that they had before those who came later."""
-        forks = self._forks.release(parent) if len(self._forks) else ()
+        forks = self.forks.release(parent)
         if forks:
             place = next((i for i, request in enumerate(self.waiting) if request.number > forks[0].number), len(self.waiting))
             for fork in reversed(forks):
@@ -70,10 +70,10 @@ class Seats:
         elif request in self.waiting:
             self.waiting.remove(request)
         else:
-            self._forks.remove(request)
+            self.forks.remove(request)
 
     def clear(self) -> None:
         self.waiting.clear()
         self.running.clear()
         self.parked.clear()
-        self._forks.clear()
+        self.forks.clear()

@@ -27,6 +27,11 @@ class SequenceMemory:
         self._retained: dict[str, Request] = {}
         self._whole = kv.positional  # a table keeps all its blocks
 
+    @property
+    def shared(self) -> bool:
+        """Whether sequences that begin alike share blocks."""
+        return self._prefixes is not None
+
     def retain(self, request: Request) -> None:
         """An ended sequence keeps its blocks for forks."""
         self._retained[request.id] = request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from armillary.core.errors import ArmillaryError
 from armillary.serve.request import Request
-from armillary.serve.schedule import Entry, Outcome, Plan, Room, Schedule, State
+from armillary.serve.schedule import Entry, Limits, Outcome, Plan, Room, Schedule, State
 
 
 class ScheduleError(ArmillaryError):
@@ -40,11 +40,11 @@ def verify(schedule: Schedule, state: State) -> dict[str, Request]:
         if entry.request_id in preempted:
             raise ScheduleError(f"request '{entry.request_id}' is preempted and scheduled in one iteration")
         if entry.request_id in running or not entry.start:
-            _verify_entry(entry, request, state, request.computed)
+            _verify_entry(entry, request, limits, request.computed)
             room.free -= entry.blocks - len(request.blocks)
             continue
         hit = state.memory.hit(request)
-        _verify_entry(entry, request, state, max(request.computed, hit.tokens))
+        _verify_entry(entry, request, limits, max(request.computed, hit.tokens))
         if hit.forked and request.parent is not None and request.parent.id in preempted:
             raise ScheduleError(f"request '{request.id}' begins with the blocks of '{request.parent.id}', which is preempted")
         room.free -= room.needed(entry.blocks, hit) - len(request.blocks)
@@ -78,20 +78,20 @@ def _scheduled(schedule: Schedule, running: dict[str, Request], state: State) ->
     return scheduled, found
 
 
-def _verify_entry(entry: Entry, request: Request, state: State, computed: int) -> None:
-    end = entry.start + entry.count
-    known, wanted = end - entry.drafts, request.known
-    if entry.start != computed:
-        raise _defect(entry, f"starts at {entry.start}, its cache ends at {computed}")
-    if entry.count < 1 or known > wanted:
-        raise _defect(entry, f"computes {entry.count} tokens, {wanted - computed} are wanted")
+def _verify_entry(entry: Entry, request: Request, limits: Limits, computed: int) -> None:
+    start, count, drafts, blocks = entry.start, entry.count, entry.drafts, entry.blocks
+    end, wanted = start + count, len(request.prompt) + len(request.output)
+    known = end - drafts
+    if start != computed:
+        raise _defect(entry, f"starts at {start}, its cache ends at {computed}")
+    if count < 1 or known > wanted:
+        raise _defect(entry, f"computes {count} tokens, {wanted - computed} are wanted")
     if entry.sample != (known == wanted and request.sampling.max_tokens > 0):
         raise _defect(entry, "must sample exactly when it reaches the last known token")
-    if entry.drafts and not 0 <= entry.drafts <= (len(request.drafts) if entry.sample else 0):
-        raise _defect(entry, f"verifies {entry.drafts} drafts, {len(request.drafts)} were proposed")
-    blocks, limits = entry.blocks, state.limits
+    if drafts and not 0 <= drafts <= (len(request.drafts) if entry.sample else 0):
+        raise _defect(entry, f"verifies {drafts} drafts, {len(request.drafts)} were proposed")
     if blocks < len(request.blocks) or (blocks * limits.block_size < end and blocks < limits.blocks_for(end)):
-        raise _defect(entry, f"owns {entry.blocks} KV blocks, {max(len(request.blocks), state.limits.blocks_for(end))} are needed")
+        raise _defect(entry, f"owns {blocks} KV blocks, {max(len(request.blocks), limits.blocks_for(end))} are needed")
 
 
 def _defect(entry: Entry, what: str) -> ScheduleError:
@@ -107,7 +107,7 @@ def verify_outcome(outcome: Outcome, plan: Plan) -> None:
         raise ArmillaryError(f"the executor says that its iteration ended at {outcome.end} ns and began at {outcome.start} ns")
     failed = {index for index, _ in outcome.failed}
     for index, (entry, sampled) in enumerate(zip(entries, outcome.sampled, strict=True)):
-        if not entry.sample <= len(sampled) <= entry.sample + entry.drafts and index not in failed:
+        if len(sampled) != entry.sample and not entry.sample <= len(sampled) <= entry.sample + entry.drafts and index not in failed:
             raise ArmillaryError(
                 f"the executor drew {len(sampled)} tokens for request '{entry.request_id}', which samples {int(entry.sample)} after {entry.drafts} drafts"
             )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from armillary.core.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Batch:
     """`prompts`: of each piece of a prompt (query, cached): `query` new tokens that follow `cached` computed ones.
 

@@ -39,7 +39,9 @@ class Sarathi:
     def step(self, state: State) -> Schedule:
         limits, room = state.limits, Room(state)
         preempted, running = self._victims.choose(state, _growth, room)
-        decodes, prompts, size = list[Request](), list[Request](), limits.block_size
+        size = limits.block_size
+        decodes: list[Request] = []
+        prompts: list[Request] = []
         for request in running:
             (decodes if is_decode(request) else prompts).append(request)
         budget = self._budget(state, len(decodes))
@@ -48,15 +50,18 @@ class Sarathi:
         held: list[Hold] = []
 
         spare = budget - len(running)  # for drafts: they leave a token to everyone
+        budget -= len(decodes)
         for request in decodes:
-            known, owned, drafts, more = request.known, len(request.blocks), 0, 0
+            known, owned = len(request.prompt) + len(request.output), len(request.blocks)
             blocks = owned if known <= owned * size else max(owned, limits.blocks_for(known))
-            if request.drafts:
-                drafts = drafts_that_fit(request, spare, blocks - owned + room.free, size)
-                more = max(0, limits.blocks_for(known + drafts) - blocks)
+            if not request.drafts:
+                entries.append(decode(request, known, blocks))
+                continue
+            drafts = drafts_that_fit(request, spare, blocks - owned + room.free, size)
+            more = max(0, limits.blocks_for(known + drafts) - blocks)
             entries.append(decode(request, known, blocks + more, drafts))
             room.free -= more
-            budget -= 1 + drafts
+            budget -= drafts
             spare -= drafts
 
         for request in prompts:
@@ -105,6 +110,6 @@ def _growth(running: Sequence[Request], state: State) -> int:
     size = limits.block_size
     for request in running:
         owned = len(request.blocks)
-        if (known := request.known) > owned * size and is_decode(request):
+        if (known := len(request.prompt) + len(request.output)) > owned * size and is_decode(request):
             blocks += max(0, limits.blocks_for(known) - owned)
     return blocks

@@ -14,12 +14,11 @@ from armillary.core.trace import Trace
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.virtual import VirtualExecutor
-from armillary.serve.history import History
 from armillary.serve.iteration_times import KEPT
 from armillary.serve.lookahead import foresee
-from armillary.serve.request import Event, FinishReason, Request, TokenLogprob
+from armillary.serve.request import Event, FinishReason, Request
 from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedule, SchedulerPolicy
-from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes, silent
+from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
 from armillary.serve.workload.requests import in_order
@@ -58,7 +57,11 @@ class VirtualEngine(Engine):
         recorder: Recording | None = None,
         told: bool = True,
     ) -> None:
-        super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter)
+        if trace is not None and not told:
+            raise InputError(
+                "a trace tells when requests waited, which an engine that keeps no stories does not know", "leave told, or the trace"
+            )
+        super().__init__(executor, config, clock=executor.clock, trace=trace, policy=policy, drafter=drafter, told=told)
         self.virtual, self.virtual_clock = executor, executor.clock
         self._foresees = config.async_scheduling == "on" and drafter is None  # drafts follow the token that is being drawn
         leaps = fast_forward and drafter is None and config.kv_policy == "dense" and not self._foresees
@@ -69,12 +72,6 @@ class VirtualEngine(Engine):
         self._drafted = False
         if config.speculate != "off" and drafter is None:
             raise InputError(f"nobody proposes tokens here, as speculate {config.speculate} wants", "give a drafter", field="speculate")
-        if not told:
-            if trace is not None:
-                raise InputError(
-                    "a trace tells when requests waited, which an engine that keeps no stories does not know", "leave told, or the trace"
-                )
-            self._history = History(None, told=False)
         self.queued_tokens = 0  # of prompts that have not been started
         self.busy = 0  # ns of iterations that have ended
 
@@ -197,19 +194,8 @@ class VirtualEngine(Engine):
                 self._memory.grow(request, len(request.blocks) + 1)
         return used + [pool.used_count] * (last - len(used)) if traced else used
 
-    def _accept(self, request: Request, drafts: int, sampled: Sequence[TokenLogprob], at: int) -> None:
-        if drafts or len(request.output) + 1 >= request.sampling.max_tokens or not silent(request):
-            super()._accept(request, drafts, sampled, at)
-            return
-        request.output.append(sampled[0].token)  # an event that nobody would hear of is not made
-        if request.first_token is None:
-            request.first_token = at
-        request.last_token = at
-        self.stats.generated_tokens += 1
-        self._seats.release_forks(request)
-
     def _tables(self, requests: Sequence[Request]) -> tuple[Sequence[int], ...]:
-        return tuple([request.blocks for request in requests])  # as they are: nobody reads them
+        return ()  # nobody reads them
 
     def _begin(self, request: Request, start: int) -> Hit:
         if request.first_scheduled is None:

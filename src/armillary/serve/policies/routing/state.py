@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from armillary.core.values import value
 
-@dataclass(frozen=True, slots=True)
+
+@value
 class ReplicaView:
     """A replica that takes requests, as the router knows it from what it sent there and what came back.
 
@@ -31,7 +32,7 @@ class ReplicaView:
         return 4 * self.waiting + self.running
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RouteState:
     """A request, and the replicas that may take it (at least one, in order of their index).
 
@@ -47,7 +48,7 @@ class RouteState:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Route:
     """Where a request goes; `reason` is shown to users."""
 
