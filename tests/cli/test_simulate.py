@@ -18,6 +18,19 @@ def test_a_workload_in_virtual_time(capsys):
     assert facts["dollars_per_million_tokens"] > 0
 
 
+def test_conversations_and_what_the_prefix_cache_had_of_them(capsys):
+    plain = ["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--sessions", "20", "--turns", "3..3", "--system-prompt", "400"]
+    assert run([*plain, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["requests"], facts["workload"]["sessions"], facts["workload"]["sessions_cut"]) == (60, 20, 0)
+    assert 0.6 < facts["prefix_hit_rate"] <= facts["workload"]["shared"] < 1
+    assert run([*plain, "--requests", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "7 requests" in told
+    assert "had been asked or answered before" in told
+    assert "of the prompts' tokens were in the prefix cache" in told
+
+
 def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
     told = []
     for more in ([], [], ["--step-all"]):
@@ -73,6 +86,12 @@ def test_decode_workers_draft(capsys):
         (["llama-2-7b", "--rate", "0"], "no rate"),
         (["llama-2-7b", "--rate", "nan"], "no rate"),
         (["llama-2-7b", "--requests", "0"], "no workload"),
+        (["llama-2-7b", "--sessions", "0"], "no workload"),
+        (["llama-2-7b", "--turns", "3"], "give --sessions"),
+        (["llama-2-7b", "--sessions", "3", "--turns", "some"], "no session"),
+        (["llama-2-7b", "--sessions", "3", "--think", "20"], "20s"),
+        (["llama-2-7b", "--sessions", "3", "--system-prompt", "5000"], "no room in a context of 4,096"),
+        (["llama-2-7b", "--sessions", "3", "--trace", "x.csv"], "give one of them"),
         (["llama-2-7b", "--lengths", "poems"], "conversation, code, summarization"),
         (["llama-2-7b", "--tp", "3", "--cluster", "dgx-h100"], "32 attention heads, which tensor_parallel 3 does not divide"),
         (["llama-2-7b", "--tp", "0"], "tensor_parallel is 0"),

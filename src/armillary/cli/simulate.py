@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
+from armillary.cli.settings import ConfigFile, EngineFlags, Json, settle
+from armillary.cli.workload import Coming, Workload, percentiles, told
 
 if TYPE_CHECKING:
     from armillary.models.graph.cost import Deployment
     from armillary.plan.objective import Objective
     from armillary.serve.config import EngineConfig
-    from armillary.serve.request import Request
     from armillary.serve.simulation.acceptance import Acceptance as Rates
     from armillary.serve.simulation.phases import Phases
     from armillary.serve.simulation.scenario import Run, Scenario
@@ -88,24 +87,6 @@ class Hardware:
     ] = None
 
 
-@Parameter(name="*")
-@dataclasses.dataclass(frozen=True, slots=True)
-class Workload:
-    """What comes."""
-
-    requests: Annotated[int, Parameter(group=WORKLOAD, help="How many.")] = 1000
-    rate: Annotated[
-        float | None, Parameter(group=WORKLOAD, help="A second, over all replicas (default: 1 a replica).", show_default=False)
-    ] = None
-    variation: Variation = 1.0
-    lengths: Lengths = "conversation"
-    trace: Annotated[
-        Path | None, Parameter(group=WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
-    ] = None
-    speed: Annotated[float, Parameter(group=WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
-    acceptance: Acceptance = None
-
-
 @simulate.command(name="serve")
 def serve(
     model: Annotated[
@@ -114,7 +95,7 @@ def serve(
     /,
     *,
     hardware: Hardware = Hardware(),
-    workload: Workload = Workload(),
+    workload: Workload = Workload(),  # noqa: B008
     engine: EngineFlags = EngineFlags(),  # noqa: B008
     config: ConfigFile = None,
     slo: Annotated[str | None, Parameter(help="Tell which share of the requests keeps it: ttft=300ms,tpot=50ms,wait=5s.")] = None,
@@ -128,29 +109,29 @@ def serve(
     from armillary.cli.terminal import print_json, table, timed
     from armillary.core.errors import InputError
     from armillary.core.trace import Trace
-    from armillary.core.units import format_count, format_duration
+    from armillary.core.units import format_duration
     from armillary.plan.objective import parse
     from armillary.serve.simulation.scenario import Scenario
 
     objective = parse(slo) if slo is not None else None
     simulated = simulated_of(model, hardware, workload, engine, config, fast=not step_all)
-    coming = requests_of(workload, simulated)
+    coming = Coming(workload, simulated)
     if save is not None and not isinstance(simulated, Scenario):
         raise InputError(
             "a trace of several engines would mix their iterations", "trace one replica, without --prefill-workers", field="save"
         )
     trace = Trace(f"{model}, virtual time") if save is not None else None
-    with timed(f"{format_count(workload.requests)} requests in virtual time") as close:
-        run = simulated.run(coming, trace=trace) if isinstance(simulated, Scenario) else simulated.run(coming)
+    with timed("requests in virtual time") as close:
+        run = simulated.run(coming.source, trace=trace) if isinstance(simulated, Scenario) else simulated.run(coming.source)
         close(
             f"{format_duration(run.result.makespan)} of virtual time, {len(run.result.arrival) / max(run.wall, 1e-9):,.0f} requests a second"
         )
     if save is not None and trace is not None:
         trace.save(save)
     if json:
-        print_json(_facts(simulated, run, objective))
+        print_json(_facts(simulated, run, coming, objective))
         return
-    _tell(simulated, run, objective, table)
+    _tell(simulated, run, coming, objective, table)
 
 
 def simulated_of(
@@ -288,30 +269,9 @@ def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
     return Phases(scenario, decode, link).times(hardware.prefill_workers, hardware.decode_workers)
 
 
-def requests_of(workload: Workload, simulated: Scenario | Phases) -> Iterator[Request]:
-    """What comes, one by one."""
-    from armillary.core.errors import InputError
-    from armillary.serve.simulation.phases import Phases
-    from armillary.serve.workload import bursty, requests
-    from armillary.serve.workload.lengths import named
-    from armillary.serve.workload.requests import arrivals
-    from armillary.serve.workload.trace_file import read_trace
-
-    if workload.requests < 1:
-        raise InputError(f"{workload.requests} requests are no workload", "give at least 1", field="requests")
-    if workload.trace is not None:
-        return requests(read_trace(workload.trace, speed=workload.speed, most=workload.requests))
-    first = simulated.prefill if isinstance(simulated, Phases) else simulated
-    seed, usual = first.config.seed, 1 if isinstance(simulated, Phases) else simulated.replicas
-    times = bursty(workload.rate if workload.rate is not None else float(usual), workload.variation, seed)
-    return requests(arrivals(times, named(workload.lengths), workload.requests, seed + 1, limit=first.context))
-
-
-def _facts(simulated: Scenario | Phases, run: Run, objective: Objective | None) -> dict[str, Any]:
+def _facts(simulated: Scenario | Phases, run: Run, coming: Coming, objective: Objective | None) -> dict[str, Any]:
     """Everything as plain values; times in ns. `busy`: the share of the time in which an engine has an iteration. `model_flops_utilization`: two
     FLOPs a parameter that a token passes through, of the devices' peak; without attention."""
-    import numpy as np
-
     from armillary.models.graph.parameters import active_parameters
     from armillary.serve.simulation.phases import Phases
 
@@ -328,11 +288,6 @@ def _facts(simulated: Scenario | Phases, run: Run, objective: Objective | None) 
         scenario, engines = simulated, simulated.replicas
     result, devices = run.result, simulated.devices
 
-    def spread(values: Any) -> dict[str, float]:
-        return {
-            f"p{percent}": float(np.percentile(values, percent, method="inverted_cdf")) if len(values) else 0.0 for percent in (50, 90, 99)
-        }
-
     device, span = scenario.deployment.device, max(1, result.makespan)
     flops = 2 * active_parameters(scenario.deployment.model) * run.stats.scheduled_tokens
     attained = flops / (span / 1e9 * devices * device.peak(scenario.deployment.product_dtype))
@@ -342,14 +297,16 @@ def _facts(simulated: Scenario | Phases, run: Run, objective: Objective | None) 
         "model": scenario.deployment.model.name, "device": device.name, "devices": devices,
         "replicas": simulated.replicas if not apart else 0,
         "scheduling": scenario.settled.scheduling, "kv_blocks": run.blocks, "requests": len(result.arrival),
+        "workload": coming.facts(result),
         "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan,
-        "wait": spread(result.waits), "first_token": spread(result.first_tokens), "per_token": spread(result.per_token),
+        "wait": percentiles(result.waits), "first_token": percentiles(result.first_tokens), "per_token": percentiles(result.per_token),
         "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
         "throughput_per_device": result.throughput / devices,
         "busy": run.busy / span / engines, "model_flops_utilization": attained,
         "slo": None if objective is None else {"text": objective.text, "attainment": objective.met(result), "each": objective.each(result)},
         "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
         "drafts": _drafts(scenario, run),
+        "prefix_hit_rate": run.stats.reused_tokens / run.stats.sought_tokens if run.stats.sought_tokens else None,
         "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
         "wall_seconds": run.wall, **apart,
     }  # fmt: skip
@@ -373,11 +330,11 @@ def _drafts(scenario: Scenario, run: Run) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _tell(simulated: Scenario | Phases, run: Run, objective: Objective | None, table: Any) -> None:
+def _tell(simulated: Scenario | Phases, run: Run, coming: Coming, objective: Objective | None, table: Any) -> None:
     from armillary.core.units import format_bytes, format_count, format_duration, format_rate
     from armillary.serve.simulation.phases import Phases
 
-    facts = _facts(simulated, run, objective)
+    facts = _facts(simulated, run, coming, objective)
     scenario = simulated.decode if isinstance(simulated, Phases) else simulated
     config = scenario.settled
     if isinstance(simulated, Phases):
@@ -396,7 +353,7 @@ def _tell(simulated: Scenario | Phases, run: Run, objective: Objective | None, t
         print(
             f"drafts: {drafts['by']}; {drafts['verified']:,} were verified and {drafts['accepted']:,} right, {drafts['tokens_a_pass']:.2f} tokens a pass"
         )
-    print()
+    print("\n" + told(facts["workload"]) + "\n")
     names = (
         ("wait", "wait in the queue"),
         ("first_token", "time to first token"),
@@ -405,12 +362,13 @@ def _tell(simulated: Scenario | Phases, run: Run, objective: Objective | None, t
     )
     rows = [(words, *(format_duration(facts[name][column]) for column in ("p50", "p90", "p99"))) for name, words in names]
     table(("", "p50", "p90", "p99"), rows)
-    dollars = facts["dollars_per_million_tokens"]
+    dollars, found = facts["dollars_per_million_tokens"], facts["prefix_hit_rate"]
     print(
         f"\n{facts['requests']:,} requests, {format_count(facts['prompt_tokens'])} prompt and {format_count(facts['generated_tokens'])} generated tokens "
         f"in {format_duration(facts['makespan'])}: {facts['throughput']:,.0f} tokens a second, {facts['throughput_per_device']:,.0f} a device"
         + (f", ${dollars:,.2f} a million generated tokens" if dollars is not None else "")
         + f"; {facts['iterations']:,} iterations, {facts['preemptions']:,} preemptions"
+        + (f"; {found:.1%} of the prompts' tokens were in the prefix cache" if found else "")
     )
     print(
         f"an engine has an iteration {facts['busy']:.1%} of the time; products with weights are {facts['model_flops_utilization']:.1%} of the devices' peak"

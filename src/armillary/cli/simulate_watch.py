@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from armillary.cli.settings import ConfigFile, EngineFlags
-from armillary.cli.simulate import Hardware, Workload, requests_of, simulated_of
+from armillary.cli.simulate import Hardware, simulated_of
+from armillary.cli.workload import Coming, Workload
 
 if TYPE_CHECKING:
     from armillary.serve.simulation.playback import Playback
@@ -39,8 +39,8 @@ def watch(
         raise InputError(
             "prefill and decode workers cannot be watched yet", "watch replicas, without --prefill-workers", field="prefill_workers"
         )
-    playback = Playback(scenario, lambda: requests_of(workload, scenario), replica)
-    next(islice(requests_of(workload, scenario), 1), None)  # what is wrong with the workload is told now
+    playback = Playback(scenario, lambda: Coming(workload, scenario).source, replica)
+    Coming(workload, scenario).check()
     deployment, layout = scenario.deployment, scenario.deployment.layout
     about = {
         "name": deployment.model.name,

@@ -82,6 +82,7 @@ class Request:
     priority: int = 0  # its class: a lower one is served earlier
     deadline: int | None = None
     cache_salt: str = ""  # computed keys and values are shared among requests of the same salt only
+    session: str = ""  # the conversation that it belongs to, where that is known: routers may keep it on one replica
     adapter: str = ""  # the low-rank weights that it runs with, "" for none
     delivered: int = 0  # tokens whose keys and values come with the request, from the worker that computed them
     constraint: Constraint | None = None  # what may come next

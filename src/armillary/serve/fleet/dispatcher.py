@@ -209,8 +209,9 @@ class Dispatcher:
 
     def state(self, ticket: Ticket, candidates: Sequence[Member]) -> RouteState:
         views = tuple(member.view(ticket.names, self.limits.block_size) for member in candidates)
-        session = ticket.names[0].hex() if ticket.names else ticket.request.id
-        return RouteState(ticket.request.id, session, ticket.request.known, views, self.stats.routed, self.engine.seed)
+        request = ticket.request
+        session = request.session or (ticket.names[0].hex() if ticket.names else request.id)
+        return RouteState(request.id, session, request.known, views, self.stats.routed, self.engine.seed)
 
     def send(self, ticket: Ticket, member: Member, stage: Stage, tied: bool = False) -> None:
         request, now = ticket.request, self.clock.now()

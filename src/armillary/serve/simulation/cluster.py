@@ -12,7 +12,7 @@ from armillary.serve.prefix_cache import known_names
 from armillary.serve.request import Request
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.leap import Leap
-from armillary.serve.workload.requests import in_order
+from armillary.serve.workload.requests import Listed, Source
 from armillary.sim.events import EventQueue
 
 
@@ -66,18 +66,20 @@ class Cluster:
         self._events: EventQueue[Replica] = EventQueue()
         self._named = any(engine.config.prefix_cache == "on" for engine in engines) and router.name in ("cache-aware", "consistent-hash")
 
-    def run(self, requests: Iterable[Request]) -> None:
+    def run(self, requests: Iterable[Request] | Source) -> None:
         """`requests`, in the order of their `arrival`, to their end; they are taken one by one.
 
-        One that arrives when an iteration ends is in time for the next. Raises InputError for one that arrives before the one before it.
+        One that arrives when an iteration ends is in time for the next, but for one that comes because of that end: then the next has begun. Raises InputError for one that arrives before the one before it.
         """
-        events = self._events
-        for at, request in in_order(requests):
-            while (then := events.next_time) is not None and then < at:
+        coming, events = requests if isinstance(requests, Source) else Listed(requests), self._events
+        while True:
+            at, then = coming.next_time, events.next_time
+            if at is not None and (then is None or at <= then):
+                self.route(coming.take(), at)
+            elif then is not None:
                 self.advance()
-            self.route(request, at)
-        while len(events):
-            self.advance()
+            else:
+                break
         self.check()
 
     @property
@@ -101,7 +103,7 @@ class Cluster:
         replica = self.replicas[0]
         if len(self.replicas) > 1:
             names = known_names(request, replica.engine.limits.block_size) if self._named else ()
-            session = names[0].hex() if names else request.id
+            session = request.session or (names[0].hex() if names else request.id)
             state = RouteState(request.id, session, len(request.prompt), Views(self.replicas, names), self.routed, self._seed)
             replica = self.replicas[self.router.step(state).replica]
             if names:

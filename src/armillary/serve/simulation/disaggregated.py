@@ -24,7 +24,7 @@ from armillary.serve.simulation.cluster import Cluster, Replica
 from armillary.serve.simulation.drafts import Drafting
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.recorder import Recorder, Result
-from armillary.serve.workload.requests import in_order
+from armillary.serve.workload.requests import Listed, Source
 from armillary.sim.costs import CostModel
 from armillary.sim.events import EventQueue
 
@@ -95,6 +95,7 @@ class Disaggregated:
                 f"{prefill.count} prefill and {decode.count} decode engines are no pairs", "give as many of each", field="paired"
             )
         self.recorder = Recorder()
+        self._source: Source = Listed(())
         self.moved: list[Transfer] = []
         self._decode, self._link, self._token_bytes, self._buffer = decode, link, token_bytes, buffer
         self._prefilled = [_Ended() for _ in range(prefill.count)]
@@ -113,46 +114,56 @@ class Disaggregated:
         self._paired = paired
         self._transfers: EventQueue[tuple[Transfer, Request]] = EventQueue()
 
-    def run(self, requests: Iterable[Request]) -> Result:
-        """`requests`, in the order of their `arrival`, to their end. Raises InputError for one that could never run, or comes before the last."""
-        for at, request in in_order(requests):
-            if len(request.prompt) > self._buffer:
-                raise InputError(
-                    f"the prompt of request '{request.id}' has {len(request.prompt):,} tokens, the buffer of a prefill engine {self._buffer:,}",
-                    "give a larger buffer",
-                    field="buffer",
-                )
-            admissible(request, self._decode.config, self.decode.replicas[0].engine.limits)
-            self._until(at)
-            self._requests[request.id] = request
-            self._coming.append(request)
-            self._begin(at)
-        self._until(None)
+    def run(self, requests: Iterable[Request] | Source) -> Result:
+        """`requests`, in the order of their `arrival`, to their end; a `Source` hears of those that end.
+
+        Raises InputError for one that could never run, or comes before the last.
+        """
+        coming = self._source = requests if isinstance(requests, Source) else Listed(requests)
+        while True:
+            at, then = coming.next_time, self._next_time
+            if at is not None and (then is None or at <= then):
+                self._enter(coming.take(), at)
+            elif then is not None:
+                self._advance(then)
+            else:
+                break
         assert not self._requests  # everything that could run has ended
         self.prefill.check()
         self.decode.check()
         return self.recorder.result()
 
-    def _until(self, at: int | None) -> None:
-        """Everything before `at` happens; at one instant prompts end first, then transfers, then decodes."""
-        while True:
-            times = (self.prefill.next_time, self._transfers.next_time, self.decode.next_time)
-            known = [time for time in times if time is not None]
-            if not known or (at is not None and min(known) >= at):
-                return
-            now = min(known)
-            if times[0] == now:
-                self.prefill.advance()
-                self._first_tokens(now)
-            elif times[1] == now:
-                found = self._transfers.pop()
-                assert found is not None
-                self._arrived(*found)
-            else:
-                self.decode.advance()
-                self._answers()
-                for target in range(len(self._pending)):
-                    self._pull(target, now)
+    def _enter(self, request: Request, at: int) -> None:
+        if len(request.prompt) > self._buffer:
+            raise InputError(
+                f"the prompt of request '{request.id}' has {len(request.prompt):,} tokens, the buffer of a prefill engine {self._buffer:,}",
+                "give a larger buffer",
+                field="buffer",
+            )
+        admissible(request, self._decode.config, self.decode.replicas[0].engine.limits)
+        self._requests[request.id] = request
+        self._coming.append(request)
+        self._begin(at)
+
+    @property
+    def _next_time(self) -> int | None:
+        times = (self.prefill.next_time, self._transfers.next_time, self.decode.next_time)
+        return min((time for time in times if time is not None), default=None)
+
+    def _advance(self, now: int) -> None:
+        """What happens at `now`; at one instant prompts end first, then transfers, then decodes."""
+        if self.prefill.next_time == now:
+            self.prefill.advance()
+            self._first_tokens(now)
+        elif self._transfers.next_time == now:
+            found = self._transfers.pop()
+            assert found is not None
+            self._arrived(*found)
+        else:
+            self.decode.advance()
+            self._answers()
+            for target in range(len(self._pending)):
+                self._pull(target, now)
 
     def _begin(self, now: int) -> None:
         """As many of those that wait, in the order in which they came, as have room for what their prompts leave."""
@@ -239,6 +250,7 @@ class Disaggregated:
     def _done(self, request: Request) -> None:
         del self._requests[request.id]
         self.recorder.ended(request)
+        self._source.ended(request)
 
 
 def _engines(side: Side, ended: Sequence[_Ended], fast_forward: bool) -> list[VirtualEngine]:

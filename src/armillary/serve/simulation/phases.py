@@ -16,6 +16,7 @@ from armillary.models.graph.work import Work
 from armillary.serve.request import Request
 from armillary.serve.simulation.disaggregated import Disaggregated, Side
 from armillary.serve.simulation.scenario import Run, Scenario, summed
+from armillary.serve.workload.requests import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class Phases:
         """One engine of each phase."""
         return self.times(1, 1)
 
-    def run(self, requests: Iterable[Request]) -> Run:
-        """`requests`, in the order of their arrival, to their end.
+    def run(self, requests: Iterable[Request] | Source) -> Run:
+        """`requests`, in the order of their arrival, to their end; a `Source` hears of those that end.
 
         Raises InputError for a request that could never run, CapacityError when a queue passes its bound.
         """

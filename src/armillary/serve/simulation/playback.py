@@ -10,6 +10,7 @@ from armillary.core.errors import ArmillaryError, InputError
 from armillary.serve.request import Request
 from armillary.serve.simulation.scenario import Scenario
 from armillary.serve.simulation.watched import Abandoned, Gate, WatchedEngine
+from armillary.serve.workload.requests import Source
 
 
 class Playback:
@@ -18,7 +19,7 @@ class Playback:
     `replica`: whose engine is looked at. The other replicas are as far as the events before the instant have brought them.
     """
 
-    def __init__(self, scenario: Scenario, requests: Callable[[], Iterable[Request]], replica: int = 0) -> None:
+    def __init__(self, scenario: Scenario, requests: Callable[[], Iterable[Request] | Source], replica: int = 0) -> None:
         if not 0 <= replica < scenario.replicas:
             raise InputError(
                 f"there is no replica {replica} among {scenario.replicas:,}", f"watch 0 to {scenario.replicas - 1}", field="replica"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +25,9 @@ class Recorder:
     pairs they are rounded by at most a 4,096th and equal ones are one, so that a simulation may go on for ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[Request], None] | None = None) -> None:
+        """`told` hears of each request that ends."""
+        self._told = told
         self._columns = {
             name: array("q")
             for name in ("arrival", "first_scheduled", "first_token", "finished", "prompt", "answer", "preemptions", "reused")
@@ -42,6 +45,8 @@ class Recorder:
         columns["answer"].append(len(request.output))
         columns["preemptions"].append(request.preemptions)
         columns["reused"].append(request.reused)
+        if self._told is not None:
+            self._told(request)
 
     def waited(self, plan: Plan, ends: NDArray[np.int64]) -> None:
         """Iterations that repeat `plan` end at `ends` ns, and none of their tokens has been handed out. [iterations]"""

@@ -23,6 +23,7 @@ from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.simulation.watched import Gate, WatchedEngine
+from armillary.serve.workload.requests import Source
 from armillary.sim.costs import CostModel
 
 MOST_REPLICAS: Final = 100_000
@@ -137,14 +138,20 @@ class Scenario:
         """One replica of it."""
         return replace(self, replicas=1)
 
-    def run(self, requests: Iterable[Request], *, trace: Trace | None = None, watched: Gate | None = None) -> Run:
+    def run(self, requests: Iterable[Request] | Source, *, trace: Trace | None = None, watched: Gate | None = None) -> Run:
         """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests; `watched` stops it to be looked at.
+        A `Source` hears of those that end, and others may come of it.
 
         Raises InputError for a request that could never run, and CapacityError when a queue passes its bound.
         """
         if trace is not None and self.replicas > 1:
             raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
-        cost, recorder, config, drafting = self.priced, Recorder(), self.settled, self.drafting
+        if isinstance(requests, Source) and self.phase != "both":
+            raise InputError(
+                f"what comes depends on what has ended, and {self.phase} alone ends nothing", "simulate both phases", field="phase"
+            )
+        cost, config, drafting = self.priced, self.settled, self.drafting
+        recorder = Recorder(requests.ended if isinstance(requests, Source) else None)
 
         def engine(index: int) -> VirtualEngine:
             clock, seen = VirtualClock(), watched is not None and index == watched.replica
@@ -163,7 +170,9 @@ class Scenario:
         if watched is not None:
             watched.take(engines[watched.replica])
         began = time.perf_counter()
-        Cluster(engines, routing.get(self.router), seed=config.seed).run(_PHASES[self.phase](requests))
+        Cluster(engines, routing.get(self.router), seed=config.seed).run(
+            requests if isinstance(requests, Source) else _PHASES[self.phase](requests)
+        )
         wall = time.perf_counter() - began
         assert config.kv_blocks is not None
         return Run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from armillary.core.errors import InputError
 from armillary.serve.request import Request, SamplingParams
@@ -21,6 +21,43 @@ class Arrival:
     at: int
     prompt: int
     answer: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Requests in the order of their arrival, some of which may come because others have ended."""
+
+    @property
+    def next_time(self) -> int | None:
+        """When the next one comes, ns, as far as is known; None when none does unless one that has come ends."""
+        ...
+
+    def take(self) -> Request:
+        """The next one."""
+        ...
+
+    def ended(self, request: Request) -> None:
+        """One that came is over; what comes of it comes no earlier than that."""
+        ...
+
+
+class Listed:
+    """`Source` of requests that come whatever becomes of others, taken one by one. Raises as `in_order`."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._coming = in_order(requests)
+        self._following = next(self._coming, None)
+        self.next_time = self._following[0] if self._following is not None else None
+
+    def take(self) -> Request:
+        assert self._following is not None
+        request = self._following[1]
+        self._following = next(self._coming, None)
+        self.next_time = self._following[0] if self._following is not None else None
+        return request
+
+    def ended(self, request: Request) -> None:
+        """Nothing comes of it."""
 
 
 def in_order(requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:

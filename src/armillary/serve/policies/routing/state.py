@@ -36,7 +36,8 @@ class ReplicaView:
 class RouteState:
     """A request, and the replicas that may take it (at least one, in order of their index).
 
-    `session` is what requests of one conversation have in common: the name of their first block, or their id when they have none.
+    `session` is what requests of one conversation have in common: its name where that is known, otherwise the name of their first block, which
+    all who begin with one system prompt share, or their id when they have none.
     `turn` counts the decisions before this one.
     """
 
