@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags, Json, Lengths, Variation, settle
+from armillary.cli.settings import Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
     from armillary.models.config import ModelConfig
@@ -65,6 +65,7 @@ class DemandFlags:
 
     lengths: Lengths = "conversation"
     variation: Variation = 1.0
+    acceptance: Acceptance = None
 
 
 @plan.command(name="serve")
@@ -103,6 +104,7 @@ def serve(
     from armillary.plan.objective import parse
     from armillary.plan.search import search, together
     from armillary.serve.policies import routing
+    from armillary.serve.simulation.acceptance import parse as parse_acceptance
     from armillary.serve.workload.lengths import named
 
     for path in (output, html):
@@ -114,9 +116,10 @@ def serve(
     tried = _space(space, settled.value.engine, settled.provenance, formats)
     objective, asked = parse(slo), Demand(named(demand.lengths), demand.variation, settled.value.engine.seed)
     routing.get(router)
+    acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
     with _progress() as told:
         found = search(
-            candidates(find(model), tried, settled.value.engine, host_us * 1e3, here),
+            candidates(find(model), tried, settled.value.engine, host_us * 1e3, here, acceptance=acceptance),
             asked,
             objective,
             rate=rate,

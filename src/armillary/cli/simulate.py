@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,25 +168,21 @@ def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, 
     """Replicas of a deployment, with the cost model that is asked for."""
     from armillary.serve.simulation.drafts import draft_of
     from armillary.serve.simulation.scenario import Scenario
-    from armillary.sim.costs.fitted import Host
-    from armillary.sim.costs.overlapped import Overlapped
+    from armillary.sim.costs.overlapped import priced
 
-    cost: CostModel
+    making: Callable[..., CostModel]
     draft_cost: CostModel | None = None  # the roofline
-    ahead = settled.async_scheduling == "on"
-    host = 0.0 if ahead else hardware.host_us * 1e3
     if hardware.profile is not None:
         from armillary.models.graph.profiled import profiled
         from armillary.sim.costs.profile import profile
 
         measured = profile(hardware.profile)
-        cost = profiled(deployment, measured, host=host)
+        making = partial(profiled, deployment, measured)
         if settled.speculate == "layers" and (draft := draft_of(deployment, settled)) is not None:
             draft_cost = profiled(draft, measured)
     else:
-        cost = deployment.roofline(host=host)
-    if ahead:
-        cost = Overlapped(cost, Host(hardware.host_us * 1e3))
+        making = deployment.roofline
+    cost = priced(making, hardware.host_us * 1e3, ahead=settled.async_scheduling == "on")
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from armillary.core.units import format_duration
@@ -48,7 +48,8 @@ def alone(candidate: Candidate, demand: Demand, objective: Objective) -> Alone:
     for start in range(0, prompt, piece):
         query = min(piece, prompt - start)
         first += scenario.cost.iteration(Batch(((query, start),), sampled=int(start + query == prompt)))
-    return Alone(first, int(scenario.cost.decodes(1, 1, 1)[0]))
+    longest = config.draft_tokens if scenario.acceptance is not None else 0
+    return Alone(first, int(scenario.cost.decodes(1, 1, 1)[0]) // (1 + longest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,14 @@ def ceiling(candidate: Candidate, moments: Moments) -> Ceiling:
     A request shares iterations with at most max_running decodes and max_batch_tokens tokens, and its cache is read while it lies in a pool of
     so many tokens: it takes at least the largest of decodes / max_running, tokens / max_batch_tokens and cached tokens read / pool
     iterations to itself. A cost that is convex in the batch is least for batches that are all alike (Jensen), and for as few of them as can
-    be, since each has its fixed part. Cost models with steps may differ a little.
+    be, since each has its fixed part. Cost models with steps may differ a little. Where drafts are verified a decode gives as many tokens as the
+    longest drafts are expected to, and drafting is free.
     """
     scenario = candidate.scenario
     config = scenario.settled
+    if scenario.acceptance is not None:
+        tokens_a_pass = scenario.acceptance.expected(config.draft_tokens)
+        moments = replace(moments, decodes=moments.decodes / tokens_a_pass, read=moments.read / tokens_a_pass)
     assert scenario.cost is not None
     assert config.kv_blocks is not None
     pool, tokens = config.kv_blocks * config.block_size, moments.prompt + moments.decodes

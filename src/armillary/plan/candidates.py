@@ -19,9 +19,13 @@ from armillary.models.graph.layout import Layout, check
 from armillary.models.graph.precision import Precision
 from armillary.serve.calibration import cost_model
 from armillary.serve.config import EngineConfig
+from armillary.serve.simulation.acceptance import Acceptance
+from armillary.serve.simulation.drafts import draft_of
 from armillary.serve.simulation.measured import as_measured
+from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.scenario import Scenario
 from armillary.sim.costs import CostModel, Fitted
+from armillary.sim.costs.overlapped import priced
 
 MOST: Final = 4096
 """Candidates of one search."""
@@ -110,9 +114,16 @@ class Candidate:
 
 
 def candidates(
-    model: Architecture, space: Space, engine: EngineConfig, host: float = 0.0, here: ModelConfig | None = None
+    model: Architecture,
+    space: Space,
+    engine: EngineConfig,
+    host: float = 0.0,
+    here: ModelConfig | None = None,
+    *,
+    acceptance: Acceptance | None = None,
 ) -> Iterator[Candidate | Pruned]:
-    """All of `space`, each engine like `engine` in what the space leaves open; `host` ns an iteration beside the device.
+    """All of `space`, each engine like `engine` in what the space leaves open; `host` ns an iteration beside the device. Drafts, where `engine`
+    speculates, are right as `acceptance` says.
 
     `here`: the model's configuration, where it can be run here. On a machine's profile (.json) that has measured its engine, iterations take
     what was measured and the KV pool is what `serve` makes it; of other formats they take a roofline's time, which is told in a warning.
@@ -132,7 +143,7 @@ def candidates(
         precision = Precision.of(weights, engine.kv_dtype)
         try:
             deployment = Deployment(model, place, layout, precision)
-            deployment.kv_blocks(engine.block_size)
+            kv_blocks(deployment, engine, draft_of(deployment, engine))
         except CapacityError as error:
             yield Pruned(name, "memory", error.problem, error.fix, space.schedulings)
             continue
@@ -142,8 +153,12 @@ def candidates(
         measured = _measured(text, here, engine.model_copy(update={"quantize": weights})) if layout.devices == 1 else None
         if measured is not None and host:
             raise InputError(f"{text} has measured the engine with its host", "leave --host-us out", field="host_us")
+        if measured is not None and (engine.speculate != "off" or engine.async_scheduling == "on"):
+            what = "speculate" if engine.speculate != "off" else "async_scheduling"
+            raise InputError(f"{text} has measured the engine without {what}", f"leave {what} off, or plan for a device", field=what)
         try:
-            cost: CostModel = deployment.roofline(host=host) if measured is None else measured
+            ahead = engine.async_scheduling == "on"
+            cost: CostModel = priced(deployment.roofline, host, ahead=ahead) if measured is None else measured
         except InputError as error:
             yield Pruned(name, "format", error.problem, error.fix, space.schedulings)
             continue
@@ -153,7 +168,7 @@ def candidates(
             config = _engine(engine, policy, budget, running, weights)
             if measured is not None and here is not None:
                 config = as_measured(config, here, measured, deployment.kv_memory)
-            yield Candidate(spelling, Scenario(deployment, config, cost=cost), price)
+            yield Candidate(spelling, Scenario(deployment, config, cost=cost, acceptance=acceptance), price)
 
 
 def _measured(place: str, here: ModelConfig | None, engine: EngineConfig) -> Fitted | None:

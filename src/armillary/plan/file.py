@@ -47,6 +47,8 @@ class Workload(Config):
     """Requests a second, over all replicas."""
     slo: str
     """The objective, as `--slo` is written."""
+    acceptance: str | None = None
+    """How often drafts are right, as `--acceptance` is written."""
 
     @field_validator("slo")
     @classmethod
@@ -143,7 +145,13 @@ def chosen(
             weights=candidate.deployment.precision.weights,
             dollars_per_hour=candidate.price,
         ),
-        workload=Workload(lengths=demand.lengths.name, variation=demand.variation, rate=rate, slo=objective.text),
+        workload=Workload(
+            lengths=demand.lengths.name,
+            variation=demand.variation,
+            rate=rate,
+            slo=objective.text,
+            acceptance=None if scenario.acceptance is None else str(scenario.acceptance),
+        ),
         predicted=Predicted(
             capacity_per_replica=option.capacity.rate,
             attainment=seen.attainment,

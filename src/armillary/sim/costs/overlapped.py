@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,3 +38,8 @@ class Overlapped:
     def _host(self, batch: Batch) -> int:
         ns = self.host.of(batch)
         return whole_one(ns) if ns > 0 else 0
+
+
+def priced(cost: Callable[..., CostModel], host: float, *, ahead: bool) -> CostModel:
+    """The model that `cost(host=...)` makes, with `host` ns an iteration: after the device's time, or beside it where schedules are made `ahead`."""
+    return Overlapped(cost(host=0.0), Host(host)) if ahead else cost(host=host)
