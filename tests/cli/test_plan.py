@@ -7,7 +7,24 @@ import pytest
 from armillary.cli.main import MISUSED, run
 from armillary.plan.file import load
 
-SMALL = ["--cluster", "h100,a100", "--tp", "1,3", "--pp", "1", "--budgets", "512", "--running", "32", "--lengths", "400+8", "--keep", "1"]
+SMALL = [
+    "--cluster",
+    "h100,a100",
+    "--tp",
+    "1,3",
+    "--pp",
+    "1",
+    "--budgets",
+    "512",
+    "--running",
+    "32",
+    "--lengths",
+    "400+8",
+    "--keep",
+    "1",
+    "--disaggregate",
+    "never",
+]
 
 
 def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
@@ -38,6 +55,7 @@ def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
     [
         (["--slo", "ttft=1us", "--rate", "2"], "at best"),
         (["--slo", "ttft=1s", "--rate", "0"], "is no rate"),
+        (["--slo", "tpot=90ms", "--rate", "2", "--disaggregate", "always", "--tp", "1", "--pp", "1"], "bounds one phase only"),
         (["--slo", "soon", "--rate", "2"], "no part of an objective"),
         (["--slo", "ttft=1s", "--rate", "2", "--cluster", "h1000"], "did you mean h100"),
         (["--slo", "ttft=1s", "--rate", "2", "--budgets", "many"], "whole numbers"),
@@ -52,6 +70,34 @@ def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
 def test_what_cannot_be_is_named(capsys, arguments, says):
     assert run(["plan", "serve", "llama-2-7b", *arguments]) == MISUSED
     assert says in capsys.readouterr().err
+
+
+def test_prompts_and_answers_on_instances_of_their_own(capsys, tmp_path):
+    file, page = tmp_path / "plan.toml", tmp_path / "report.html"
+    arguments = [
+        "plan",
+        "serve",
+        "llama-2-7b",
+        "--slo",
+        "ttft=200ms,tpot=40ms",
+        "--rate",
+        "20",
+        "--cluster",
+        "h100",
+        "--tp",
+        "1",
+        "--pp",
+        "1",
+    ]
+    arguments += ["--budgets", "512", "--running", "32", "--lengths", "400+8", "--tolerance", "0.5", "--disaggregate", "always"]
+    assert run([*arguments, "--output", str(file), "--html", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "1 x 1 h100-sxm for prompts and 1 x 1 for answers" in told
+    assert "a request over" in told
+    plan = load(file)
+    assert plan.disaggregation.prefill.count == plan.disaggregation.decode.count == 1
+    assert plan.predicted.dollars_per_hour == pytest.approx(2 * plan.hardware.dollars_per_hour)
+    assert "for prompts, 1 x 1 for answers over" in page.read_text()
 
 
 def test_a_model_that_fits_nowhere(capsys):

@@ -8,10 +8,11 @@ from armillary.core.errors import ArmillaryError, FormatError, InputError
 from armillary.models.graph.find import find
 from armillary.plan.arithmetic import arithmetic
 from armillary.plan.candidates import Space, candidates
+from armillary.plan.choice import choose
 from armillary.plan.demand import Demand
 from armillary.plan.file import chosen, load
 from armillary.plan.objective import parse
-from armillary.plan.search import search, together
+from armillary.plan.search import search
 from armillary.serve.config import EngineConfig
 from armillary.serve.workload import fixed
 
@@ -26,8 +27,8 @@ def plans():
         space = Space((device,), (1,), (1,), ("sarathi",), (256,), (8,), (weights,))
         tried = candidates(find(model), space, EngineConfig(kv_dtype="fp16", kv_blocks=2000, max_queue=100_000))
         found = search(tried, DEMAND, OBJECTIVE, rate=rate, rank="devices", tolerance=0.2)
-        scenario, seen = together(found.options[0], DEMAND, OBJECTIVE, rate)
-        made.append((chosen(model, found.options[0], found, DEMAND, OBJECTIVE, rate, scenario, seen, space.size), found))
+        best, found = choose(found, DEMAND, OBJECTIVE, rate, "power-of-two")
+        made.append((chosen(model, best, found, DEMAND, OBJECTIVE, rate, "power-of-two", space.size), found))
     return made
 
 
@@ -43,7 +44,8 @@ def test_serve_takes_engine_and_replicas_and_flags_win(plans, tmp_path):
     told = planned(tmp_path / "plan.toml")
     settled = settle(defaults=told, engine=EngineFlags(max_running=3)).value
     assert (settled.model, settled.fleet.replicas, settled.fleet.router) == ("smollm2-135m", 3, "power-of-two")
-    assert settled.engine == plan.engine.model_copy(update={"max_running": 3})
+    blocks = 3 * plan.engine.kv_blocks  # serve divides what it is given
+    assert settled.engine == plan.engine.model_copy(update={"max_running": 3, "kv_blocks": blocks})
     plans[0][0].model_copy(update={"replicas": 1}).save(tmp_path / "plan.toml")
     assert settle(defaults=planned(tmp_path / "plan.toml")).value.fleet.alone  # whom one replica leaves nothing to choose
 

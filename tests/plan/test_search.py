@@ -1,5 +1,8 @@
 """Bounds that no simulation beats, a search that loses nothing by pruning, and errors that say what is missing."""
 
+import dataclasses
+import math
+
 import pytest
 
 from armillary.core.errors import CapacityError, InputError, NotFoundError
@@ -7,9 +10,10 @@ from armillary.models.graph.find import find
 from armillary.plan.bounds import alone, ceiling
 from armillary.plan.candidates import REASONS, Candidate, Pruned, Space, candidates
 from armillary.plan.capacity import capacity
+from armillary.plan.choice import choose, together
 from armillary.plan.demand import Demand
 from armillary.plan.objective import parse
-from armillary.plan.search import search, together
+from armillary.plan.search import as_good, score, search
 from armillary.serve.config import EngineConfig
 from armillary.serve.workload import fixed
 
@@ -63,10 +67,30 @@ def test_pruning_changes_nothing(measured, rate, rank):
 def test_replicas_behind_a_router_keep_the_objective():
     found = search(tried(), DEMAND, OBJECTIVE, rate=20.0, rank="devices", keep=2, tolerance=0.2)
     option = found.options[0]
-    scenario, seen = together(option, DEMAND, OBJECTIVE, 20.0)
-    assert scenario.replicas >= option.replicas(20.0) >= 20 / option.ceiling.rate
-    assert seen.holds
-    assert seen.rate == 20.0
+    chosen = together(option, DEMAND, OBJECTIVE, 20.0)
+    assert chosen.counts[0] >= option.replicas(20.0) >= 20 / option.ceiling.rate
+    assert chosen.simulated.replicas == chosen.counts[0]
+    assert chosen.seen.holds
+    assert chosen.seen.rate == 20.0
+    best, again = choose(found, DEMAND, OBJECTIVE, 20.0, "power-of-two")
+    assert best.score(20.0) <= chosen.score(20.0)
+    assert again.options[0] is best.option
+
+
+def test_a_node_is_paid_whole_and_devices_one_by_one():
+    """One replica of two devices takes a node of eight where that is what is rented; four of them take no more."""
+    space = dataclasses.replace(SPACE, clusters=("dgx-h100",), tensor=(2,), policies=("sarathi",))
+    (candidate,) = tried(space)
+    each = candidate.deployment.device.price
+    assert candidate.price == pytest.approx(2 * each)
+    for rate, packages in ((1.0, 1), (20.0, 1), (20.1, 2)):  # of replicas that serve five requests a second each
+        assert score(candidate.rent, candidate.devices, 5.0, rate)[0] == pytest.approx(8 * each * packages)
+    (bare,) = tried(dataclasses.replace(space, clusters=("h100",)))
+    for rate, replicas in ((1.0, 1), (20.0, 4), (20.1, 5)):
+        assert score(bare.rent, bare.devices, 5.0, rate)[0] == pytest.approx(2 * each * replicas)
+    assert as_good((16 * each, 1.0), candidate.rent, 2, 20.0) == 20.0 / 8
+    assert as_good((16 * each, 1.0), bare.rent, 2, 20.0) == 20.0 / 8
+    assert as_good((7 * each, 1.0), candidate.rent, 2, 20.0) == math.inf
 
 
 def test_what_is_impossible_says_what_would_do():

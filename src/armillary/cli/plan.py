@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +14,6 @@ from armillary.cli.settings import Acceptance, ConfigFile, EngineFlags, Json, Le
 if TYPE_CHECKING:
     from armillary.models.config import ModelConfig
     from armillary.plan.candidates import Space
-    from armillary.plan.demand import Demand
-    from armillary.plan.file import Plan
-    from armillary.plan.search import Found, Option
     from armillary.serve.config import EngineConfig
 
 plan = App(name="plan")
@@ -81,6 +77,10 @@ def serve(
     demand: DemandFlags = DemandFlags(),
     rank: Annotated[Literal["dollars", "devices"], Parameter(help="What the best has least of.")] = "dollars",
     keep: Annotated[int, Parameter(help="How many of the best are found.")] = 3,
+    disaggregate: Annotated[
+        Literal["auto", "always", "never"],
+        Parameter(help="Prompts and answers on instances of their own: where that is better, in any case, or not at all."),
+    ] = "auto",
     tolerance: Annotated[
         float, Parameter(help="Relative bracket of a replica's capacity; a narrower one takes more requests, and so longer.")
     ] = 0.1,
@@ -95,14 +95,16 @@ def serve(
     json: Json = False,
 ) -> None:
     """Find what serves the model at least cost under an objective, by the engine itself in virtual time."""
+    from armillary.cli.plan_told import facts, tell
     from armillary.cli.terminal import print_json
     from armillary.core.errors import InputError
     from armillary.models.graph.find import find
     from armillary.plan.candidates import candidates
+    from armillary.plan.choice import choose
+    from armillary.plan.choice import find as options
     from armillary.plan.demand import Demand
     from armillary.plan.file import chosen
     from armillary.plan.objective import parse
-    from armillary.plan.search import search, together
     from armillary.serve.policies import routing
     from armillary.serve.simulation.acceptance import parse as parse_acceptance
     from armillary.serve.workload.lengths import named
@@ -118,18 +120,19 @@ def serve(
     routing.get(router)
     acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
     with _progress() as told:
-        found = search(
+        found = options(
             candidates(find(model), tried, settled.value.engine, host_us * 1e3, here, acceptance=acceptance),
             asked,
             objective,
+            apart=disaggregate,
             rate=rate,
             rank=rank,
             keep=keep,
             tolerance=tolerance,
             told=told,
         )
-    scenario, seen = together(found.options[0], asked, objective, rate, router)
-    file = chosen(model, found.options[0], found, asked, objective, rate, scenario, seen, tried.size)
+        best, found = choose(found, asked, objective, rate, router)
+    file = chosen(model, best, found, asked, objective, rate, router, tried.size)
     if output is not None:
         file.save(output)
     if html is not None:
@@ -137,9 +140,9 @@ def serve(
 
         write_plan_report(file, found, objective, html)
     if json:
-        print_json(_facts(file, found))
+        print_json(facts(file, found))
     else:
-        _tell(file, found, asked)
+        tell(file, found, asked)
         for path in (output, html):
             if path is not None:
                 print(f"wrote {path}")
@@ -231,70 +234,3 @@ def _progress() -> Any:
         note(f"searched in {time.monotonic() - began:.1f} s")
 
     return progress()
-
-
-def _option(option: Option, found: Found) -> dict[str, Any]:
-    from armillary.plan.file import per_million
-
-    candidate, config = option.candidate, option.candidate.scenario.config
-    replicas = option.replicas(found.rate)
-    hourly = None if candidate.price is None else candidate.price * replicas
-    load = found.rate if found.rate is not None else option.capacity.rate
-    at = option.capacity.at
-    assert at is not None
-    return {
-        "name": candidate.name, "cluster": candidate.spelling, "devices": candidate.devices, "policy": config.policy,
-        "max_batch_tokens": config.max_batch_tokens, "max_running": config.max_running, "weights": candidate.deployment.precision.weights,
-        "capacity": option.capacity.rate, "capacity_per_device": option.capacity.rate / candidate.devices, "ceiling": option.ceiling.rate,
-        "ttft_ms_p": at.first_token[1] / 1e6, "tpot_ms_p": at.per_token[1] / 1e6, "replicas": replicas, "dollars_per_hour": hourly,
-        "dollars_per_million_tokens": None if hourly is None else per_million(hourly, load, found.moments.answer),
-        "curve": [{"rate": one.rate, "attainment": one.attainment, "holds": one.holds} for one in sorted(option.capacity.probes, key=lambda p: p.rate)],
-    }  # fmt: skip
-
-
-def _facts(file: Plan, found: Found) -> dict[str, Any]:
-    from armillary.plan.arithmetic import arithmetic
-
-    options = [_option(one, found) | {"arithmetic": dict(arithmetic(one, found.moments, found.rate))} for one in found.options]
-    pruned = [{name: getattr(one, name) for name in one.__dataclass_fields__} for one in found.pruned]
-    return {"plan": file.model_dump(mode="json"), "options": options, "pruned": pruned}
-
-
-def _tell(file: Plan, found: Found, demand: Demand) -> None:
-    from armillary.cli.terminal import table
-    from armillary.plan.arithmetic import arithmetic
-    from armillary.plan.candidates import REASONS
-
-    def dollars(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.2f}"
-
-    rows = [_option(one, found) for one in found.options]
-    table(
-        ("candidate", "req/s a replica", "a device", "TTFT p", "TPOT p", "replicas", "$/hour", "$/M tokens"),
-        [
-            (
-                row["name"], f"{row['capacity']:.3g}", f"{row['capacity_per_device']:.3g}", f"{row['ttft_ms_p']:.0f} ms", f"{row['tpot_ms_p']:.1f} ms",
-                row["replicas"], dollars(row["dollars_per_hour"]), dollars(row["dollars_per_million_tokens"]),
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
-    counts: Counter[str] = Counter()
-    for one in found.pruned:
-        counts[one.reason] += one.count
-    first = {reason: next(one for one in found.pruned if one.reason == reason) for reason in counts}
-    if counts:
-        print(f"\n{sum(counts.values())} others were not pursued:")
-        for reason, count in counts.most_common():
-            print(f"  {count:>4}  {REASONS[reason]}; such as {first[reason].name}: {first[reason].detail}")
-    print("\nthe first, by its arithmetic:")
-    for what, how in arithmetic(found.options[0], found.moments, found.rate):
-        print(f"  {what}: {how}")
-    seen, hardware = file.predicted, file.hardware
-    money = "" if seen.dollars_per_hour is None else f", ${seen.dollars_per_hour:,.2f} an hour"
-    print(
-        f"\nplan: {file.replicas} x {hardware.devices} {hardware.device} behind {file.router}{money}: of {seen.requests:,} requests of "
-        f"{demand.lengths.name} at {file.workload.rate:g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
-        f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
-        f"(p: the objective's share)\ndurations: {file.provenance.cost_model}"
-    )

@@ -17,6 +17,7 @@ from armillary.models.graph.architecture import Architecture
 from armillary.models.graph.cost import Deployment
 from armillary.models.graph.layout import Layout, check
 from armillary.models.graph.precision import Precision
+from armillary.plan.rent import Rent, rent
 from armillary.serve.calibration import cost_model
 from armillary.serve.config import EngineConfig
 from armillary.serve.simulation.acceptance import Acceptance
@@ -38,6 +39,8 @@ REASONS: Final = {
     "ceiling": "worse than the best even at the roofline's ceiling",
     "beaten": "worse than the best, simulated at the rate that it would need",
     "objective": "holds the objective at no rate",
+    "together": "does not keep the objective with all its engines together",
+    "phases": "prompts and answers cannot be apart",
 }
 
 
@@ -54,7 +57,7 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What is tried. A cluster of one bare device (`h100`) stands for nodes of as many as a layout needs; others for what they say."""
+    """What is tried. A cluster of one bare device (`h100`) stands for as many of them in a node as a layout needs; others for what they say."""
 
     clusters: tuple[str, ...]
     tensor: tuple[int, ...] = (1, 2, 4, 8)
@@ -92,11 +95,12 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One replica: `spelling` is the cluster that it needs, `price` what that costs, $/hour (None: not known)."""
+    """One replica: `cluster` is the hardware as it was asked for, `spelling` as much of it as a replica needs, `rent` how it is had."""
 
+    cluster: str
     spelling: str
     scenario: Scenario
-    price: float | None
+    rent: Rent
 
     @property
     def deployment(self) -> Deployment:
@@ -108,9 +112,20 @@ class Candidate:
         return self.deployment.layout.devices
 
     @property
+    def price(self) -> float | None:
+        """$/hour of a replica where what is rented is as full of such as it can be."""
+        return self.rent.share(self.devices)
+
+    @property
+    def place(self) -> str:
+        """Hardware, layout and format in words."""
+        layout, whole = self.deployment.layout, f" in {self.cluster}" if self.rent.devices > 1 else ""
+        return f"{layout.devices} x {self.deployment.device.name}{whole} ({_degrees(layout)}, {self.deployment.precision.weights})"
+
+    @property
     def name(self) -> str:
         config = self.scenario.config
-        return f"{_place(self.deployment)}, {config.policy} {config.max_batch_tokens}/{config.max_running}"
+        return f"{self.place}, {config.policy} {config.max_batch_tokens}/{config.max_running}"
 
 
 def candidates(
@@ -162,13 +177,11 @@ def candidates(
         except InputError as error:
             yield Pruned(name, "format", error.problem, error.fix, space.schedulings)
             continue
-        hourly = place.hourly_price
-        price = None if hourly is None else hourly * layout.devices / place.devices
         for policy, budget, running in product(space.policies, space.budgets, space.running):
             config = _engine(engine, policy, budget, running, weights)
             if measured is not None and here is not None:
                 config = as_measured(config, here, measured, deployment.kv_memory)
-            yield Candidate(spelling, Scenario(deployment, config, cost=cost, acceptance=acceptance), price)
+            yield Candidate(text, spelling, Scenario(deployment, config, cost=cost, acceptance=acceptance), rent(base))
 
 
 def _measured(place: str, here: ModelConfig | None, engine: EngineConfig) -> Fitted | None:
@@ -190,8 +203,3 @@ def _engine(engine: EngineConfig, policy: str, budget: int, running: int, weight
 
 def _degrees(layout: Layout) -> str:
     return f"tp {layout.tensor_parallel}" + (f", pp {layout.pipeline_parallel}" if layout.pipeline_parallel > 1 else "")
-
-
-def _place(deployment: Deployment) -> str:
-    layout = deployment.layout
-    return f"{layout.devices} x {deployment.device.name} ({_degrees(layout)}, {deployment.precision.weights})"

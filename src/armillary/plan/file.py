@@ -11,8 +11,9 @@ from armillary import __version__
 from armillary.core.config import Config, load_toml, resolve, to_toml
 from armillary.core.errors import FormatError, InputError
 from armillary.core.units import MS
-from armillary.plan.capacity import Probe
+from armillary.plan.choice import Chosen
 from armillary.plan.demand import Demand
+from armillary.plan.disaggregation import Apart
 from armillary.plan.objective import Objective, parse
 from armillary.plan.search import Found, Option
 from armillary.serve.config import EngineConfig
@@ -22,7 +23,7 @@ SCHEMA: Final = 1
 
 
 class Hardware(Config):
-    """What one replica runs on."""
+    """What one replica runs on, or one prefill and one decode instance."""
 
     cluster: str
     """As `--cluster` is written."""
@@ -30,11 +31,45 @@ class Hardware(Config):
     kind: str
     """gpu, tpu or cpu."""
     devices: int = Field(ge=1)
-    tensor_parallel: int = Field(ge=1)
-    pipeline_parallel: int = Field(ge=1)
+    tensor_parallel: int | None = Field(None, ge=1)
+    """Of a replica; instances have their own."""
+    pipeline_parallel: int | None = Field(None, ge=1)
     weights: str
     """The format of the weights in memory."""
+    rented: int = Field(1, ge=1)
+    """Devices that are rented together: 1 of bare ones, all of a node or a rack that is named."""
     dollars_per_hour: float | None = None
+    """Of what is rented together."""
+
+
+class Instances(Config):
+    """The engines of one phase."""
+
+    count: int = Field(ge=1, le=MOST_REPLICAS)
+    devices: int = Field(ge=1)
+    """Of one."""
+    tensor_parallel: int = Field(ge=1)
+    pipeline_parallel: int = Field(ge=1)
+    kv_blocks: int = Field(ge=1)
+    """Of one; those of a prefill instance are also where keys and values wait to be pulled."""
+    capacity: float = Field(ge=0)
+    """Requests a second that one keeps its phase's bound of by itself, or at most keeps where that was not sought."""
+
+
+class Disaggregation(Config):
+    """Prompts and answers on instances of their own (DistServe)."""
+
+    algorithm: int = Field(ge=1, le=2)
+    """1: each phase is chosen and multiplied by itself; 2: pairs whose stages share nodes."""
+    prefill: Instances
+    decode: Instances
+    link: str
+    """What keys and values move over, from one instance to another."""
+    link_bytes_per_second: float = Field(gt=0)
+    bytes_per_token: int = Field(ge=1)
+    """Of keys and values, for each token of a prompt."""
+    bytes_per_second: float = Field(ge=0)
+    """Moved in all at the wanted rate."""
 
 
 class Workload(Config):
@@ -61,7 +96,7 @@ class Predicted(Config):
     """What the simulation of all replicas says of the later half of its requests; `p` is the objective's own percentile."""
 
     capacity_per_replica: float = Field(ge=0)
-    """Requests a second at which one replica alone just keeps the objective."""
+    """Requests a second at which one replica alone just keeps the objective; of instances all of them by what each phase keeps alone."""
     attainment: float = Field(ge=0, le=1)
     ttft_ms_p50: float
     ttft_ms_p: float
@@ -72,7 +107,7 @@ class Predicted(Config):
     requests: int
     """Simulated at the wanted rate."""
     dollars_per_hour: float | None = None
-    """Of all replicas."""
+    """Of everything that is rented."""
     dollars_per_million_tokens: float | None = None
     """Generated tokens, at the wanted rate."""
 
@@ -95,8 +130,10 @@ class Plan(Config):
     schema_version: int = SCHEMA
     model: str
     replicas: int = Field(ge=1, le=MOST_REPLICAS)
+    """Engines that do everything; 1 where there is a [disaggregation]."""
     router: str
     hardware: Hardware
+    disaggregation: Disaggregation | None = None
     workload: Workload
     predicted: Predicted
     provenance: Provenance
@@ -124,36 +161,40 @@ def load(path: str | Path) -> Plan:
     return resolve(Plan, file=path, environment={}).value
 
 
-def chosen(
-    model: str, option: Option, found: Found, demand: Demand, objective: Objective, rate: float, scenario: Scenario, seen: Probe, size: int
-) -> Plan:
-    """The plan of an option of a search over `size` candidates, of which `scenario` are the replicas and `seen` what they do together."""
-    candidate, layout = option.candidate, option.candidate.deployment.layout
-    hourly = None if candidate.price is None else candidate.price * scenario.replicas
-    cost = scenario.cost
+def chosen(model: str, choice: Chosen, found: Found, demand: Demand, objective: Objective, rate: float, router: str, size: int) -> Plan:
+    """The plan of what a search over `size` candidates chose."""
+    option, seen = choice.option, choice.seen
+    first = option.candidate if isinstance(option, Option) else option.prefill.candidate
+    sizes = [devices for _, devices in option.groups((1,) * len(choice.counts))]
+    hourly = first.rent.cost(*option.groups(choice.counts))
+    layout = first.deployment.layout if isinstance(option, Option) else None
+    apart = None if isinstance(option, Option) else _apart(option, choice, found, rate)
+    engine = choice.simulated.settled if isinstance(choice.simulated, Scenario) else choice.simulated.decode.settled
     return Plan(
         model=model,
-        replicas=scenario.replicas,
-        router=scenario.router,
+        replicas=1 if apart is not None else choice.counts[0],
+        router="shortest-queue" if apart is not None else router,
         hardware=Hardware(
-            cluster=candidate.spelling,
-            device=candidate.deployment.device.name,
-            kind=candidate.deployment.device.kind,
-            devices=candidate.devices,
-            tensor_parallel=layout.tensor_parallel,
-            pipeline_parallel=layout.pipeline_parallel,
-            weights=candidate.deployment.precision.weights,
-            dollars_per_hour=candidate.price,
+            cluster=first.spelling if apart is None else first.cluster,
+            device=first.deployment.device.name,
+            kind=first.deployment.device.kind,
+            devices=sum(sizes) * (option.nodes if isinstance(option, Apart) else 1),
+            tensor_parallel=None if layout is None else layout.tensor_parallel,
+            pipeline_parallel=None if layout is None else layout.pipeline_parallel,
+            weights=first.deployment.precision.weights,
+            rented=first.rent.devices,
+            dollars_per_hour=first.rent.price,
         ),
+        disaggregation=apart,
         workload=Workload(
             lengths=demand.lengths.name,
             variation=demand.variation,
             rate=rate,
             slo=objective.text,
-            acceptance=None if scenario.acceptance is None else str(scenario.acceptance),
+            acceptance=None if first.scenario.acceptance is None else str(first.scenario.acceptance),
         ),
         predicted=Predicted(
-            capacity_per_replica=option.capacity.rate,
+            capacity_per_replica=sustained(option, choice.counts),
             attainment=seen.attainment,
             ttft_ms_p50=seen.first_token[0] / MS,
             ttft_ms_p=seen.first_token[1] / MS,
@@ -167,13 +208,49 @@ def chosen(
         ),
         provenance=Provenance(
             armillary=__version__,
-            cost_model=cost.name if cost is not None else "roofline",
+            cost_model=first.scenario.priced.name,
             seed=demand.seed,
             tolerance=found.tolerance,
             candidates=size,
             rank=found.rank,
         ),
-        engine=scenario.settled,
+        engine=engine,
+    )
+
+
+def sustained(option: Option | Apart, counts: tuple[int, ...]) -> float:
+    """Requests a second: of a replica; of so many instances, by what each phase keeps alone, or each pair."""
+    if isinstance(option, Option):
+        return option.capacity.rate
+    if option.pair is not None:
+        return counts[0] * option.pair
+    return min(counts[0] * option.prefill.rate, counts[1] * option.decode.rate)
+
+
+def _apart(option: Apart, choice: Chosen, found: Found, rate: float) -> Disaggregation:
+    phases = option.phases
+    told = []
+    for count, one, scenario in zip(choice.counts, (option.prefill, option.decode), (phases.prefill, phases.decode), strict=True):
+        layout, blocks = one.candidate.deployment.layout, scenario.settled.kv_blocks
+        assert blocks is not None
+        told.append(
+            Instances(
+                count=count,
+                devices=layout.devices,
+                tensor_parallel=layout.tensor_parallel,
+                pipeline_parallel=layout.pipeline_parallel,
+                kv_blocks=blocks,
+                capacity=one.rate,
+            )
+        )
+    return Disaggregation(
+        algorithm=option.algorithm,
+        prefill=told[0],
+        decode=told[1],
+        link=option.link.name,
+        link_bytes_per_second=option.link.bandwidth,
+        bytes_per_token=phases.token_bytes,
+        bytes_per_second=rate * found.moments.prompt * phases.token_bytes,
     )
 
 
@@ -184,21 +261,40 @@ def per_million(hourly: float, rate: float, answer: float) -> float:
 
 def executable(plan: Plan) -> dict[str, Any]:
     """What `serve` is told by a plan, by dotted keys of its configuration. Raises InputError for hardware that the engine does not run on."""
-    hardware = plan.hardware
+    hardware, apart = plan.hardware, plan.disaggregation
+    what = "a replica" if apart is None else "a pair of instances"
     if hardware.kind != "cpu":
         raise InputError(
-            f"the plan is for {hardware.devices} x {hardware.device} a replica, and the engine computes on this machine's CPU",
+            f"the plan is for {hardware.devices} x {hardware.device} {what}, and the engine computes on this machine's CPU",
             "plan for this machine: armillary calibrate --output profile.json, then armillary plan serve MODEL --cluster profile.json; "
             "or give the [engine] table of the plan to the engine that has the devices",
             field="plan",
         )
-    if hardware.devices > 1:
+    devices = hardware.devices if apart is None else max(apart.prefill.devices, apart.decode.devices)
+    if devices > 1:
         raise InputError(
-            f"the plan splits a replica over {hardware.devices} devices, and here an engine is one process on one",
+            f"the plan splits {'a replica' if apart is None else 'an instance'} over {devices} devices, and here an engine is one process on one",
             "plan with --tp 1 --pp 1, and as many replicas as it takes",
             field="plan",
         )
     engine = {f"engine.{name}": getattr(plan.engine, name) for name in EngineConfig.model_fields}
-    fleet = {"fleet.replicas": plan.replicas, "fleet.router": plan.router} if plan.replicas > 1 else {}
+    fleet: dict[str, Any] = {}
+    if apart is not None:
+        fleet = {"fleet.prefill_workers": apart.prefill.count, "fleet.decode_workers": apart.decode.count, "fleet.router": plan.router}
+    elif plan.replicas > 1:
+        fleet = {"fleet.replicas": plan.replicas, "fleet.router": plan.router}
+    if fleet and plan.engine.kv_blocks is not None:
+        engine["engine.kv_blocks"] = plan.engine.kv_blocks * engines(plan)  # serve has one pool, which it divides
     told = {"model": plan.model, **fleet, **engine}
     return {key: value for key, value in told.items() if value is not None}
+
+
+def engines(plan: Plan) -> int:
+    """How many there are."""
+    apart = plan.disaggregation
+    return plan.replicas if apart is None else apart.prefill.count + apart.decode.count
+
+
+def machines(plan: Plan) -> int:
+    """How many times what is rented together is taken, where an engine is one device."""
+    return -(-engines(plan) // plan.hardware.rented)

@@ -5,37 +5,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from armillary.core.errors import CapacityError, InputError
 from armillary.core.units import format_duration
 from armillary.plan.bounds import Alone, Ceiling, alone, ceiling
 from armillary.plan.candidates import Candidate, Pruned
-from armillary.plan.capacity import TOLERANCE, Capacity, Probe, capacity, probe
+from armillary.plan.capacity import TOLERANCE, Capacity, capacity
 from armillary.plan.demand import Demand, Moments
 from armillary.plan.objective import Objective
+from armillary.plan.rent import DEVICES, Group, Rent
 from armillary.serve.simulation.scenario import Scenario
+
+if TYPE_CHECKING:
+    from armillary.plan.disaggregation import Apart
 
 Rank = Literal["dollars", "devices"]
 Told = Callable[[int, int, str], None]
 """Candidates done, candidates in all, what has just been found."""
-_VERIFIED: Final = 32  # replicas that are simulated together; more behave as these do
-_MORE: Final = 1.5  # how many times the replicas that single ones call for may be needed together
+Score = tuple[float, float]
+"""What an option costs for the rate, and for each request a second: less is better. $/hour, or devices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A candidate and what it sustains. `unit`: what a replica costs in the search's terms, $/hour or devices."""
+    """A candidate and what it sustains. `rent` is what its replicas cost in the search's terms, $/hour or devices."""
 
     candidate: Candidate
     alone: Alone
     ceiling: Ceiling
-    unit: float
+    rent: Rent
     capacity: Capacity
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
 
     def replicas(self, rate: float | None) -> int:
         """How many serve `rate` requests a second; 1 for no rate."""
-        return 1 if rate is None else _replicas(rate, self.capacity.rate)
+        return 1 if rate is None else needed(rate, self.capacity.rate)
+
+    def counts(self, rate: float | None) -> tuple[int, ...]:
+        """The same, as the engines of all kinds that there are."""
+        return (self.replicas(rate),)
+
+    def groups(self, counts: tuple[int, ...]) -> tuple[Group, ...]:
+        """The devices of so many."""
+        return ((counts[0], self.candidate.devices),)
+
+    def simulated(self, counts: tuple[int, ...], router: str) -> Scenario:
+        """So many, behind a router."""
+        return replace(self.candidate.scenario, replicas=counts[0], router=router)
+
+    def more(self, counts: tuple[int, ...], each: dict[str, float]) -> tuple[int, ...]:
+        """The next larger ones, when so many keep only these shares of each bound."""
+        return (counts[0] + 1,)
+
+    def score(self, rate: float | None) -> Score:
+        return score(self.rent, self.candidate.devices, self.capacity.rate, rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +70,7 @@ class Found:
     """Options, the best first, and all that is none, with why. `rate`: what is wanted in all, requests a second (None: as much as it may be).
     Capacities are known within `tolerance`, relative."""
 
-    options: tuple[Option, ...]
+    options: tuple[Option | Apart, ...]
     pruned: tuple[Pruned, ...]
     moments: Moments
     rate: float | None
@@ -78,26 +105,24 @@ def search(
         (pruned if isinstance(one, Pruned) else fitting).append(one)  # type: ignore[arg-type]
     contexts = {candidate.scenario.settled.context for candidate in fitting}
     if not contexts:
-        raise _fits_nowhere(pruned)
+        raise fits_nowhere(pruned)
     (context,) = contexts
     assert context is not None
     moments = demand.moments(context)
     hopeful = _promising(fitting, pruned, demand, moments, objective, rank, context)
     if not hopeful:
-        raise _unreachable(fitting, pruned, demand, objective)
-    hopeful.sort(key=lambda one: _score(one[3], one[2].rate, rate))
+        raise unreachable(fitting, pruned, demand, objective)
+    hopeful.sort(key=lambda one: score(one[3], one[0].devices, one[2].rate, rate))
     options: list[Option] = []
-    for place, (candidate, least, most, unit) in enumerate(hopeful):
-        enough = _enough(options[keep - 1], unit, rate) if len(options) >= keep else 0.0
+    for place, (candidate, least, most, cost) in enumerate(hopeful):
+        enough = as_good(options[keep - 1].score(rate), cost, candidate.devices, rate) if len(options) >= keep else 0.0
         if enough >= most.rate:
             why = f"its ceiling is {most.rate:.3g} requests a second a replica, and {enough:.3g} would be as good as the {_nth(keep)} best"
             pruned.append(Pruned(candidate.name, "ceiling", why))
         else:
             found = capacity(candidate.scenario, demand, objective, tolerance=tolerance, enough=enough, most=most.rate)
             if found.rate:
-                options = sorted(
-                    [*options, Option(candidate, least, most, unit, found)], key=lambda o: _score(o.unit, o.capacity.rate, rate)
-                )
+                options = sorted([*options, Option(candidate, least, most, cost, found)], key=lambda one: one.score(rate))
             else:
                 pruned.append(_simulated_away(candidate, found, enough, objective))
         if told is not None:
@@ -106,38 +131,20 @@ def search(
         why = f"{beaten.capacity.rate:.3g} requests a second a replica"
         pruned.append(Pruned(beaten.candidate.name, "beaten", why))
     if not options:
-        raise _unreachable([candidate for candidate, *_ in hopeful], pruned, demand, objective)
+        raise unreachable([candidate for candidate, *_ in hopeful], pruned, demand, objective)
     return Found(tuple(options[:keep]), tuple(pruned), moments, rate, rank, tolerance)
-
-
-def together(option: Option, demand: Demand, objective: Objective, rate: float, router: str = "power-of-two") -> tuple[Scenario, Probe]:
-    """As many replicas behind a router as it takes for `rate`, and what they do. A router shares less evenly than one queue would, so this may
-    be more than capacity alone says. Of more than 32 replicas, 32 are simulated with their share of the rate."""
-    least = option.replicas(rate)
-    for count in range(least, math.ceil(_MORE * least) + 2):
-        shown = min(count, _VERIFIED)
-        scenario = replace(option.candidate.scenario, replicas=shown, router=router)
-        seen = probe(scenario, demand, objective, rate * shown / count)
-        if seen.holds:
-            return replace(scenario, replicas=count), seen
-    raise CapacityError(
-        f"{option.candidate.name}: not even {count} replicas behind the router {router} keep the objective at {rate:g} requests a second, "
-        f"where {least} would by themselves",
-        "choose another --router, such as shortest-queue",
-        field="router",
-    )
 
 
 def _promising(
     fitting: list[Candidate], pruned: list[Pruned], demand: Demand, moments: Moments, objective: Objective, rank: Rank, context: int
-) -> list[tuple[Candidate, Alone, Ceiling, float]]:
-    """Those that the cheap bounds leave, with what these say and what a replica costs."""
-    left: list[tuple[Candidate, Alone, Ceiling, float]] = []
+) -> list[tuple[Candidate, Alone, Ceiling, Rent]]:
+    """Those that the cheap bounds leave, with what these say and what replicas cost."""
+    left: list[tuple[Candidate, Alone, Ceiling, Rent]] = []
     longest = demand.longest(context)
     for candidate in fitting:
         config = candidate.scenario.settled
         assert config.kv_blocks is not None
-        unit = float(candidate.devices) if rank == "devices" else candidate.price
+        cost = DEVICES if rank == "devices" else candidate.rent
         pool = config.kv_blocks * config.block_size
         least = alone(candidate, demand, objective)
         if pool < longest:
@@ -145,29 +152,38 @@ def _promising(
             pruned.append(Pruned(candidate.name, "memory", why, "use more devices, a smaller format, or a smaller --context"))
         elif (miss := least.misses(objective)) is not None:
             pruned.append(Pruned(candidate.name, "alone", miss))
-        elif unit is None:
+        elif cost.price is None:
             why = f"nothing says what {candidate.spelling} costs"
             pruned.append(Pruned(candidate.name, "price", why, "give its price in a catalogue file (docs/cluster.md), or --rank devices"))
         else:
-            left.append((candidate, least, ceiling(candidate, moments), unit))
+            left.append((candidate, least, ceiling(candidate, moments), cost))
     return left
 
 
-def _replicas(rate: float, each: float) -> int:
+def needed(rate: float, each: float) -> int:
+    """How many engines serve `rate` requests a second of which one serves `each`."""
     return max(1, math.ceil(rate / each * (1 - 1e-9)))
 
 
-def _score(unit: float, each: float, rate: float | None) -> tuple[float, float]:
-    """What it costs for the rate, and for each request a second: less is better."""
-    return (unit / each if rate is None else unit * _replicas(rate, each)), unit / each
-
-
-def _enough(best: Option, unit: float, rate: float | None) -> float:
-    """The rate at which a replica that costs `unit` would be as good as `best`; infinite when none is."""
-    whole, each = _score(best.unit, best.capacity.rate, rate)
+def score(cost: Rent, devices: int, each: float, rate: float | None, nodes: int = 1) -> Score:
+    """Of replicas that serve `each` requests a second on so many devices (of each of so many nodes)."""
+    share = cost.share(devices)
+    assert share is not None
     if rate is None:
-        return unit / each
-    most = math.floor(whole / unit * (1 + 1e-9))
+        return nodes * share / each, nodes * share / each
+    whole = cost.cost((nodes * needed(rate, each), devices))
+    assert whole is not None
+    return whole, nodes * share / each
+
+
+def as_good(best: Score, cost: Rent, devices: int, rate: float | None, nodes: int = 1) -> float:
+    """The rate at which a replica would score as `best`; infinite when at none."""
+    whole, each = best
+    share = cost.share(devices)
+    assert share is not None
+    if rate is None:
+        return nodes * share / each
+    most = cost.most(devices, whole) // nodes
     return rate / most if most else math.inf
 
 
@@ -187,7 +203,7 @@ def _simulated_away(candidate: Candidate, found: Capacity, enough: float, object
     )
 
 
-def _fits_nowhere(pruned: list[Pruned]) -> CapacityError | InputError:
+def fits_nowhere(pruned: list[Pruned]) -> CapacityError | InputError:
     """The error when there is nothing to simulate: of what did not fit, the closest is told."""
     tight = [one for one in pruned if one.reason == "memory"]
     if tight:
@@ -200,7 +216,7 @@ def _fits_nowhere(pruned: list[Pruned]) -> CapacityError | InputError:
     return InputError(f"none of the {len(pruned)} deployments is possible; the first: {pruned[0].detail}", pruned[0].fix, field="cluster")
 
 
-def _unreachable(tried: list[Candidate], pruned: list[Pruned], demand: Demand, objective: Objective) -> InputError | CapacityError:
+def unreachable(tried: list[Candidate], pruned: list[Pruned], demand: Demand, objective: Objective) -> InputError | CapacityError:
     """The error when nothing keeps the objective: which bound, what the best reaches, and what would help."""
     unpriced = [one for one in pruned if one.reason == "price"]
     if unpriced:

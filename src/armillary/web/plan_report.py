@@ -10,7 +10,8 @@ from typing import Any
 from armillary.core.trace_gantt import COLOURS, plotly_js
 from armillary.plan.arithmetic import arithmetic
 from armillary.plan.candidates import REASONS
-from armillary.plan.file import Plan
+from armillary.plan.disaggregation import Apart
+from armillary.plan.file import Plan, sustained
 from armillary.plan.objective import Objective
 from armillary.plan.search import Found, Option
 from armillary.web.report import script_json
@@ -25,18 +26,22 @@ th, td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; border-
 
 def write_plan_report(plan: Plan, found: Found, objective: Objective, path: str | Path) -> None:
     """Write the page. Needs plotly."""
-    hardware, seen = plan.hardware, plan.predicted
+    hardware, seen, apart = plan.hardware, plan.predicted, plan.disaggregation
     money = "" if seen.dollars_per_hour is None else f", ${seen.dollars_per_hour:,.2f} an hour"
-    title = f"A plan for {plan.model}: {plan.replicas} x {hardware.devices} {hardware.device}"
+    engines = f"{plan.replicas} x {hardware.devices} {hardware.device}"
+    if apart is not None:
+        prefill, decode = apart.prefill, apart.decode
+        engines = f"{prefill.count} x {prefill.devices} {hardware.device} for prompts, {decode.count} x {decode.devices} for answers over {apart.link}"
+    title = f"A plan for {plan.model}: {engines}"
     lead = (
         f"{plan.workload.rate:g} requests a second of {plan.workload.lengths}, {objective}: {seen.attainment:.1%} of {seen.requests:,} "
         f"simulated requests keep it{money}. Durations: {plan.provenance.cost_model}."
     )
     parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>", "<h2>The best</h2>", _options(found)]
-    parts += ["<h2>Attainment against the rate of a replica</h2>", '<div id="curve" style="height:420px"></div>']
+    parts += ["<h2>Attainment against the rate of a replica, or a pair</h2>", '<div id="curve" style="height:420px"></div>']
     for option in found.options:
         lines = arithmetic(option, found.moments, found.rate)
-        parts.append(f"<h2>{html.escape(option.candidate.name)}</h2><dl>")
+        parts.append(f"<h2>{html.escape(option.name)}</h2><dl>")
         parts += [f"<dt>{html.escape(what)}</dt><dd>{html.escape(how)}</dd>" for what, how in lines]
         parts.append("</dl>")
     rows = [(one.name, f"{one.count:,}", REASONS[one.reason], one.detail) for one in found.pruned]
@@ -51,7 +56,7 @@ def write_plan_report(plan: Plan, found: Found, objective: Objective, path: str 
 
 
 _LAYOUT: dict[str, Any] = {
-    "xaxis": {"title": {"text": "requests a second a replica"}, "rangemode": "tozero"},
+    "xaxis": {"title": {"text": "requests a second a replica, or a pair"}, "rangemode": "tozero"},
     "yaxis": {"title": {"text": "share of requests that keep the objective"}, "range": [0, 1.03]},
     "margin": {"t": 16, "r": 16},
     "hovermode": "closest",
@@ -62,16 +67,16 @@ def _curves(found: Found, objective: Objective) -> list[dict[str, Any]]:
     """A line an option through every rate that was tried; what does not hold is hollow."""
     lines: list[dict[str, Any]] = []
     for place, option in enumerate(found.options):
-        probes = sorted(option.capacity.probes, key=lambda one: one.rate)
+        probes = sorted(option.capacity.probes, key=lambda one: one.rate) if option.capacity is not None else []
         lines.append(
             {
-                "name": option.candidate.name, "x": [one.rate for one in probes], "y": [one.attainment for one in probes],
+                "name": option.name, "x": [one.rate for one in probes], "y": [one.attainment for one in probes],
                 "mode": "lines+markers", "line": {"color": COLOURS[place % len(COLOURS)]},
                 "marker": {"size": 9, "symbol": ["circle" if one.holds else "circle-open" for one in probes]},
                 "text": [f"{one.requests:,} requests, waits grow by {one.growth:.2g} s/s" for one in probes],
             }
         )  # fmt: skip
-    widest = max((one.rate for option in found.options for one in option.capacity.probes), default=1.0)
+    widest = max((rate for line in lines for rate in line["x"]), default=1.0)
     target = {
         "name": "objective",
         "x": [0, widest],
@@ -83,19 +88,19 @@ def _curves(found: Found, objective: Objective) -> list[dict[str, Any]]:
 
 
 def _options(found: Found) -> str:
-    def row(option: Option) -> tuple[str, ...]:
-        candidate, replicas = option.candidate, option.replicas(found.rate)
-        hourly = "-" if candidate.price is None else f"{candidate.price * replicas:,.2f}"
+    def row(option: Option | Apart) -> tuple[str, ...]:
+        counts = option.counts(found.rate)
+        groups = option.groups(counts)
+        hourly = (option.candidate if isinstance(option, Option) else option.prefill.candidate).rent.cost(*groups)
         return (
-            candidate.name,
-            f"{option.capacity.rate:.4g}",
-            f"{option.ceiling.rate:.4g}",
-            f"{replicas}",
-            f"{replicas * candidate.devices}",
-            hourly,
+            option.name,
+            f"{sustained(option, counts):.4g}",
+            " + ".join(f"{count}" for count in counts),
+            f"{sum(count * size for count, size in groups)}",
+            "-" if hourly is None else f"{hourly:,.2f}",
         )
 
-    columns = ("candidate", "requests a second a replica", "ceiling", "replicas", "devices", "$/hour")
+    columns = ("candidate", "requests a second a replica, or of all instances", "replicas, or prefill + decode", "devices", "$/hour")
     return _table(columns, [row(option) for option in found.options])
 
 
