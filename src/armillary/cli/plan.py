@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 plan = App(name="plan")
 for _name, _line in {
+    "overlap": "Nano-batches that use a device's compute, memory and network at once (NanoFlow).",
     "partition": "How a dense model lies over chips, for prefill and for decode (Pope et al.).",
 }.items():
     plan.command(f"armillary.cli.plan_{_name}:{_name}", name=_name, help=_line)

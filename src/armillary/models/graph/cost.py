@@ -125,7 +125,7 @@ class Deployment:
         latency, per_byte = np.zeros(len(work.rows)), np.zeros(len(work.rows))
         for place, row in enumerate(work.rows):
             if row.axis is not None and place in kept:
-                link, bandwidth = self._link(row.axis, work.stage)
+                link, bandwidth = self.link(row.axis, work.stage)
                 messages, share = terms(row.name, row.ranks)
                 latency[place], per_byte[place] = messages * link.latency, share * 1e9 / bandwidth
         gates = np.array([work.basis.index(row.gate) for row in work.rows])
@@ -135,7 +135,7 @@ class Deployment:
         flops, message = matrix("flops")[rows], matrix("message_bytes")[rows]
         return Stage(flops, moved[rows], message, gates[rows], repeats[rows], latency[rows], per_byte[rows])
 
-    def _link(self, axis: Axis, stage: int) -> tuple[Link, float]:
+    def link(self, axis: Axis, stage: int = 0) -> tuple[Link, float]:
         """By which the ranks of an axis meet in a pipeline stage, and the B/s that each device has there: the domain's fabric where none of
         the axis' groups lies in two domains, else the network, whose cards a node's devices share. A stage's sends go to the next one's devices."""
         layout, domain = self.layout, self.cluster.domain
