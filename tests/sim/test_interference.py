@@ -11,7 +11,9 @@ from armillary.sim.interference import FREE, NANOFLOW, best_shares, interference
 from armillary.sim.overlap import Task, bound, greedy, sequential
 
 CHAINS = st.lists(
-    st.lists(st.tuples(st.sampled_from(("compute", "memory", "network")), st.integers(1, 9)), min_size=1, max_size=4), min_size=1, max_size=3
+    st.lists(st.tuples(st.sampled_from(("compute", "memory", "network")), st.integers(1, 9)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=3,
 )
 
 

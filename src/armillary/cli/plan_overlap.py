@@ -31,7 +31,9 @@ def overlap(
     flops: Annotated[
         float | None, Parameter(show_default=False, help="FLOP/s that products attain, such as 260e12 (default: the catalogue's figure).")
     ] = None,
-    interference: Annotated[str, Parameter(help="How operations slow each other down: nanoflow-a100 (its table), or none.")] = "nanoflow-a100",
+    interference: Annotated[
+        str, Parameter(help="How operations slow each other down: nanoflow-a100 (its table), or none.")
+    ] = "nanoflow-a100",
     seconds: Annotated[float, Parameter(help="How long each mixed-integer program may search.")] = 5.0,
     save: Annotated[Path | None, Parameter(help="Write the schedule as a trace: Chrome/Perfetto JSON.")] = None,
     html: Annotated[Path | None, Parameter(help="Write the report: the schedule, the numbers of nano-batches that were tried.")] = None,
@@ -114,7 +116,9 @@ def arithmetic(found: Found, table: Interference) -> list[tuple[str, str]]:
         busy[resource] = busy.get(resource, 0.0) + seconds
     one, own = found.whole / best.layers, best.execution.makespan / best.layers
     shares = "; ".join(
-        " and ".join(f"{name} {share:.0%}" for name, share in sorted(given.items())) for given in best.execution.shares.values() if sum(given.values()) > max(given.values())
+        " and ".join(f"{name} {share:.0%}" for name, share in sorted(given.items()))
+        for given in best.execution.shares.values()
+        if sum(given.values()) > max(given.values())
     )
     optimum = machine.optimum
     return [
@@ -122,16 +126,25 @@ def arithmetic(found: Found, table: Interference) -> list[tuple[str, str]]:
             "an iteration",
             f"{load.tokens - load.decodes:,} tokens of prompts of {load.prompt:,} and {load.decodes:,} decodes after {load.cached:,} tokens on average",
         ),
-        ("a layer, one operation after another", f"{' + '.join(f'{name} {time(seconds)}' for name, seconds in busy.items())} = {time(one)}"),
+        (
+            "a layer, one operation after another",
+            f"{' + '.join(f'{name} {time(seconds)}' for name, seconds in busy.items())} = {time(one)}",
+        ),
         ("left out", f"norms, rotations and sums: {time(machine.left_out(load))} a layer, were none of them fused with its neighbours"),
         (
             "the order alone",
             f"{time(best.order.makespan / best.layers)} a layer ({'no order is shorter' if best.order.optimal else 'the program was given up: a shorter one may exist'}), "
             f"where the busiest part of the device alone needs {time(best.bound / best.layers)}",
         ),
-        ("with interference", f"{time(own)} a layer; no order and no shares in tenths need less than {time(best.least / best.layers)} ({table.source})"),
+        (
+            "with interference",
+            f"{time(own)} a layer; no order and no shares in tenths need less than {time(best.least / best.layers)} ({table.source})",
+        ),
         ("shares of the device", shares or "nothing runs beside anything else"),
-        ("over one after another", f"{time(one)} / {time(own)} = {one / own:.3f}x; without interference {one / (best.order.makespan / best.layers):.3f}x"),
+        (
+            "over one after another",
+            f"{time(one)} / {time(own)} = {one / own:.3f}x; without interference {one / (best.order.makespan / best.layers):.3f}x",
+        ),
         (
             "throughput",
             f"{found.throughput(own):,.0f} tokens a second and device with {machine.layers:g} layers, embedding and head ({found.throughput(own, True):,.0f} with what is left out); "
@@ -179,7 +192,10 @@ def _page(title: str, found: Found, table: Interference) -> Any:
     from armillary.plan.overlap import trace
     from armillary.web.planner_page import Page
 
-    page = Page(title, f"{len(found.best.sizes)} nano-batches. Virtual time: operations at the roofline alone, and beside others by {table.name} ({table.source}).")
+    page = Page(
+        title,
+        f"{len(found.best.sizes)} nano-batches. Virtual time: operations at the roofline alone, and beside others by {table.name} ({table.source}).",
+    )
     page.heading("The schedule: what runs on which part of the device")
     page.gantt(trace(found.best, f"{found.best.layers} layers"))
     page.heading("By its arithmetic")
@@ -200,7 +216,16 @@ def _facts(found: Found, table: Interference) -> dict[str, Any]:
     best, spans = found.best, []
     for piece in best.execution.pieces:
         task = best.tasks[piece.place]
-        spans.append({"task": task.name, "resource": task.resource, "start": piece.start, "end": piece.end, "share": piece.share, "speed": piece.speed})
+        spans.append(
+            {
+                "task": task.name,
+                "resource": task.resource,
+                "start": piece.start,
+                "end": piece.end,
+                "share": piece.share,
+                "speed": piece.speed,
+            }
+        )
     return {
         "best": plain(best) | {"schedule": spans}, "tried": [plain(one) for one in found.tried], "unsplit": found.whole, "interference": table.name,
         "tokens_per_second_per_device": found.throughput(best.execution.makespan / best.layers), "optimum": found.machine.optimum,

@@ -125,7 +125,9 @@ class Machine:
     def layers(self) -> float:
         """Layers of the model, over those that are scheduled as one."""
         work = self.deployment.works[0]
-        return self.deployment.model.num_layers / max(1, len({row.name: 0 for row in work.rows if row.name == "o" and row.repeat == self._count(work)}))
+        return self.deployment.model.num_layers / max(
+            1, len({row.name: 0 for row in work.rows if row.name == "o" and row.repeat == self._count(work)})
+        )
 
 
 def tasks(machine: Machine, load: Load, sizes: Sequence[int], layers: int) -> list[Task]:

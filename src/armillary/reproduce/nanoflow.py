@@ -75,7 +75,12 @@ def run() -> Result:
     )  # fmt: skip
     return Result(
         rows,
-        ((f"{LAYERS} layers for nano-batches of {' and '.join(map(str, halves.sizes))} tokens, by the part of the GPU that they need", trace(halves, "nano-batches")),),
+        (
+            (
+                f"{LAYERS} layers for nano-batches of {' and '.join(map(str, halves.sizes))} tokens, by the part of the GPU that they need",
+                trace(halves, "nano-batches"),
+            ),
+        ),
     )
 
 

@@ -32,7 +32,7 @@ class Interference:
     def speed(self, resource: str, share: float) -> float:
         """P of a share from 0 to 1."""
         points = self.curves.get(resource)
-        return share if points is None else float(np.interp(share, *zip(*points, strict=True)))
+        return share if points is None else float(np.interp(share, [one for one, _ in points], [speed for _, speed in points]))
 
 
 NANOFLOW: Final = Interference(
@@ -43,7 +43,7 @@ NANOFLOW: Final = Interference(
         "network": ((0.0, 0.0), (0.2, 0.5), (0.8, 0.9), (1.0, 1.0)),
     },
 )
-FREE: Final = Interference("none", "no interference", {name: ((0.0, 1.0), (1.0, 1.0)) for name in ("compute", "memory", "network")})
+FREE: Final = Interference("none", "no interference", dict.fromkeys(("compute", "memory", "network"), ((0.0, 1.0), (1.0, 1.0))))
 KNOWN: Final = {one.name: one for one in (NANOFLOW, FREE)}
 
 
