@@ -99,6 +99,8 @@ def test_decode_workers_draft(capsys):
         (["llama-2-7b", "--router", "luck"], "no routing policy"),
         (["llama-2-7b", "--speculate", "ngram"], "give --acceptance"),
         (["llama-2-7b", "--acceptance", "0.5"], "nobody drafts"),
+        (["llama-2-7b", "--kv-policy", "streaming"], "--prefix-cache off"),
+        (["llama-2-7b", "--kv-policy", "h2o", "--prefix-cache", "off", "--quantize", "int4"], "torch backend only"),
         (["llama-2-7b", "--speculate", "model", "--draft-model", "llama-3-8b", "--acceptance", "0.5"], "128,256 tokens"),
         (["llama-2-13b", "--cluster", "a100", "--speculate", "model", "--draft-model", "llama-2-70b", "--acceptance", "0.5"], "GB more"),
         (["llama-2-7b", "--replicas", "2", "--save", "x.json"], "trace one replica"),

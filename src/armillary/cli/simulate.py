@@ -155,21 +155,28 @@ def _scenario(model: str, hardware: Hardware, workload: Workload, engine: Engine
 
     if hardware.profile is not None and hardware.profile.endswith(".json"):
         return _measured_scenario(model, hardware, engine, config, workload.acceptance, fast=fast)
-    own = {"engine.quantize": "fp16", "engine.kv_dtype": "fp16", "engine.max_running": 128, "engine.max_queue": 1_000_000}
-    settled = settle(model, engine, file=config, defaults=own).value.engine
+    own: dict[str, Any] = {"engine.max_running": 128, "engine.max_queue": 1_000_000}
+    given = settle(model, engine, file=config, defaults=own)
+    formats = ("fp16", "fp16")
+    if "native" in given.value.engine.kv.backends:  # else an engine that runs here would refuse formats
+        given = settle(model, engine, file=config, defaults={"engine.quantize": "fp16", "engine.kv_dtype": "fp16", **own})
+        formats = (given.value.engine.quantize, given.value.engine.kv_dtype)
+    settled = given.value.engine
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
     acceptance = parse(workload.acceptance) if workload.acceptance is not None else None
     place = cluster("h100" if hardware.cluster is None else hardware.cluster)
-    deployment = Deployment(find(model), place, layout, Precision.of(settled.quantize, settled.kv_dtype))
+    deployment = Deployment(find(model), place, layout, Precision.of(*formats))
     return _engines(deployment, settled, hardware, fast, acceptance)
 
 
 def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, fast: bool, acceptance: Rates | None) -> Scenario:
     """Replicas of a deployment, with the cost model that is asked for."""
     from armillary.serve.simulation.drafts import draft_of
+    from armillary.serve.simulation.kept import attending
     from armillary.serve.simulation.scenario import Scenario
     from armillary.sim.costs.overlapped import priced
 
+    deployment = attending(deployment, settled)
     making: Callable[..., CostModel]
     draft_cost: CostModel | None = None  # the roofline
     if hardware.profile is not None:

@@ -77,6 +77,8 @@ def ceiling(candidate: Candidate, moments: Moments) -> Ceiling:
     if scenario.acceptance is not None:
         tokens_a_pass = scenario.acceptance.expected(config.draft_tokens)
         moments = replace(moments, decodes=moments.decodes / tokens_a_pass, read=moments.read / tokens_a_pass)
+    if config.kv_policy != "dense":  # it neither keeps nor reads all of that
+        moments = replace(moments, read=0.0)
     assert scenario.cost is not None
     assert config.kv_blocks is not None
     pool, tokens = config.kv_blocks * config.block_size, moments.prompt + moments.decodes

@@ -22,6 +22,7 @@ from armillary.serve.calibration import cost_model
 from armillary.serve.config import EngineConfig
 from armillary.serve.simulation.acceptance import Acceptance
 from armillary.serve.simulation.drafts import draft_of
+from armillary.serve.simulation.kept import attending
 from armillary.serve.simulation.measured import as_measured
 from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.scenario import Scenario
@@ -157,7 +158,7 @@ def candidates(
             continue
         precision = Precision.of(weights, engine.kv_dtype)
         try:
-            deployment = Deployment(model, place, layout, precision)
+            deployment = attending(Deployment(model, place, layout, precision), engine)
             kv_blocks(deployment, engine, draft_of(deployment, engine))
         except CapacityError as error:
             yield Pruned(name, "memory", error.problem, error.fix, space.schedulings)

@@ -156,7 +156,11 @@ def samples_of(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[
             counts = [int(row[name]) for name in ("decodes", "cached", "sampled")]
             if min(0, *counts, *(min(query - 1, cached) for query, cached in prompts)) < 0 or not (prompts or counts[0]):
                 raise ValueError("counts below 0, or nothing at all")
-            samples.append(Sample(Batch(prompts, *counts), int(row["ns"]), int(row["host"]) if row["kind"] == "engine" else None))
+            samples.append(
+                Sample(
+                    Batch(prompts, counts[0], counts[1], counts[2]), int(row["ns"]), int(row["host"]) if row["kind"] == "engine" else None
+                )
+            )
         return {name: str(value) for name, value in rows[0].items() if name != "kind"}, samples
     except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise FormatError(f"the profile's engine section is damaged ({error})", "run armillary calibrate --model again") from error

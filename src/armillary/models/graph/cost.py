@@ -19,7 +19,7 @@ from armillary.models.graph.layout import Layout
 from armillary.models.graph.precision import Precision
 from armillary.models.graph.rows import Row
 from armillary.models.graph.work import Work
-from armillary.sim.batch import Batch
+from armillary.sim.batch import Batch, Read
 from armillary.sim.collectives import terms
 from armillary.sim.costs.roofline import Rates, Roofline, Stage
 from armillary.sim.operation import Axis
@@ -171,6 +171,8 @@ class BatchFeatures:
 
     def _sums(self, batch: Batch) -> Sums:
         spans = []
+        if batch.read is not None:
+            return self._by_policy(batch, batch.read)
         if not batch.prompts:
             spans = [Span(0, 0, _one_keys(batch.decodes, batch.cached, window)) for window in self._work.windows]
             return Sums(0, batch.decodes, batch.sampled, tuple(spans))
@@ -181,6 +183,13 @@ class BatchFeatures:
                 keys += cached + query if window is None else min(cached + query, window + query - 1)
             spans.append(Span(pair, keys, _one_keys(batch.decodes, batch.cached, window)))
         return Sums(batch.prompt_tokens, batch.decodes, batch.sampled, tuple(spans))
+
+    def _by_policy(self, batch: Batch, read: Read) -> Sums:
+        """The same where layers without a window read what a policy says."""
+        whole = self._sums(Batch(batch.prompts, batch.decodes, batch.cached, batch.sampled))
+        own = Span(read.prompt_pairs, read.prompt_keys, read.decode_keys)
+        spans = tuple(own if window is None else span for window, span in zip(self._work.windows, whole.spans, strict=True))
+        return Sums(whole.prefill_tokens, whole.decodes, whole.rows, spans)
 
 
 def _one_keys(sequences: int, cached: int, window: int | None) -> int:

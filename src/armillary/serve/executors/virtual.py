@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from armillary.core.clock import VirtualClock
 from armillary.serve.request import Request, TokenLogprob
 from armillary.serve.schedule import Entry, Outcome, Plan, Reason
-from armillary.sim.batch import Batch
+from armillary.sim.batch import Batch, Read
 from armillary.sim.costs import CostModel
 from armillary.sim.costs.overlapped import Overlapped
 
@@ -38,12 +38,15 @@ def batch_of(plan: Plan) -> Batch:
 class VirtualExecutor:
     """`Executor[Plan, Outcome]` that moves `clock` by `cost` an iteration.
 
-    `drawn` names the tokens; without it all are `BLANK` (a simulation of lengths alone).
+    `drawn` names the tokens; without it all are `BLANK` (a simulation of lengths alone). `reads`: what a plan's attention reads where a KV
+    policy does not let it read everything.
     """
 
-    def __init__(self, clock: VirtualClock, cost: CostModel, drawn: Drawn | None = None) -> None:
+    def __init__(
+        self, clock: VirtualClock, cost: CostModel, drawn: Drawn | None = None, reads: Callable[[Plan], Read] | None = None
+    ) -> None:
         self.clock, self.cost = clock, cost
-        self._drawn = drawn
+        self._drawn, self._reads = drawn, reads
 
     def run(self, plan: Plan) -> Outcome:
         start = self.clock.now()
@@ -54,8 +57,12 @@ class VirtualExecutor:
     def duration(self, plan: Plan, *, ahead: bool = False) -> int:
         """ns that the iteration takes; `ahead`: its schedule was made while the one before it ran."""
         if ahead and isinstance(self.cost, Overlapped):
-            return self.cost.ahead(batch_of(plan))
-        return self.cost.iteration(batch_of(plan))
+            return self.cost.ahead(self._batch(plan))
+        return self.cost.iteration(self._batch(plan))
+
+    def _batch(self, plan: Plan) -> Batch:
+        batch = batch_of(plan)
+        return batch if self._reads is None else Batch(batch.prompts, batch.decodes, batch.cached, batch.sampled, self._reads(plan))
 
     def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:
         """ns of `count` iterations of the decodes of `plan`, one after another. [count]"""

@@ -6,26 +6,35 @@ from armillary.core.errors import CapacityError
 from armillary.core.units import format_bytes
 from armillary.models.graph.cost import Deployment
 from armillary.serve.config import EngineConfig
+from armillary.serve.simulation.kept import beside_bytes
 
 
 def kv_blocks(deployment: Deployment, config: EngineConfig, draft: Deployment | None = None) -> int:
-    """Blocks of `config.block_size` tokens. A draft model has as many of its own; its weights lie here too, unless they are some of the model's.
+    """Blocks of `config.block_size` tokens, with what the KV policy keeps beside each. A draft model has as many of its own; its weights lie here
+    too, unless they are some of the model's.
 
     Raises CapacityError when not even one fits.
     """
-    if draft is None:
+    more = beside_bytes(deployment, config)
+    if draft is None and not more:
         return deployment.kv_blocks(config.block_size)
-    own = config.draft_model is not None
     room = [
-        (deployment.usable - work.weight_bytes - own * beside.weight_bytes, work.kv_bytes_per_token + beside.kv_bytes_per_token)
-        for work, beside in zip(deployment.works, draft.works, strict=True)
+        (deployment.usable - work.weight_bytes, work.kv_bytes_per_token + more * len(work.layout.layers(work.model.num_layers, work.stage)))
+        for work in deployment.works
     ]
+    if draft is not None:
+        own = config.draft_model is not None
+        room = [
+            (left - own * beside.weight_bytes, token + beside.kv_bytes_per_token)
+            for (left, token), beside in zip(room, draft.works, strict=True)
+        ]
     blocks = min(left // token for left, token in room) // config.block_size
     if blocks < 1:
+        beside = f"{deployment.model.name} and the draft model {draft.model.name}" if draft is not None else deployment.model.name
         raise CapacityError(
-            f"beside {deployment.model.name} and the draft model {draft.model.name} {format_bytes(max(0, min(left for left, _ in room)))} "
-            f"of a device are left, less than one KV block of {config.block_size} tokens for both",
+            f"beside {beside} {format_bytes(max(0, min(left for left, _ in room)))} of a device are left, less than one KV block of "
+            f"{config.block_size} tokens",
             "use more devices, a smaller format or a smaller draft model",
-            field="draft_model",
+            field="layout",
         )
     return blocks

@@ -40,6 +40,12 @@ class Phases:
                 "give both phases the same model and the same format of keys and values",
                 field="kv_dtype",
             )
+        if (wanted := self.prefill.config.kv_policy) != "dense":
+            raise InputError(
+                f"a decode worker has no use for what kv_policy {wanted} has left of a prompt",
+                "simulate with --kv-policy dense",
+                field="kv_policy",
+            )
         if self.paired and self.prefill.replicas != self.decode.replicas:
             raise InputError(
                 f"{self.prefill.replicas} prefill and {self.decode.replicas} decode engines are no pairs",

@@ -20,11 +20,15 @@ from armillary.serve.simulation.acceptance import Acceptance
 from armillary.serve.simulation.cluster import Cluster
 from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.kept import attending, kept
 from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.simulation.watched import Gate, WatchedEngine
 from armillary.serve.workload.requests import Source
 from armillary.sim.costs import CostModel
+from armillary.sim.costs.overlapped import Overlapped
+from armillary.sim.costs.roofline import Roofline
+from armillary.sim.costs.table import Table
 
 MOST_REPLICAS: Final = 100_000
 Phase = Literal["both", "prefill", "decode"]
@@ -67,8 +71,7 @@ class Scenario:
         routing.get(self.router)
         config = self.config
         asked = {
-            "kv_policy": config.kv_policy != "dense", "offload": config.offload is not None,
-            "sparsity": config.sparsity is not None, "lora": bool(config.lora),
+            "offload": config.offload is not None, "sparsity": config.sparsity is not None, "lora": bool(config.lora),
         }  # fmt: skip
         for name, wanted in asked.items():
             if wanted:
@@ -85,9 +88,16 @@ class Scenario:
                 "give --speculate, or leave it out",
                 field="acceptance",
             )
-        draft_of(self.deployment, config)  # it may not be possible
+        draft_of(self.deployment, config)  # it may not be possible ...
+        kept(self.deployment, config)
         if self.cost is None:
-            object.__setattr__(self, "cost", self.deployment.roofline())
+            object.__setattr__(self, "cost", attending(self.deployment, config).roofline())
+        elif config.kv_policy != "dense" and not isinstance(self.cost, Roofline | Table | Overlapped):
+            raise InputError(
+                f"{self.cost.name} does not know what kv_policy {config.kv_policy} reads",
+                "simulate with --kv-policy dense",
+                field="kv_policy",
+            )
 
     @property
     def draft(self) -> Deployment | None:
@@ -115,7 +125,7 @@ class Scenario:
         config, model = self.config, self.deployment.model
         blocks = config.kv_blocks if config.kv_blocks is not None else kv_blocks(self.deployment, config, self.draft)
         context = config.context if config.context is not None else model.max_context
-        if context > model.max_context:
+        if context > model.max_context and not config.kv.unbounded:
             raise InputError(
                 f"context {context:,} is more than the {model.max_context:,} tokens of {model.name}", "give less", field="context"
             )
@@ -150,14 +160,14 @@ class Scenario:
             raise InputError(
                 f"what comes depends on what has ended, and {self.phase} alone ends nothing", "simulate both phases", field="phase"
             )
-        cost, config, drafting = self.priced, self.settled, self.drafting
+        cost, config, drafting, keeps = self.priced, self.settled, self.drafting, kept(self.deployment, self.config)
         recorder = Recorder(requests.ended if isinstance(requests, Source) else None)
 
         def engine(index: int) -> VirtualEngine:
             clock, seen = VirtualClock(), watched is not None and index == watched.replica
             kind = WatchedEngine if seen else VirtualEngine
             return kind(
-                VirtualExecutor(clock, cost),
+                VirtualExecutor(clock, cost, reads=None if keeps is None else keeps.read),
                 config,
                 trace=trace,
                 drafter=None if drafting is None else drafting.drafter(config, clock),
