@@ -78,7 +78,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured_profile(tiny_model: Path, tmp_path: Path) -> Path:
     """A profile of this machine whose engine serves `tiny_model`: 1 ms an iteration and 10 us a token of it, whatever was cached."""
     from armillary.cluster.machine import describe
-    from armillary.cluster.profile import Identity, MemoryRate, ProductRate, Profile
+    from armillary.cluster.profile import Identity, LinkRate, MemoryRate, ProductRate, Profile, Transfer
     from armillary.models.graph.find import runnable
     from armillary.serve import calibration
     from armillary.serve.config import EngineConfig
@@ -92,6 +92,7 @@ def measured_profile(tiny_model: Path, tmp_path: Path) -> Path:
     machine = Identity.of(describe()).model_copy(update={"memory": 8 * 10**9})
     products = (ProductRate(library="torch", dtype="fp32", threads=1, m=1, n=64, k=64, seconds=1e-6),)
     memory = (MemoryRate(operation="read", threads=1, size=10**6, bandwidth=1e10),)
+    transfers = (Transfer(size=8, seconds=1e-6), Transfer(size=10**6, seconds=1e-3))
     path = tmp_path / "here.json"
     Profile(
         machine=machine,
@@ -102,6 +103,7 @@ def measured_profile(tiny_model: Path, tmp_path: Path) -> Path:
         others=0.0,
         products=products,
         memory=memory,
+        links=(LinkRate(name="shared-memory", transfers=transfers),),
         engine={"tiny": rows},
     ).save(path)
     return path

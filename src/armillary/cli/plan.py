@@ -152,12 +152,12 @@ def serve(
 def _here(model: str, places: str) -> tuple[ModelConfig | None, tuple[str, ...]]:
     """The model's configuration where a profile of a machine is among the `places` and it could run there, and, where all are such profiles,
     the formats of weights that were measured of it."""
-    from armillary.cluster.profile import load
+    from armillary.cluster.profile import load, spelled
     from armillary.core.errors import InputError, NotFoundError
     from armillary.models.graph.find import runnable
     from armillary.serve.calibration import formats
 
-    profiles = [Path(word) for word in _words("cluster", places) if word.endswith(".json")]
+    profiles = [found[0] for word in _words("cluster", places) if (found := spelled(word)) is not None]
     if not profiles:
         return None, ()
     try:

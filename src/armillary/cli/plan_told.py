@@ -88,7 +88,7 @@ def tell(file: Plan, found: Found, demand: Demand) -> None:
         f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
         f"(p: the objective's share)\ndurations: {file.provenance.cost_model}"
     )
-    if hardware.rented > 1:
+    if hardware.rented > 1 and hardware.dollars_per_hour is not None:
         print(f"{hardware.cluster} is rented whole, {hardware.rented} devices at a time; name its device to rent devices one by one")
 
 

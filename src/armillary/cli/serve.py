@@ -62,13 +62,20 @@ def planned(path: Path | None) -> dict[str, Any]:
 
     if path is None:
         return {}
-    from armillary.plan.file import executable, load
+    from armillary.plan.file import engines, executable, load, machines
 
     plan = load(path)
     told = executable(plan)
-    note(
-        f"planned for {plan.replicas} x {plan.hardware.device}, {plan.workload.rate:g} requests a second of {plan.workload.lengths}, {plan.workload.slo}"
-    )
+    apart = plan.disaggregation
+    what = f"{plan.replicas} x {plan.hardware.device}"
+    if apart is not None:
+        what = f"{apart.prefill.count} prefill and {apart.decode.count} decode workers on {plan.hardware.device}"
+    note(f"planned for {what}, {plan.workload.rate:g} requests a second of {plan.workload.lengths}, {plan.workload.slo}")
+    if (there := machines(plan)) > 1:
+        note(
+            f"WARNING: planned for {there} machines, and all {engines(plan)} engines share this one: the planned rate will not hold "
+            f"(--cluster {engines(plan)}xprofile.json plans for parts of one machine)"
+        )
     return told
 
 

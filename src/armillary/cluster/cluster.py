@@ -106,13 +106,14 @@ def cluster(text: str, catalogue: Catalogue | None = None) -> Cluster:
 
     `[COUNTx]NAME[xCOUNT][:NODES][/NETWORK]`: NAME is a device, a node or a rack of the catalogue; NODES counts nodes (racks for a rack);
     NETWORK is a link, one card a device unless the node has its own number. COUNT devices of a node that the catalogue describes are
-    that node, or their share of it. Raises NotFoundError with the closest names, InputError, FormatError (a file).
+    that node, or their share of it; of a profile COUNT parts of one machine. Raises NotFoundError with the closest names, InputError, FormatError (a file).
     """
     catalogue = catalogues.default() if catalogue is None else catalogue
     if text.endswith(".toml"):
         return _from_file(Path(text))
-    if text.endswith(".json"):
-        return Cluster(Path(text).stem, profile.load(Path(text)).node())
+    if (machine := profile.spelled(text)) is not None:
+        path, parts = machine
+        return Cluster(path.stem if parts == 1 else f"{parts}x{path.stem}", profile.load(path).node(parts=parts))
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise InputError(f"{text[:80]!r} spells no cluster", SPELLING, field="cluster")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -152,8 +153,8 @@ class Profile(Config):
             raise InputError(f"the profile has no product of {dtype} weights by {m} tokens", f"it has {have}; run armillary calibrate")
         return max(found, key=lambda rate: rate.flops)
 
-    def device(self, name: str = "this") -> Device:
-        """This machine as one device of a cluster: its peaks are the best that was measured, so both efficiencies are 1."""
+    def device(self, name: str = "this", parts: int = 1) -> Device:
+        """This machine, or one of so many equal `parts` of it, as a device of a cluster: its peaks are the best that was measured, so both efficiencies are 1."""
         flops: dict[str, float] = {}
         for rate in self.products:
             flops[rate.dtype] = max(rate.flops, flops.get(rate.dtype, 0.0))
@@ -162,11 +163,26 @@ class Profile(Config):
             raise InputError("the profile lacks products, memory reads or the size of the memory", "run armillary calibrate again, whole")
         source = Provenance(self.source, confirmed=not self.disturbances)
         measured = dict.fromkeys(("memory", "bandwidth", *(f"flops.{dtype}" for dtype in flops)), source)
-        return Device(name, self.machine.cpu, "this machine", "cpu", flops, self.machine.memory, max(reads), provenance=measured)
+        flops = {dtype: peak / parts for dtype, peak in flops.items()}
+        memory, bandwidth = self.machine.memory // parts, max(reads) / parts
+        return Device(name, self.machine.cpu, "this machine", "cpu", flops, memory, bandwidth, provenance=measured)
 
-    def node(self, name: str = "this") -> Node:
-        """This machine as a node of one device."""
-        return Node(name, f"{self.machine.cpu}, measured {self.taken}", self.device(name), 1, "none", None)
+    def node(self, name: str = "this", parts: int = 1) -> Node:
+        """This machine as a node of one device, or of as many as it has cores: engines that share it. They meet in its memory.
+
+        Raises InputError for more parts than cores.
+        """
+        title = f"{self.machine.cpu}, measured {self.taken}"
+        if parts == 1:
+            return Node(name, title, self.device(name), 1, "none", None)
+        cores = max(1, int(self.machine.usable_cores))
+        if not 1 <= parts <= cores:
+            raise InputError(f"{parts} parts of a machine with {cores} cores", f"give 1 to {cores}", field="cluster")
+        links = {one.name: one for one in self.links}
+        one = links.get("shared-memory", links.get("loopback"))
+        part = self.device(f"{name}/{parts}", parts)
+        link = None if one is None else one.link(self.source)
+        return Node(f"{parts}x{name}", f"{title}, in {parts} parts", part, parts, "none" if link is None else "mesh", link)
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
@@ -175,6 +191,14 @@ class Profile(Config):
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
             file.write(text)
         os.replace(file.name, path)
+
+
+def spelled(text: str) -> tuple[Path, int] | None:
+    """The profile that `[COUNTx]PATH.json` names and in how many parts its machine is seen; None for what names no profile."""
+    if not text.endswith(".json"):
+        return None
+    match = re.fullmatch(r"([0-9]{1,4})x(.+)", text)
+    return (Path(text), 1) if match is None or Path(text).exists() else (Path(match[2]), int(match[1]))
 
 
 def default_path() -> Path:

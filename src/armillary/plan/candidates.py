@@ -120,7 +120,7 @@ class Candidate:
     @property
     def place(self) -> str:
         """Hardware, layout and format in words."""
-        layout, whole = self.deployment.layout, f" in {self.cluster}" if self.rent.devices > 1 else ""
+        layout, whole = self.deployment.layout, f" in {self.deployment.cluster.name}" if self.rent.devices > 1 else ""
         return f"{layout.devices} x {self.deployment.device.name}{whole} ({_degrees(layout)}, {self.deployment.precision.weights})"
 
     @property
@@ -141,8 +141,8 @@ def candidates(
     """All of `space`, each engine like `engine` in what the space leaves open; `host` ns an iteration beside the device. Drafts, where `engine`
     speculates, are right as `acceptance` says.
 
-    `here`: the model's configuration, where it can be run here. On a machine's profile (.json) that has measured its engine, iterations take
-    what was measured and the KV pool is what `serve` makes it; of other formats they take a roofline's time, which is told in a warning.
+    `here`: the model's configuration, where it can be run here. On a machine's profile (.json) the KV pool is what `serve` makes it, and where the
+    engine was measured iterations take what was measured; of other formats they take a roofline's time, which is told in a warning.
     Raises NotFoundError or InputError for a cluster that there is not.
     """
     bases = [(text, cluster(text)) for text in space.clusters]
@@ -166,7 +166,8 @@ def candidates(
         except InputError as error:
             yield Pruned(name, "layout", error.problem, error.fix, space.schedulings)
             continue
-        measured = _measured(text, here, engine.model_copy(update={"quantize": weights})) if layout.devices == 1 else None
+        machine = profiles.spelled(text) if layout.devices == 1 and here is not None else None
+        measured = None if machine is None or here is None else _measured(*machine, here, engine.model_copy(update={"quantize": weights}))
         if measured is not None and host:
             raise InputError(f"{text} has measured the engine with its host", "leave --host-us out", field="host_us")
         if measured is not None and (engine.speculate != "off" or engine.async_scheduling == "on"):
@@ -180,17 +181,18 @@ def candidates(
             continue
         for policy, budget, running in product(space.policies, space.budgets, space.running):
             config = _engine(engine, policy, budget, running, weights)
-            if measured is not None and here is not None:
+            if machine is not None and here is not None:
                 config = as_measured(config, here, measured, deployment.kv_memory)
             yield Candidate(text, spelling, Scenario(deployment, config, cost=cost, acceptance=acceptance), rent(base))
 
 
-def _measured(place: str, here: ModelConfig | None, engine: EngineConfig) -> Fitted | None:
-    """The costs of the engine in the profile that `place` may be; None where there are none."""
-    if here is None or not place.endswith(".json"):
-        return None
+def _measured(path: Path, parts: int, here: ModelConfig, engine: EngineConfig) -> Fitted | None:
+    """The costs of the engine in a profile, with the cores of one of so many parts of the machine; None where there are none."""
+    known = profiles.load(path)
+    if parts > 1:
+        engine = engine.model_copy(update={"threads": max(1, int(known.machine.usable_cores) // parts)})
     try:
-        return cost_model(profiles.load(Path(place)), here, engine)
+        return cost_model(known, here, engine)
     except NotFoundError as error:
         warnings.warn(f"{error.problem}: durations are a roofline's, which is optimistic ({error.fix})", stacklevel=2)
         return None

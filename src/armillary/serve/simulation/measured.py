@@ -10,12 +10,14 @@ from armillary.serve.kv_pool import settle
 from armillary.sim.costs import Fitted
 
 
-def as_measured(config: EngineConfig, model: ModelConfig, cost: Fitted, memory: int) -> EngineConfig:
+def as_measured(config: EngineConfig, model: ModelConfig, cost: Fitted | None, memory: int) -> EngineConfig:
     """`config` with its KV pool and context settled as on a machine that has `memory` bytes beside the weights.
 
-    Warns of iterations that may become larger than any that `cost` was measured of.
+    Warns of iterations that may become larger than any that `cost` was measured of, where it was.
     """
     settled = settle(config, model, memory)
+    if cost is None:
+        return settled
     for what, asked, most in (
         ("tokens an iteration", settled.max_batch_tokens, cost.tokens.at[-1]),
         ("sequences in flight", settled.max_running, cost.rows.at[-1]),
