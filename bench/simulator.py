@@ -24,7 +24,7 @@ from armillary.cluster.machine import describe
 from armillary.reproduce import vidur
 from armillary.serve.request import Request
 from armillary.serve.workload import requests
-from armillary.serve.workload.trace_file import read_trace
+from armillary.serve.workload.trace_file import Recorded
 
 STEPPED, LEAPT = 2000, 8000
 
@@ -44,7 +44,7 @@ def trace(path: Path | None) -> tuple[int, Iterator[Request]]:
     """The whole trace, or as many requests of its lengths at 2 a second."""
     if path is None:
         return vidur.WHOLE, vidur.coming(vidur.WHOLE)
-    coming = [one for one in read_trace(path) if one.prompt + one.answer <= 4096]
+    coming = [one for one in Recorded(path) if one.prompt + one.answer <= 4096]
     return len(coming), requests(iter(coming))
 
 

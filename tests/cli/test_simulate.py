@@ -31,6 +31,19 @@ def test_conversations_and_what_the_prefix_cache_had_of_them(capsys):
     assert "of the prompts' tokens were in the prefix cache" in told
 
 
+def test_a_trace_of_ours_on_other_hardware(capsys, tmp_path):
+    """What was served in virtual time here is served there: the same requests by name, and what they share."""
+    path, other = str(tmp_path / "real.json"), str(tmp_path / "virtual.json")
+    assert run(["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--sessions", "8", "--turns", "3..3", "--save", path]) == 0
+    capsys.readouterr()
+    assert run(["simulate", "serve", "mistral-7b", "--cluster", "h100", "--trace", path, "--save", other]) == 0
+    told = capsys.readouterr().out
+    assert "24 requests" in told
+    assert "had been asked or answered before" in told
+    assert run(["compare", path, other]) == 0
+    assert "24 requests" in capsys.readouterr().out
+
+
 def test_leaps_tell_the_same_and_so_does_the_same_seed(capsys, tmp_path):
     told = []
     for more in ([], [], ["--step-all"]):
@@ -92,6 +105,9 @@ def test_decode_workers_draft(capsys):
         (["llama-2-7b", "--sessions", "3", "--think", "20"], "20s"),
         (["llama-2-7b", "--sessions", "3", "--system-prompt", "5000"], "no room in a context of 4,096"),
         (["llama-2-7b", "--sessions", "3", "--trace", "x.csv"], "give one of them"),
+        (["llama-2-7b", "--speed", "2"], "give --trace"),
+        (["llama-2-7b", "--cut"], "give --trace"),
+        (["llama-2-7b", "--trace", "x.csv", "--rate", "2"], "give --speed"),
         (["llama-2-7b", "--lengths", "poems"], "conversation, code, summarization"),
         (["llama-2-7b", "--tp", "3", "--cluster", "dgx-h100"], "32 attention heads, which tensor_parallel 3 does not divide"),
         (["llama-2-7b", "--tp", "0"], "tensor_parallel is 0"),

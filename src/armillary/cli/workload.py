@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from armillary.serve.simulation.scenario import Scenario
     from armillary.serve.workload.requests import Source
     from armillary.serve.workload.sessions import Conversations
+    from armillary.serve.workload.trace_file import Recorded
 
 _REQUESTS: Final = 1000
 _LENGTHS: Final = "conversation"
@@ -37,7 +38,8 @@ class Workload:
     """What comes."""
 
     requests: Annotated[
-        int | None, Parameter(group=WORKLOAD, help="How many at most (default: 1000, or all turns of all sessions).", show_default=False)
+        int | None,
+        Parameter(group=WORKLOAD, help="How many at most (default: 1000; all of a trace, all turns of all sessions).", show_default=False),
     ] = None
     rate: Annotated[
         float | None,
@@ -55,9 +57,17 @@ class Workload:
         ),
     ] = None
     trace: Annotated[
-        Path | None, Parameter(group=WORKLOAD, help="A CSV file of arrived_at, num_prefill_tokens, num_decode_tokens, instead.")
+        Path | None,
+        Parameter(
+            group=WORKLOAD,
+            help="Recorded requests instead: CSV (Vidur, Azure, BurstGPT), Mooncake, our access log, our trace.json.",
+            show_default=False,
+        ),
     ] = None
     speed: Annotated[float, Parameter(group=WORKLOAD, help="How many times as fast the trace is replayed.")] = 1.0
+    cut: Annotated[
+        bool, Parameter(group=WORKLOAD, negative=(), help="Shorten requests of the trace that exceed the context, answers first.")
+    ] = False
     acceptance: Acceptance = None
     sessions: Annotated[
         int | None, _of_sessions("So many conversations instead: each turn asks with all before it, some time after it was answered.")
@@ -97,6 +107,13 @@ class Coming:
                     )
         elif flags.trace is not None:
             raise InputError("a trace is replayed as it came, and sessions are asked for", "give one of them", field="sessions")
+        for name, usual in (("speed", 1.0), ("cut", False)):
+            if flags.trace is None and getattr(flags, name) != usual:
+                raise InputError(f"{name} is of a trace, and none is given", "give --trace, or leave it out", field=name)
+        for name in ("rate", "lengths"):
+            if flags.trace is not None and getattr(flags, name) is not None:
+                raise InputError(f"a trace is replayed as it came, and {name} is given", "give --speed, or leave the trace out", field=name)
+        self.recorded: Recorded | None = None
         self.conversations = self._conversations() if flags.sessions is not None else None
         self.source: Source | Iterable[Request] = self.conversations or self._single()
 
@@ -109,11 +126,12 @@ class Coming:
         from armillary.serve.workload import bursty, requests
         from armillary.serve.workload.lengths import named
         from armillary.serve.workload.requests import arrivals
-        from armillary.serve.workload.trace_file import read_trace
+        from armillary.serve.workload.trace_file import Recorded
 
         flags, count = self.flags, self.flags.requests or _REQUESTS
         if flags.trace is not None:
-            return requests(read_trace(flags.trace, speed=flags.speed, most=count))
+            self.recorded = Recorded(flags.trace, flags.speed, flags.requests, self.context, flags.cut)
+            return requests(self.recorded)
         times = bursty(flags.rate if flags.rate is not None else float(self.replicas), flags.variation, self.seed)
         return requests(arrivals(times, named(flags.lengths or _LENGTHS), count, self.seed + 1, limit=self.context))
 
@@ -145,7 +163,9 @@ class Coming:
             "prompt": percentiles(result.prompt),
             "answer": percentiles(result.answer),
         }
-        talk = self.conversations
+        talk, file = self.conversations, self.recorded
+        if file is not None:
+            said |= {"unanswered": file.unanswered, "shortened": file.shortened, "shared": file.shared / max(1, file.asked)}
         if talk is not None:
             said |= {"sessions": talk.begun, "sessions_cut": talk.cut, "shared": talk.shared / max(1, talk.asked)}
         return said
@@ -160,7 +180,9 @@ def percentiles(values: Any) -> dict[str, float]:
 
 def told(facts: dict[str, Any]) -> str:
     """What came, in a line or two."""
-    rate = "" if facts["rate"] is None else f", {facts['rate']:.3g} a second (variation {facts['variation']:.2g})"
+    every = facts["rate"]
+    rate = "" if every is None else f", {every:.3g}" if every < 1000 else f", {every:,.0f}"
+    rate += f" a second (variation {facts['variation']:.2g})" if rate else ""
     prompt, answer = facts["prompt"], facts["answer"]
     lengths = f"prompts of {prompt['p50']:,.0f} tokens (p99 {prompt['p99']:,.0f}), answers of {answer['p50']:,.0f} ({answer['p99']:,.0f})"
     words = f"{facts['requests']:,} requests{rate}: {lengths}"
@@ -169,5 +191,10 @@ def told(facts: dict[str, Any]) -> str:
         words += f"\n{facts['sessions']:,} sessions" + (
             f", {cut:,} of which ended early, for their next turn exceeds the context" if cut else ""
         )
-        words += f"; {facts['shared']:.1%} of the prompts' tokens had been asked or answered before"
+    if facts.get("unanswered"):
+        words += f"\n{facts['unanswered']:,} without an answer were passed over"
+    if facts.get("shortened"):
+        words += f"\n{facts['shortened']:,} were shortened to the context"
+    if facts.get("shared"):
+        words += f"\n{facts['shared']:.1%} of the prompts' tokens had been asked or answered before"
     return words

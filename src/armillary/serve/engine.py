@@ -78,7 +78,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.limits = Limits(config.block_size, config.kv_blocks, config.max_batch_tokens, config.max_running, config.kv.most_blocks)
         self._memory = SequenceMemory(config.kv_blocks, config.block_size, config.kv, sharing=config.prefix_cache == "on")
-        self._history = History(trace, told=told)
+        self._history = History(trace, config.block_size, told=told)
         self.stats = self._history.stats  # cumulative counters; read them, never write
         self._times = IterationTimes()
         self._index = 0
@@ -444,7 +444,6 @@ class Engine:
             self._memory.retain(request)
         else:
             self._memory.release(request)
-        request.block_names.clear()  # callers keep their requests
         request.finish_reason = reason
         request.finished = at
         del self._requests[request.id]
@@ -454,6 +453,7 @@ class Engine:
         if self.drafter is not None:
             self._proposals.forget(self.drafter, request)
         self._history.finished(request, at, error)
+        request.block_names.clear()  # callers keep their requests
         self._outbox.put(request, event if event is not None else Event(request.id, None, "", None, reason, at, error))
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:

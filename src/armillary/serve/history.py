@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from armillary.serve.beginnings import Beginnings
 from armillary.serve.request import FinishReason, Request
 from armillary.serve.schedule import Hit, Plan, Preemption, Reason, Schedule
 from armillary.serve.story import Story
@@ -57,9 +58,10 @@ class Iteration:
 class History:
     """Written by the engine's thread under the engine's lock."""
 
-    def __init__(self, trace: Trace | None, *, told: bool = True) -> None:
+    def __init__(self, trace: Trace | None, block_size: int, *, told: bool = True) -> None:
         """`told`: whether every request's story is kept and the recent iterations are."""
         self.trace = trace
+        self._beginnings = Beginnings(block_size)
         self.told = told
         self.stats = EngineStats()
         self.recent: deque[Iteration] = deque(maxlen=RECENT_ITERATIONS)
@@ -169,6 +171,8 @@ class History:
         reason = request.finish_reason
         assert reason is not None
         self.stats.finished[reason] += 1
+        if self.trace is not None:
+            self._record(self.trace, request, at)
         if not self.told:
             return
         self._left_out.discard(request.id)
@@ -177,6 +181,14 @@ class History:
         self._ended[request.id] = story
         while len(self._ended) > ENDED_REQUESTS:
             self._ended.popitem(last=False)
+
+    def _record(self, trace: Trace, request: Request, at: int) -> None:
+        """What it takes to ask the same again: `serve.workload.trace_spans` reads it."""
+        lane, (earlier, shared) = f"request/{request.id}", self._beginnings.of(request)
+        sizes = {"arrival": request.arrival or 0, "prompt": len(request.prompt), "answer": len(request.output), "reused": request.reused}
+        trace.add(lane, "ended", at, at, str(request.finish_reason), sizes)
+        if shared:
+            trace.add(lane, "shares", at, at, earlier, {"shared": shared})
 
     def held(self, request_id: str) -> Reason | None:
         """Why the request was last held back."""

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armillary.core.errors import FormatError, InputError, NotFoundError
+from armillary.core.errors import InputError, NotFoundError
 from armillary.serve.workload import bursty, fixed, poisson, published, requests, steady
 from armillary.serve.workload.lengths import fitted, names
-from armillary.serve.workload.requests import Arrival, arrivals
-from armillary.serve.workload.trace_file import read_trace
+from armillary.serve.workload.requests import arrivals
 
 # Of the whole traces: tokens of prompts (mean, median, 90 %) and answers, counted when the tables were made.
 TRACES = {
@@ -63,35 +62,6 @@ def test_a_seed_says_it_all():
 def test_requests_have_the_lengths_and_times_of_their_arrivals():
     made = list(requests(arrivals(steady(1), fixed(7, 3), 2)))
     assert [(one.arrival, len(one.prompt), one.sampling.max_tokens) for one in made] == [(10**9, 7, 3), (2 * 10**9, 7, 3)]
-
-
-def test_a_trace_is_replayed_as_it_came_or_faster(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,374,44\n4.314579,396,109\n")
-    assert list(read_trace(path)) == [Arrival(0, 374, 44), Arrival(4_314_579_000, 396, 109)]
-    assert [one.at for one in read_trace(path, speed=2)] == [0, 2_157_289_500]
-    assert len(list(read_trace(path, most=1))) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "no column 'arrived_at'"),
-        ("arrived_at,num_prefill_tokens\n1,2\n", "no column 'num_decode_tokens'"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n", "no requests"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0,x,1\n", "line 2"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0,1,1\n5,1,nan\n", "line 3"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0,1,1\n5,1\n", "line 3"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n5,1,1\n4,1,1\n", "line 3 .* arrives before"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n5,0,1\n", "at least 1 token"),
-        ("arrived_at,num_prefill_tokens,num_decode_tokens\n1e300,1,1\n", "line 2"),
-    ],
-)
-def test_what_is_no_trace_is_named(tmp_path, text, says):
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(FormatError, match=says):
-        list(read_trace(path))
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])

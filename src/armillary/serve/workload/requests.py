@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from armillary.core.errors import InputError
@@ -14,13 +14,35 @@ if TYPE_CHECKING:
     from armillary.serve.workload.lengths import Lengths
 
 
+Content = tuple[tuple[int, int], ...]
+"""Runs of (identity, tokens)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request in numbers: when it comes (ns), and how many tokens its prompt and its answer have."""
+    """A request in numbers: when it comes (ns), and how many tokens its prompt and its answer have.
+
+    `content` are runs of (identity, tokens) that make up the prompt, where it may begin as others do: its first `shared` tokens as one before it.
+    The tokens of answers have the identity 0. Without a `name` it has its number.
+    """
 
     at: int
     prompt: int
     answer: int
+    name: str = ""
+    content: Content = ()
+    shared: int = 0
+
+
+def beginning(content: Content, tokens: int) -> Content:
+    """The first `tokens` tokens, or all of them."""
+    found: list[tuple[int, int]] = []
+    for identity, count in content:
+        if tokens <= 0:
+            break
+        found.append((identity, min(count, tokens)))
+        tokens -= count
+    return tuple(found)
 
 
 @runtime_checkable
@@ -78,11 +100,15 @@ def arrivals(times: Iterable[int], lengths: Lengths, count: int, seed: int = 0, 
 
 
 def requests(coming: Iterable[Arrival], prefix: str = "") -> Iterator[Request]:
-    """Requests of blank tokens, whose answers have exactly the length that is given; each of a tenant of its own, so that none begins as another."""
+    """Requests whose answers have exactly the length that is given. One without content has blank tokens, and is of a tenant of its own, so that
+    it begins as no other."""
     kept: dict[int, SamplingParams] = {}  # thousands ask for the same
     for number, one in enumerate(coming):
         params = kept.get(one.answer)
         if params is None:
             params = kept[one.answer] = SamplingParams(max_tokens=one.answer, temperature=0.0, ignore_eos=True)
-        name = f"{prefix}{number}"
-        yield Request(name, (0,) * one.prompt, params, arrival=one.at, cache_salt=name)
+        name = one.name or f"{prefix}{number}"
+        if one.content:
+            yield Request(name, tuple(chain.from_iterable(repeat(*run) for run in one.content)), params, arrival=one.at)
+        else:
+            yield Request(name, (0,) * one.prompt, params, arrival=one.at, cache_salt=name)

@@ -1,49 +1,110 @@
-"""Recorded requests: CSV files in the shape that Vidur and others use, replayed as they came or faster."""
+"""Recorded requests: traces that others publish, and what our own server has written, replayed as they came or faster."""
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from armillary.core.errors import FormatError, InputError
-from armillary.core.units import S
-from armillary.serve.workload.requests import Arrival
+from armillary.core.errors import FormatError, InputError, NotFoundError
+from armillary.serve.workload.requests import Arrival, beginning
+from armillary.serve.workload.trace_csv import read_csv
+from armillary.serve.workload.trace_lines import read_access_log, read_mooncake
+from armillary.serve.workload.trace_spans import read_spans
 
 MOST: Final = 20_000_000  # requests
 _TOKENS: Final = 1 << 30
-_COLUMNS: Final = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
+_FIRST_LINE: Final = 1 << 20  # characters
 
 
-def read_trace(path: str | Path, *, speed: float = 1.0, most: int | None = None) -> Iterator[Arrival]:
+@dataclass(slots=True)
+class Recorded:
     """The requests of a file, in the order of their arrival, `speed` times as fast; at most the first `most`.
 
-    Columns `arrived_at` (s), `num_prefill_tokens` and `num_decode_tokens`, others are passed over. Raises FormatError naming the line.
+    Which of these it is, is seen from its beginning: a CSV file with the columns of Vidur, of the Azure LLM inference traces or of BurstGPT;
+    JSON lines as Mooncake's, whose blocks are shared; our server's access log; a trace of our engine, with what its prompts shared.
+    Those without an answer are passed over, and `unanswered` counts them. One that exceeds `limit` tokens is refused, or with `cut` made to
+    fit, its answer first, and `shortened` counts those. `asked` tokens of prompts came, `shared` of them as others' began.
+
+    Iterating raises FormatError naming the line (and the column), or InputError.
     """
-    if not (math.isfinite(speed) and speed > 0):
-        raise InputError(f"a trace cannot be replayed {speed:g} times as fast", "give more than 0", field="speed")
-    with open(path, newline="", encoding="utf-8", errors="strict") as file:
-        rows = csv.DictReader(file)
-        missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
-        if missing:
-            raise FormatError(f"{path} has no column {missing[0]!r}", f"a trace has the columns {', '.join(_COLUMNS)}")
-        before, count = -1, 0
-        for count, row in enumerate(islice(rows, min(MOST, most) if most is not None else MOST), 1):
-            try:
-                at, prompt, answer = float(row["arrived_at"]), float(row["num_prefill_tokens"]), float(row["num_decode_tokens"])
-                arrival = Arrival(round(at * S / speed), int(prompt), int(answer))
-            except (TypeError, ValueError, OverflowError):
-                raise FormatError(f"line {count + 1} of {path} is no request: {dict(list(row.items())[:4])}", "give numbers") from None
-            if not (0 <= arrival.at < 1 << 62 and 1 <= arrival.prompt <= _TOKENS and 1 <= arrival.answer <= _TOKENS):
+
+    path: str | Path
+    speed: float = 1.0
+    most: int | None = None
+    limit: int | None = None
+    cut: bool = False
+    unanswered: int = 0
+    shortened: int = 0
+    asked: int = 0
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.speed) and self.speed > 0):
+            raise InputError(f"a trace cannot be replayed {self.speed:g} times as fast", "give more than 0", field="speed")
+
+    def __iter__(self) -> Iterator[Arrival]:
+        self.unanswered = self.shortened = self.asked = self.shared = 0
+        before, count = 0, 0
+        for where, found in islice(self._rows(), MOST):
+            if not found.answer:
+                self.unanswered += 1
+                continue
+            if self.most is not None and count == self.most:
+                return
+            if count and found.at < before:
+                raise FormatError(f"{where} of {self.path} arrives before the one ahead of it", "sort the trace by arrival")
+            before, count, at = found.at, count + 1, found.at if self.speed == 1 else round(found.at / self.speed)
+            if not (0 <= at < 1 << 62 and 1 <= found.prompt <= _TOKENS and 1 <= found.answer <= _TOKENS):
                 raise FormatError(
-                    f"line {count + 1} of {path}: {at:g} s, {prompt:g} and {answer:g} tokens", "times from 0 s, at least 1 token each"
+                    f"{where} of {self.path}: {found.at / 1e9:g} s, {found.prompt:,} and {found.answer:,} tokens",
+                    "times from 0 s, at least 1 token each",
                 )
-            if arrival.at < before:
-                raise FormatError(f"line {count + 1} of {path} arrives before the line ahead of it", "sort the trace by arrived_at")
-            before = arrival.at
+            arrival = self._fitting(where, replace(found, at=at))
+            self.asked += arrival.prompt
+            self.shared += arrival.shared
             yield arrival
         if not count:
-            raise FormatError(f"{path} has no requests", "a trace has a line for each, after the names of the columns")
+            raise FormatError(f"{self.path} has no requests", "a trace has one for each line, or is of an engine that answered some")
+
+    def _rows(self) -> Iterator[tuple[str, Arrival]]:
+        """(where in the file, request)"""
+        try:
+            with open(self.path, encoding="utf-8", errors="strict") as file:
+                first = file.readline(_FIRST_LINE)
+        except OSError as error:
+            raise NotFoundError(f"cannot read the trace {self.path} ({error.strerror})", "check the path") from error
+        except UnicodeDecodeError:
+            raise FormatError(f"{self.path} is no text", "give a CSV file, JSON lines, or a trace that Armillary saved") from None
+        if not first.lstrip().startswith(("{", "[")):
+            return read_csv(self.path)
+        try:
+            line = json.loads(first)
+        except (ValueError, RecursionError):
+            return read_spans(self.path)
+        if isinstance(line, dict) and "input_length" in line:
+            return read_mooncake(self.path)
+        if isinstance(line, dict) and "request_id" in line:
+            return read_access_log(self.path)
+        return read_spans(self.path)
+
+    def _fitting(self, where: str, found: Arrival) -> Arrival:
+        limit = self.limit
+        if limit is None or found.prompt + found.answer <= limit:
+            return found
+        if not self.cut:
+            raise InputError(
+                f"{where} of {self.path}: {found.prompt:,} and {found.answer:,} tokens are more than the context of {limit:,}",
+                "give --cut to make such requests fit, or another model",
+                field="trace",
+            )
+        self.shortened += 1
+        prompt = min(found.prompt, limit - 1)
+        return replace(
+            found, prompt=prompt, answer=min(found.answer, limit - prompt), content=beginning(found.content, prompt),
+            shared=min(found.shared, prompt),
+        )  # fmt: skip
