@@ -85,6 +85,14 @@ def test_drafts_in_virtual_time(capsys, by):
     assert (drafted["kv_blocks"] < plain["kv_blocks"]) == (by != ["ngram"])
 
 
+def test_late_requests_are_sent_twice(capsys):
+    arguments = ["llama-2-7b", "--cluster", "a100", "--replicas", "4", "--requests", "250", "--rate", "20", "--lengths", "300+20", "--json"]
+    assert run(["simulate", "serve", *arguments, "--tail", "hedged", "--hedge-budget", "0.5"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0 < facts["second_copies"]["hedges"] < 50
+    assert facts["requests"] == 250
+
+
 def test_decode_workers_draft(capsys):
     arguments = ["mistral-7b", "--cluster", "dgx-h100", "--requests", "20", "--prefill-workers", "1", "--decode-workers", "1"]
     assert run(["simulate", "serve", *arguments, "--lengths", "100+60", "--speculate", "ngram", "--acceptance", "0.9", "--json"]) == 0
@@ -115,6 +123,8 @@ def test_decode_workers_draft(capsys):
         (["llama-2-7b", "--router", "luck"], "no routing policy"),
         (["llama-2-7b", "--speculate", "ngram"], "give --acceptance"),
         (["llama-2-7b", "--acceptance", "0.5"], "nobody drafts"),
+        (["llama-2-7b", "--tail", "hedged"], "give at least 2"),
+        (["llama-2-7b", "--replicas", "2", "--hedge-budget", "0.1"], "says nothing with tail none"),
         (["llama-2-7b", "--kv-policy", "streaming"], "--prefix-cache off"),
         (["llama-2-7b", "--kv-policy", "h2o", "--prefix-cache", "off", "--quantize", "int4"], "torch backend only"),
         (["llama-2-7b", "--speculate", "model", "--draft-model", "llama-3-8b", "--acceptance", "0.5"], "128,256 tokens"),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 
@@ -76,6 +76,16 @@ class Hardware:
             help="What keys and values move over: fabric, network, or a link's name (default: the fabric where all workers share one).",
         ),
     ] = None
+    tail: Annotated[
+        Literal["none", "hedged", "tied"],
+        Parameter(
+            group=_HARDWARE, help="A second copy of a request: when it is late (hedged), or in two queues, one of which runs it (tied)."
+        ),
+    ] = "none"
+    hedge_budget: Annotated[
+        float | None,
+        Parameter(group=_HARDWARE, show_default=False, help="Share of prompt tokens that hedging may compute twice (default 0.05)."),
+    ] = None
     host_us: Annotated[
         float, Parameter(group=_HARDWARE, help="Microseconds an iteration beside the device: schedule, launch, tokens out.")
     ] = 0.0
@@ -140,7 +150,7 @@ def simulated_of(
     model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool = True
 ) -> Scenario | Phases:
     """Everything that is asked for, checked before anything runs."""
-    scenario = _scenario(model, hardware, workload, engine, config, fast=fast)
+    scenario = _with_tail(_scenario(model, hardware, workload, engine, config, fast=fast), hardware)
     return _phases(hardware, scenario) if hardware.prefill_workers or hardware.decode_workers else scenario
 
 
@@ -236,6 +246,18 @@ def _measured_scenario(
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
 
 
+def _with_tail(scenario: Scenario, hardware: Hardware) -> Scenario:
+    """With second copies, as they are asked for."""
+    from armillary.core.errors import InputError
+
+    budget = hardware.hedge_budget
+    if budget is not None and hardware.tail != "hedged":
+        raise InputError(
+            f"hedge_budget {budget:g} says nothing with tail {hardware.tail}", "leave it out, or choose tail hedged", field="hedge_budget"
+        )
+    return dataclasses.replace(scenario, tail=hardware.tail, hedge_budget=budget if budget is not None else scenario.hedge_budget)
+
+
 def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
     """The prefill and decode workers that are asked for, of which `scenario` has the engines of the first kind."""
     from armillary.cluster import catalogue
@@ -310,7 +332,7 @@ def _facts(simulated: Scenario | Phases, run: Run, coming: Coming, objective: Ob
         "busy": run.busy / span / engines, "model_flops_utilization": attained,
         "slo": None if objective is None else {"text": objective.text, "attainment": objective.met(result), "each": objective.each(result)},
         "iterations": run.stats.iterations, "preemptions": run.stats.preemptions,
-        "drafts": _drafts(scenario, run),
+        "drafts": _drafts(scenario, run), "second_copies": None if run.tail is None else dataclasses.asdict(run.tail),
         "prefix_hit_rate": run.stats.reused_tokens / run.stats.sought_tokens if run.stats.sought_tokens else None,
         "dollars_per_million_tokens": None if price is None else hours * price / max(1, int(result.answer.sum())) * 1e6,
         "wall_seconds": run.wall, **apart,

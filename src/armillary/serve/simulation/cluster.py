@@ -23,6 +23,7 @@ class Replica:
         self.index, self.engine = index, engine
         self.leap: Leap | None = None
         self.count = 0
+        self.expected = 0  # requests that wait for it outside of the engine
         self.event: int | None = None  # when it is next looked at
         self.prefixes = PrefixIndex(engine.limits.total_blocks)
 
@@ -31,7 +32,9 @@ class Replica:
         engine = self.engine
         size = engine.limits.block_size
         matched = self.prefixes.matched(names) * size if names else 0
-        return ReplicaView(self.index, engine.queued, engine.running, engine.queued_tokens, len(self.prefixes) * size, matched)
+        return ReplicaView(
+            self.index, engine.queued + self.expected, engine.running, engine.queued_tokens, len(self.prefixes) * size, matched
+        )
 
 
 class Views(Sequence[ReplicaView]):
@@ -71,9 +74,9 @@ class Cluster:
 
         One that arrives when an iteration ends is in time for the next, but for one that comes because of that end: then the next has begun. Raises InputError for one that arrives before the one before it.
         """
-        coming, events = requests if isinstance(requests, Source) else Listed(requests), self._events
+        coming = requests if isinstance(requests, Source) else Listed(requests)
         while True:
-            at, then = coming.next_time, events.next_time
+            at, then = coming.next_time, self.next_time
             if at is not None and (then is None or at <= then):
                 self.route(coming.take(), at)
             elif then is not None:
@@ -98,8 +101,15 @@ class Cluster:
         for replica in self.replicas:
             replica.engine.check()
 
+    def ended(self, replica: Replica) -> None:
+        """What it was at is over, and what comes next has not begun: for clusters that see to more than that."""
+
     def route(self, request: Request, at: int) -> None:
         """To the replica that the router says."""
+        self.give(self.choose(request), request, at)
+
+    def choose(self, request: Request) -> Replica:
+        """Whom the router says."""
         replica = self.replicas[0]
         if len(self.replicas) > 1:
             names = known_names(request, replica.engine.limits.block_size) if self._named else ()
@@ -109,7 +119,7 @@ class Cluster:
             if names:
                 replica.prefixes.sent(names)
         self.routed += 1
-        self.give(replica, request, at)
+        return replica
 
     def give(self, replica: Replica, request: Request, at: int) -> None:
         """To this one, at `at` ns, which is no earlier than anything that has been looked at."""
@@ -117,7 +127,12 @@ class Cluster:
         if replica.leap is None:
             if replica.event is None:
                 replica.event = self._events.at(at, replica)
-        elif (count := replica.leap.until(at)) < replica.count:  # what has not begun by now is decided again
+        else:
+            self.recall(replica, at)
+
+    def recall(self, replica: Replica, at: int) -> None:
+        """What has not begun by `at` ns is decided again."""
+        if replica.leap is not None and (count := replica.leap.until(at)) < replica.count:
             self._await(replica, count)
 
     def _look_at(self, replica: Replica) -> None:
@@ -127,6 +142,7 @@ class Cluster:
             engine.end(replica.leap, replica.count)
             replica.leap = None
         engine.virtual_clock.advance_to(now)
+        self.ended(replica)
         if (drafted := engine.draft()) > now:
             replica.event = self._events.at(drafted, replica)
             return

@@ -73,7 +73,7 @@ class VirtualEngine(Engine):
         if config.speculate != "off" and drafter is None:
             raise InputError(f"nobody proposes tokens here, as speculate {config.speculate} wants", "give a drafter", field="speculate")
         self.queued_tokens = 0  # of prompts that have not been started
-        self.busy = 0  # ns of iterations that have ended
+        self.busy = 0  # ns of iterations that have ended, and of drafting
 
     @property
     def queued(self) -> int:
@@ -97,7 +97,9 @@ class VirtualEngine(Engine):
     def draft(self) -> int:
         """Have tokens proposed for the next iteration, and give the time (ns) at which they are there: who comes by then is in time for it."""
         if self.drafter is not None and not self._drafted:
+            began = self.clock.now()
             self._proposals.ask(self.drafter, self._seats.running)
+            self.busy += self.clock.now() - began
             self._drafted = True
         return self.clock.now()
 

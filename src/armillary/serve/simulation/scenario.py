@@ -15,6 +15,7 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.history import EngineStats
 from armillary.serve.policies import routing
+from armillary.serve.policies.routing.hedging import Hedging
 from armillary.serve.request import Request
 from armillary.serve.simulation.acceptance import Acceptance
 from armillary.serve.simulation.cluster import Cluster
@@ -23,6 +24,7 @@ from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.kept import attending, kept
 from armillary.serve.simulation.memory import kv_blocks
 from armillary.serve.simulation.recorder import Recorder, Result
+from armillary.serve.simulation.tail import Answers, Kind, SecondCopies, TailStats
 from armillary.serve.simulation.watched import Gate, WatchedEngine
 from armillary.serve.workload.requests import Source
 from armillary.sim.costs import CostModel
@@ -45,6 +47,7 @@ class Run:
     blocks: int
     wall: float
     busy: int
+    tail: TailStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Scenario:
     """`replicas` of `deployment`, each an engine of `config` whose iterations take what `cost` says (by default the deployment's roofline).
 
     Where `config` speculates, drafts are right as `acceptance` says; what a draft model computes takes what `draft_cost` says (by default its
-    roofline on the same devices). Raises InputError for what has no model in virtual time yet, naming it.
+    roofline on the same devices). `tail` and `hedge_budget` are a fleet's. Raises InputError for what has no model in virtual time yet, naming it.
     """
 
     deployment: Deployment
@@ -64,11 +67,17 @@ class Scenario:
     phase: Phase = "both"
     acceptance: Acceptance | None = None
     draft_cost: CostModel | None = None
+    tail: Kind = "none"
+    hedge_budget: float = 0.05
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MOST_REPLICAS:
             raise InputError(f"{self.replicas:,} replicas are asked for", f"give 1 to {MOST_REPLICAS:,}", field="replicas")
         routing.get(self.router)
+        if self.tail != "none" and self.replicas < 2:
+            raise InputError(f"tail {self.tail} sends requests to two replicas, and there is one", "give at least 2", field="tail")
+        if not 0 <= self.hedge_budget <= 1:
+            raise InputError(f"a hedge_budget of {self.hedge_budget:g}", "give a share from 0 to 1", field="hedge_budget")
         config = self.config
         asked = {
             "offload": config.offload is not None, "sparsity": config.sparsity is not None, "lora": bool(config.lora),
@@ -146,7 +155,7 @@ class Scenario:
 
     def single(self) -> Scenario:
         """One replica of it."""
-        return replace(self, replicas=1)
+        return replace(self, replicas=1, tail="none")
 
     def run(self, requests: Iterable[Request] | Source, *, trace: Trace | None = None, watched: Gate | None = None) -> Run:
         """`requests`, in the order of their arrival, to their end. A trace shows one replica, for lanes are requests; `watched` stops it to be looked at.
@@ -162,6 +171,7 @@ class Scenario:
             )
         cost, config, drafting, keeps = self.priced, self.settled, self.drafting, kept(self.deployment, self.config)
         recorder = Recorder(requests.ended if isinstance(requests, Source) else None)
+        answers = Answers(recorder) if self.tail != "none" else None
 
         def engine(index: int) -> VirtualEngine:
             clock, seen = VirtualClock(), watched is not None and index == watched.replica
@@ -171,7 +181,7 @@ class Scenario:
                 config,
                 trace=trace,
                 drafter=None if drafting is None else drafting.drafter(config, clock),
-                recorder=recorder,
+                recorder=recorder if answers is None else answers,
                 fast_forward=self.fast_forward,
                 told=trace is not None or seen,
             )
@@ -179,14 +189,22 @@ class Scenario:
         engines = [engine(index) for index in range(self.replicas)]
         if watched is not None:
             watched.take(engines[watched.replica])
+        router = routing.get(self.router)
+        if answers is None:
+            group = Cluster(engines, router, seed=config.seed)
+        else:
+            group = SecondCopies(engines, router, answers, seed=config.seed, kind=self.tail, hedging=Hedging(self.hedge_budget))
         began = time.perf_counter()
-        Cluster(engines, routing.get(self.router), seed=config.seed).run(
-            requests if isinstance(requests, Source) else _PHASES[self.phase](requests)
-        )
+        group.run(requests if isinstance(requests, Source) else _PHASES[self.phase](requests))
         wall = time.perf_counter() - began
         assert config.kv_blocks is not None
         return Run(
-            recorder.result(), summed([engine.stats for engine in engines]), config.kv_blocks, wall, sum(engine.busy for engine in engines)
+            recorder.result(),
+            summed([engine.stats for engine in engines]),
+            config.kv_blocks,
+            wall,
+            sum(engine.busy for engine in engines),
+            group.stats if isinstance(group, SecondCopies) else None,
         )
 
 
