@@ -33,6 +33,7 @@ def test_the_verdict(ours: float, status: int, verdict: str, monkeypatch: pytest
     assert verdict in line
     assert main.run(["reproduce", "known", "--json"]) == status
     told = json.loads(capsys.readouterr().out)
+    assert told["rows"][1]["ratio"] == ours / 9
     assert (told["holds"], told["rows"][1]["ours"], told["rows"][1]["published"]) == (status == 0, ours, 9)
 
 
@@ -42,7 +43,7 @@ def test_the_page_has_the_table_and_the_picture(
     monkeypatch.setattr(registry, "get", lambda name: experiment(GOOD))
     assert main.run(["reproduce", "known", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<td>mean &lt;latency&gt;</td><td>9 iterations</td><td>9 iterations</td><td>yes</td>" in page
+    assert "<td>mean &lt;latency&gt;</td><td>9 iterations</td><td>9 iterations</td><td>1.00</td><td>yes</td>" in page
     assert page.count('class="armillary-gantt"') == 1
     assert f"wrote {tmp_path / 'page.html'}" in capsys.readouterr().out
 

@@ -7,16 +7,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armillary.core.clock import VirtualClock
-from armillary.reproduce import paged_attention, registry
+from armillary.reproduce import paged_attention
+from armillary.reproduce.reserved import BOUNDS, Buddies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
 from armillary.serve.executors.scripted import ScriptedExecutor
 from armillary.serve.request import Request, SamplingParams
+from armillary.serve.schedule import Outcome, Plan
 
 
-def engine(policy: str, blocks: int, block_size: int) -> tuple[Engine, paged_attention.Watched]:
+class Watched:
+    """Integrates over time how many tokens the cache holds."""
+
+    def __init__(self, executor: ScriptedExecutor) -> None:
+        self._executor = executor
+        self.time = self.held = 0
+
+    def run(self, plan: Plan) -> Outcome:
+        outcome = self._executor.run(plan)
+        duration = outcome.end - outcome.start
+        self.time += duration
+        self.held += duration * sum(entry.start + entry.count for entry in plan.schedule.entries)
+        return outcome
+
+
+def engine(policy: str, blocks: int, block_size: int) -> tuple[Engine, Watched]:
     clock = VirtualClock()
-    watched = paged_attention.Watched(ScriptedExecutor(clock, token=lambda request, position: 0))
+    watched = Watched(ScriptedExecutor(clock, token=lambda request, position: 0))
     config = EngineConfig(policy=policy, block_size=block_size, kv_blocks=blocks, max_batch_tokens=4096, prefix_cache="off")
     return Engine(watched, config, clock=clock), watched
 
@@ -54,14 +71,34 @@ def test_in_blocks_a_sequence_wastes_less_than_one(shapes: list[tuple[int, int]]
 
 
 def test_the_lengths_are_those_of_the_paper_on_average() -> None:
-    found = paged_attention.lengths()
-    assert sum(prompt for prompt, _ in found) / len(found) == pytest.approx(161.31, rel=0.05)
-    assert sum(answer for _, answer in found) / len(found) == pytest.approx(337.99, rel=0.05)
+    for means in (paged_attention.SHAREGPT, paged_attention.ALPACA):
+        found = paged_attention.lengths(means, 4096)
+        assert [sum(column) / len(found) for column in zip(*found, strict=True)] == pytest.approx(means, rel=0.001)
 
 
-@pytest.mark.slow
-def test_every_row_holds_and_more_is_in_use_the_less_is_reserved() -> None:
-    rows = registry.get("paged-attention").run().rows
-    assert [row.holds for row in rows] == [True] * 6
-    in_use = [row.ours for row in rows[:4]]
+@settings(max_examples=60)
+@given(st.integers(64, 5000), st.lists(st.one_of(st.integers(1, 700), st.integers(-8, -1)), max_size=60))
+def test_pieces_of_memory_never_overlap_and_are_whole_again_when_all_are_given_back(slots: int, moves: list[int]) -> None:
+    """A positive number takes so many slots, a negative one gives back one of the pieces."""
+    memory, taken = Buddies(slots), list[tuple[int, int]]()
+    for move in moves:
+        if move > 0 and (piece := memory.take(move)) is not None:
+            assert move <= piece[1] < 2 * move
+            assert piece[0] + piece[1] <= slots
+            assert all(at + size <= piece[0] or piece[0] + piece[1] <= at for at, size in taken)
+            taken.append(piece)
+        elif move < 0 and taken:
+            memory.give(*taken.pop(move % len(taken)))
+    for piece in taken:
+        memory.give(*piece)
+    largest = 1 << (slots.bit_length() - 1)
+    assert memory.take(largest) == (0, largest)
+
+
+def test_more_is_in_use_the_less_is_reserved_and_the_context_allows_seven() -> None:
+    """15.7k slots are seven contexts: figure 13's seven sequences."""
+    in_use = [paged_attention.held(system, 120) for system in (*BOUNDS[::-1], "vllm")]
     assert in_use == sorted(in_use)
+    result = paged_attention.serve("max", paged_attention.workload(paged_attention.SHAREGPT, 2.0, 60))
+    at = sorted([(time, 1) for time in result.first_scheduled.tolist()] + [(time, -1) for time in result.finished.tolist()])
+    assert max(sum(step for _, step in at[: place + 1]) for place in range(len(at))) == 7

@@ -13,6 +13,8 @@ from armillary.cli.settings import Json
 if TYPE_CHECKING:
     from armillary.reproduce.registry import Experiment, Result, Row
 
+_COLUMNS = ("quantity", "ours", "published", "ratio", "holds", "tolerance", "source")
+
 
 def reproduce(
     name: Annotated[str | None, Parameter(help="What to run; without it, the list.")] = None,
@@ -50,12 +52,12 @@ def reproduce(
                 "claim": experiment.claim,
                 "setup": experiment.setup,
                 "holds": result.holds,
-                "rows": [{field: getattr(row, field) for field in (*row.__dataclass_fields__, "holds")} for row in result.rows],
+                "rows": [{field: getattr(row, field) for field in (*row.__dataclass_fields__, "ratio", "holds")} for row in result.rows],
             }
         )
     else:
         print(f"{experiment.title} ({experiment.paper}): {experiment.claim}\nsetup: {experiment.setup}\n")
-        table(("quantity", "ours", "published", "holds", "tolerance", "source"), [_cells(row) for row in result.rows])
+        table(_COLUMNS, [_cells(row) for row in result.rows])
         if html is not None:
             print(f"\nwrote {html}")
     return 0 if result.holds else FAILED
@@ -76,7 +78,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     def amount(value: float) -> str:
         return f"{value:.4g} {row.unit}".strip() if row.unit != "x" else f"{value:.3g}x"
 
-    return row.quantity, amount(row.ours), amount(row.published), "yes" if row.holds else "NO", row.tolerance, row.source
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    tolerance = f"{row.tolerance} [set after]" if row.after else row.tolerance
+    return row.quantity, amount(row.ours), amount(row.published), ratio, "yes" if row.holds else "NO", tolerance, row.source
 
 
 def _page(experiment: Experiment, result: Result) -> str:
@@ -86,7 +90,7 @@ def _page(experiment: Experiment, result: Result) -> str:
     def row(cells: Any, cell: str) -> str:
         return "<tr>" + "".join(f"<{cell}>{markup.escape(str(text))}</{cell}>" for text in cells) + "</tr>"
 
-    head = row(("quantity", "ours", "published", "holds", "tolerance", "source"), "th")
+    head = row(_COLUMNS, "th")
     pictures = "\n".join(gantt_html(trace, title=title, standalone=False) for title, trace in result.pictures)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{markup.escape(experiment.title)}</title>

@@ -29,7 +29,10 @@ _MODULES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A quantity, ours beside the published one. It holds when `low <= ours <= high`; `tolerance` says that in words, and why."""
+    """A quantity, ours beside the published one. It holds when `low <= ours <= high`; `tolerance` says that in words, and why.
+
+    `after`: the tolerance was set when ours had been seen. Otherwise it comes from what was published or was fixed before the first run.
+    """
 
     quantity: str
     unit: str
@@ -39,6 +42,12 @@ class Row:
     low: float
     high: float
     tolerance: str
+    after: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over the published one, where that is not 0."""
+        return self.ours / self.published if self.published else None
 
     @property
     def holds(self) -> bool:
@@ -59,7 +68,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A published system's headline experiment in miniature or in virtual time. `takes` is about how long `run` does."""
+    """A published system's headline experiment carried out, or in virtual time. `takes` is about how long `run` does."""
 
     name: str
     title: str
