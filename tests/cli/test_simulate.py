@@ -179,7 +179,7 @@ def test_prefill_and_decode_workers(capsys):
 
 
 def test_the_share_that_keeps_an_objective(capsys):
-    arguments = ["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--requests", "60", "--rate", "3", "--slo", "ttft=120ms,tpot=50ms"]
+    arguments = ["simulate", "serve", "llama-2-7b", "--cluster", "a100", "--requests", "30", "--rate", "3", "--slo", "ttft=120ms,tpot=50ms"]
     assert run([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert 0 < facts["slo"]["attainment"] == facts["slo"]["each"]["ttft"] < 1

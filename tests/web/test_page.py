@@ -308,6 +308,59 @@ def test_each_part_that_tells_of_itself_has_a_card(browser, world):
     until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, ".feature")) == 1)
 
 
+def test_virtual_time_is_chosen_run_drawn_and_watched(browser, world):
+    def one(name):
+        return browser.find_element(By.ID, name)
+
+    def fill(**values):
+        for name, value in values.items():
+            one(f"sim-{name}").clear()
+            one(f"sim-{name}").send_keys(value)
+
+    def columns():
+        return int(one("picture").get_attribute("data-columns") or 0)
+
+    one("tab-simulate").click()
+    assert not one("chat").is_displayed()
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#names-models option[value='deepseek-v3']"))
+    fill(cluster="a1000", lengths="400+60", rate="8", requests="60")
+    one("simulate-run").click()
+    until(browser, lambda: "did you mean a100" in one("simulation-error").text)
+    assert one("sim-cluster").get_attribute("aria-invalid") == "true"
+    assert all("400" in entry["message"] for entry in browser.get_log("browser"))
+    fill(cluster="a100")
+    one("simulate-run").click()
+    until(browser, lambda: one("simulation-results").is_displayed())
+    assert not one("simulation-error").is_displayed()
+    assert one("run-command").text.startswith("armillary simulate serve llama-2-7b --cluster a100 --lengths 400+60 --requests 60 --rate 8")
+    browser.execute_script(
+        "const time = arguments[0]; time.value = time.max / 2; time.dispatchEvent(new Event('input'));", one("player-time")
+    )
+    until(browser, lambda: columns() > 50)
+    assert int(one("tile-running").text) > 0
+    assert painted(browser, "picture") >= 4
+    browser.find_element(By.CSS_SELECTOR, "#requests button").click()
+    until(browser, lambda: "arrived with a prompt of 400 tokens" in one("story-events").text)
+    browser.find_element(By.CSS_SELECTOR, "#story .primary").click()
+    before = one("player-clock").text
+    one("run-watch").click()
+    until(browser, lambda: one("player-clock").text != before and one("player-play").get_attribute("aria-label") == "Pause")
+    one("player-play").click()
+    fill(lengths="100+2")
+    browser.find_element(By.CSS_SELECTOR, "#simulation summary").click()
+    fill(tolerance="0.5")
+    one("simulate-capacity").click()
+    until(browser, lambda: "requests a second" in one("capacity-what").text)
+    points = int(one("capacity-charts").get_attribute("data-points"))
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#capacity-charts figure")) == 4
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#capacity-charts figure:first-child .mark")) == points > 3
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(SHOTS / "simulate.png"))
+    one("tab-chat").click()
+    until(browser, lambda: one("model").text == "typist" and one("chat").is_displayed())
+    assert not one("player").is_displayed()
+
+
 def test_themes_and_panels_by_keyboard(browser):
     engine = browser.find_element(By.ID, "engine")
     assert engine.is_displayed()
@@ -333,7 +386,7 @@ def test_the_page_fits_a_phone(browser):
         browser.refresh()
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
         assert not browser.find_element(By.ID, "engine").is_displayed()
-        for name in ("new-chat", "open-settings", "toggle-engine", "theme", "prompt", "send"):
+        for name in ("tab-chat", "tab-simulate", "new-chat", "open-settings", "toggle-engine", "theme", "prompt", "send"):
             box = browser.find_element(By.ID, name).rect
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 360, name

@@ -43,6 +43,8 @@ class ServerConfig(Config):
     """Folder that keeps uploaded files and batches over a restart; none keeps them in memory."""
     files_limit: Bytes = Field(64 << 20, ge=1)
     """Bytes of all uploaded files and results of batches."""
+    simulations: int = Field(2, ge=0, le=64)
+    """Simulations that may run at a time for the page, each a process; 0 switches them off."""
     explain: bool = False
     """Tell on stderr of every request that ends why it took as long as it did."""
 

@@ -119,7 +119,9 @@ def http_server(service: Service, server: Any, operations: Operations | None = N
     hosts = LOOPBACK_HOSTS if is_loopback(server.host) else ("*",)
     operations = operations if operations is not None else operating.operations(server, None)
     operations = replace(operations, observers=operating.observers(server, service))
-    app = create_app(service, api_key=operating.key_ring(server), allowed_hosts=hosts, operations=operations)
+    app = create_app(
+        service, simulations=server.simulations, api_key=operating.key_ring(server), allowed_hosts=hosts, operations=operations
+    )
     return Server(
         app,
         server.host,

@@ -197,6 +197,9 @@ class ServerFlags:
     otel: Annotated[
         str | None, _flag("Send OpenTelemetry spans there, such as http://localhost:4318/v1/traces (extra: otel).", _SERVER)
     ] = None
+    simulations: Annotated[
+        int | None, _flag("Simulations that may run at a time for the page, each a process; 0: none (default 2).", _SERVER)
+    ] = None
     explain: Annotated[
         bool | None,
         Parameter(negative=(), group=_SERVER, show_default=False, help="Tell of every request that ends why it took as long as it did."),

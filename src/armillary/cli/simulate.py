@@ -26,6 +26,7 @@ simulate = App(name="simulate")
 simulate.command(
     "armillary.cli.simulate_capacity:capacity", name="capacity", help="The highest rate at which an objective holds, and the curve to it."
 )
+simulate.command("armillary.cli.simulate_page:page", name="page", help="The page's tab for virtual time, without a model to serve.")
 simulate.command("armillary.cli.simulate_watch:watch", name="watch", help="For the page: the engine at any instant, by lines of JSON.")
 
 _HARDWARE = Group("Hardware", sort_key=1)

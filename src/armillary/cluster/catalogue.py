@@ -77,7 +77,7 @@ class Catalogue:
         names = list(known)
         close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
         fix = f"did you mean {' or '.join(close)}?" if close else "see `armillary cluster list`, or add it in a TOML file (docs/cluster.md)"
-        return NotFoundError(f"the catalogue has no {kind} called {name[:80]!r}", fix)
+        return NotFoundError(f"the catalogue has no {kind} called {name[:80]!r}", fix, field="kv_link" if kind == "link" else "cluster")
 
 
 def user_folder(environment: Mapping[str, str] | None = None) -> Path:

@@ -1,6 +1,7 @@
 // The conversation: what was said, sending, streaming, stopping.
 
 import { chat, ServerError } from "./api.js";
+import { served } from "./live.js";
 import { render } from "./markdown.js";
 import { current, open as openSettings } from "./settings.js";
 import { tell } from "./story.js";
@@ -130,7 +131,7 @@ function finish(view, { text, id, usage, reason, stopped, failure, waited, wrote
   });
   again.dataset.again = "";
   const copier = button("Copy", "Copy the answer as it was written", () => copy(text, copier));
-  view.foot.replaceChildren(...(text ? [copier] : []), again, ...(id ? [button("Why?", "What the scheduler did with this request", () => tell(id))] : []), words);
+  view.foot.replaceChildren(...(text ? [copier] : []), again, ...(id ? [button("Why?", "What the scheduler did with this request", () => tell(served.story(id)))] : []), words);
   if (atEnd()) toEnd();
 }
 

@@ -1,4 +1,7 @@
-// Asks for the engine's state while somebody looks, and shows it.
+// Asks a source for an engine's state while somebody looks, and shows it: the engine that serves, or one in virtual time.
+//
+// A source has `state(since, signal)`, a `/live` answer or null when nothing has changed; `story(id)`, lines about a request; `wait(busy)`, the ms
+// until it is asked again; `named(state)`, where its name is shown.
 
 import { getJson } from "./api.js";
 import { showFeatures } from "./features.js";
@@ -6,8 +9,6 @@ import { History } from "./history.js";
 import { blocksShown, colour, drawBlocks, drawIterations, iterationAt } from "./picture.js";
 import { tell } from "./story.js";
 
-const BUSY_MS = 250;
-const IDLE_MS = 1000;
 const LOST_MS = 4000;
 const ROWS = 12;
 
@@ -17,22 +18,58 @@ const history = new History();
 let timer = null;
 let asking = false;
 let selected = null;
+let source = null;
 
-const watched = () => document.visibilityState === "visible" && !engine.hidden;
+const watched = () => source && document.visibilityState === "visible" && !engine.hidden;
+
+/** The engine of this server. */
+export const served = {
+  state: (since, signal) => getJson(`/live?since=${since}`, signal),
+  story: async (id) => {
+    const { requests } = await getJson(`/requests/${encodeURIComponent(id)}`);
+    return requests.flatMap((request) => (requests.length > 1 ? [request.id, ...request.events] : request.events));
+  },
+  wait: (busy) => (busy ? 250 : 1000),
+  named: (state) => {
+    for (const id of ["model", "welcome-model"]) $(id).textContent = state.model.name;
+    $("model").title = state.model.description;
+    document.title = `${state.model.name} · Armillary`;
+  },
+};
+
+/** Shows another engine; null shows none. */
+export function watch(next) {
+  source = next;
+  pulse.className = "pulse";
+  afresh();
+}
+
+/** Forgets what was seen: the same source goes on from another instant. */
+export function afresh() {
+  history.forget();
+  picture.dataset.columns = 0;
+  wake();
+}
 
 async function poll() {
   timer = null;
   if (!watched() || asking) return;
   asking = true;
+  const [asked, since] = [source, history.last];
   let wait = LOST_MS;
   try {
-    const state = await getJson(`/live?since=${history.last}`, AbortSignal.timeout(10_000));
-    history.add(state);
-    const busy = state.running + state.waiting > 0;
-    wait = busy ? BUSY_MS : IDLE_MS;
-    pulse.className = `pulse ${busy ? "busy" : "idle"}`;
-    pulse.title = busy ? "Working" : "Idle";
-    show(state);
+    const state = await asked.state(since, AbortSignal.timeout(60_000));
+    if (asked !== source || since !== history.last) wait = 0; // somebody wants to see something else meanwhile
+    else {
+      if (state) {
+        history.add(state);
+        show(state);
+      }
+      const busy = history.state !== null && history.state.running + history.state.waiting > 0;
+      wait = asked.wait(busy);
+      pulse.className = `pulse ${busy ? "busy" : "idle"}`;
+      pulse.title = busy ? "Working" : "Idle";
+    }
   } catch (error) {
     pulse.className = "pulse lost";
     pulse.title = error.message;
@@ -48,9 +85,7 @@ export function wake() {
 }
 
 function show(state) {
-  for (const id of ["model", "welcome-model"]) $(id).textContent = state.model.name;
-  $("model").title = state.model.description;
-  document.title = `${state.model.name} · Armillary`;
+  source.named(state);
   $("policy").textContent = state.policy;
   $("policy").title = "The scheduler policy";
   $("tile-rate").textContent = history.rate >= 100 ? Math.round(history.rate) : history.rate.toFixed(1).replace(/\.0$/, "");
@@ -104,7 +139,7 @@ function row() {
     node.append(span);
   }
   node.append(document.createElement("progress"));
-  node.addEventListener("click", () => tell(node.dataset.id));
+  node.addEventListener("click", () => tell(source.story(node.dataset.id)));
   item.append(node);
   return item;
 }

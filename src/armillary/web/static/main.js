@@ -1,8 +1,9 @@
 // Puts the page together: the theme, the panels, the keys.
 
 import { clear, halt, say } from "./chat.js";
-import { draw, wake } from "./live.js";
+import { draw, served, wake, watch } from "./live.js";
 import { open as openSettings } from "./settings.js";
+import { shown as simulationShown } from "./simulate.js";
 
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
@@ -56,6 +57,22 @@ const toggle = () => engine($("engine").hidden);
 $("toggle-engine").addEventListener("click", toggle);
 $("new-chat").addEventListener("click", clear);
 
+const tabs = document.body.dataset.tabs.split(" ");
+for (const name of ["chat", "simulate"]) $(`tab-${name}`).addEventListener("click", () => open(name));
+$("tabs").hidden = tabs.length < 2;
+
+function open(name) {
+  for (const each of ["chat", "simulate"]) {
+    $(each).hidden = each !== name;
+    $(`tab-${each}`).setAttribute("aria-selected", String(each === name));
+  }
+  document.body.dataset.tab = name;
+  const hash = name === tabs[0] ? "" : `#${name}`;
+  if (location.hash !== hash) history.replaceState(null, "", location.pathname + hash);
+  simulationShown(name === "simulate");
+  if (name === "chat") watch(served);
+}
+
 document.addEventListener("keydown", (event) => {
   const command = event.ctrlKey || event.metaKey;
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) halt();
@@ -68,7 +85,8 @@ document.addEventListener("keydown", (event) => {
 
 theme(root.dataset.theme ?? "");
 engine(!narrow.matches && localStorage.getItem("armillary.engine") !== "hidden");
-if (narrow.matches) {
+open(tabs.includes(location.hash.slice(1)) ? location.hash.slice(1) : tabs[0]);
+if (narrow.matches && tabs.includes("chat")) {
   // The name of the model is worth one question even when the engine is out of sight.
   import("./api.js").then(async ({ getJson }) => {
     try {

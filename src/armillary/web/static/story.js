@@ -1,15 +1,13 @@
 // Why a request got what it got: the scheduler's own words.
 
-import { getJson } from "./api.js";
-
 const dialog = document.getElementById("story");
 const list = document.getElementById("story-events");
 
-export async function tell(id) {
+/** Shows what `story`, a promise of lines, tells. */
+export async function tell(story) {
   let lines;
   try {
-    const { requests } = await getJson(`/requests/${encodeURIComponent(id)}`);
-    lines = requests.flatMap((request) => (requests.length > 1 ? [request.id, ...request.events] : request.events));
+    lines = await story;
   } catch (error) {
     lines = [error.message];
   }
