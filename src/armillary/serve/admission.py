@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from operator import attrgetter
+from typing import Final
 
 from armillary.core.errors import InputError
 from armillary.serve.config import EngineConfig
@@ -30,8 +32,7 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
         )
     if request.computed or request.blocks or request.finish_reason is not None or len(request.output) > max(0, most - 1):
         raise InputError(f"request '{request.id}' has already been served", "make a new Request", field="id")
-    beginning = request.prompt[:-1]
-    if request.parent is not None and request.parent.prompt[: len(beginning)] != beginning:
+    if request.parent is not None and request.parent.prompt[: prompt - 1] != request.prompt[:-1]:
         raise InputError(
             f"request '{request.id}' does not begin with the prompt of its parent '{request.parent.id}'",
             "a fork's prompt is its parent's, or that and one token more",
@@ -72,18 +73,21 @@ def _in_order(request: Request, order: str) -> None:
 
 def _in_range(params: SamplingParams) -> None:
     """Raises InputError for a sampling number from which nothing can be drawn; NaN is in no range."""
-    for name, low, high in (
-        ("temperature", 0.0, sys.float_info.max),
-        ("top_k", 0, 1 << 31),
-        ("top_p", 0.0, 1.0),
-        ("min_p", 0.0, 1.0),
-        ("repetition_penalty", 1e-3, 1e3),
-        ("presence_penalty", -1e3, 1e3),
-        ("frequency_penalty", -1e3, 1e3),
-    ):
-        value = getattr(params, name)
+    for (name, low, high), value in zip(_BOUNDS, _bounded(params), strict=True):
         if not low <= value <= high:
             raise InputError(f"{name} is {value}", f"give a number from {low:g} to {high:g}", field=name)
+
+
+_BOUNDS: Final = (
+    ("temperature", 0.0, sys.float_info.max),
+    ("top_k", 0, 1 << 31),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 1e-3, 1e3),
+    ("presence_penalty", -1e3, 1e3),
+    ("frequency_penalty", -1e3, 1e3),
+)
+_bounded: Final = attrgetter(*(name for name, _, _ in _BOUNDS))
 
 
 def known_tokens(ids: Iterable[int], vocabulary: int, field: str) -> None:

@@ -390,14 +390,15 @@ class Engine:
             if self.drafter is not None:
                 self.drafter.verified(request, drafts, accepted)
         for place, token in enumerate(sampled):
-            request.computed += place > 0
+            if place:
+                request.computed += 1
             event = extend(request, token, self.eos_ids, at)
             self.stats.generated_tokens += 1
             if event.finish_reason is not None:
                 self._end(request, event.finish_reason, event)
                 return
             self._outbox.put(request, event)
-        if self._seats.forks:
+        if self._seats.forks.count:
             self._seats.release_forks(request)
 
     def _fail(self, plan: Plan, error: Exception, start: int) -> None:

@@ -22,7 +22,7 @@ class Seats:
     @property
     def queued(self) -> int:
         """How many have not begun."""
-        return len(self.waiting) + len(self.forks)
+        return len(self.waiting) + self.forks.count
 
     def queue(self) -> Iterator[Request]:
         return chain(self.waiting, self.forks)

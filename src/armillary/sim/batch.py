@@ -30,7 +30,7 @@ class Batch:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(query for query, _ in self.prompts)
+        return sum([query for query, _ in self.prompts]) if self.prompts else 0
 
     @property
     def tokens(self) -> int:

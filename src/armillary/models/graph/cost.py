@@ -19,7 +19,7 @@ from armillary.models.graph.layout import Layout
 from armillary.models.graph.precision import Precision
 from armillary.models.graph.rows import Row
 from armillary.models.graph.work import Work
-from armillary.sim.batch import Batch, Read
+from armillary.sim.batch import Batch
 from armillary.sim.collectives import terms
 from armillary.sim.costs.roofline import Rates, Roofline, Stage
 from armillary.sim.operation import Axis
@@ -159,37 +159,31 @@ class BatchFeatures:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._decode_keys = [work.basis.index(f"decode_keys[{index}]") for index in range(len(work.windows))]
         self.varying: Sequence[int] = [index for index, name in enumerate(work.basis) if name.endswith("]")]
 
     def of(self, batch: Batch) -> Sequence[int]:
-        return self._work.features(self._sums(batch))
+        found = self.varied(batch)
+        spans = tuple([Span(*found[place : place + 3]) for place in range(0, len(found), 3)])
+        return self._work.features(Sums(batch.prompt_tokens, batch.decodes, batch.sampled, spans))
 
-    def read(self, sequences: int, cached: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
-        keys = zip(self._decode_keys, self._work.windows, strict=True)
-        return {index: _keys(sequences, cached, window) for index, window in keys}
-
-    def _sums(self, batch: Batch) -> Sums:
-        spans = []
-        if batch.read is not None:
-            return self._by_policy(batch, batch.read)
-        if not batch.prompts:
-            spans = [Span(0, 0, _one_keys(batch.decodes, batch.cached, window)) for window in self._work.windows]
-            return Sums(0, batch.decodes, batch.sampled, tuple(spans))
+    def varied(self, batch: Batch) -> Sequence[int]:
+        found: list[int] = []
         for window in self._work.windows:
+            if batch.read is not None and window is None:  # layers without a window read what a policy says
+                found += (batch.read.prompt_pairs, batch.read.prompt_keys, batch.read.decode_keys)
+                continue
             pair = keys = 0
             for query, cached in batch.prompts:
                 pair += pairs(query, cached, window)
                 keys += cached + query if window is None else min(cached + query, window + query - 1)
-            spans.append(Span(pair, keys, _one_keys(batch.decodes, batch.cached, window)))
-        return Sums(batch.prompt_tokens, batch.decodes, batch.sampled, tuple(spans))
+            found += (pair, keys, _one_keys(batch.decodes, batch.cached, window))
+        return found
 
-    def _by_policy(self, batch: Batch, read: Read) -> Sums:
-        """The same where layers without a window read what a policy says."""
-        whole = self._sums(Batch(batch.prompts, batch.decodes, batch.cached, batch.sampled))
-        own = Span(read.prompt_pairs, read.prompt_keys, read.decode_keys)
-        spans = tuple(own if window is None else span for window, span in zip(self._work.windows, whole.spans, strict=True))
-        return Sums(whole.prefill_tokens, whole.decodes, whole.rows, spans)
+    def read(self, sequences: int, cached: NDArray[np.int64]) -> Sequence[NDArray[np.int64] | int]:
+        found: list[NDArray[np.int64] | int] = []
+        for window in self._work.windows:
+            found += (0, 0, _keys(sequences, cached, window))
+        return found
 
 
 def _one_keys(sequences: int, cached: int, window: int | None) -> int:

@@ -23,9 +23,9 @@ BLANK = 0  # the token of a sequence whose text is of no account
 def batch_of(plan: Plan) -> Batch:
     """What of a plan its cost depends on. One token that follows computed ones is a decode to the device, whatever it is to the scheduler."""
     prompts: list[tuple[int, int]] = []
-    decodes = cached = sampled = 0
+    decodes, cached, sampled, decode = 0, 0, 0, Reason.DECODE
     for entry in plan.schedule.entries:
-        if entry.count == 1 and (entry.start or entry.reason is Reason.DECODE):
+        if entry.count == 1 and (entry.start or entry.reason is decode):
             decodes += 1
             cached += entry.start
         else:
@@ -67,11 +67,17 @@ class VirtualExecutor:
     def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:
         """ns of `count` iterations of the decodes of `plan`, one after another. [count]"""
         entries = plan.schedule.entries
-        return self.cost.decodes(len(entries), sum(entry.start for entry in entries), count)
+        return self.cost.decodes(len(entries), sum([entry.start for entry in entries]), count)
 
     def outcome(self, plan: Plan, start: int, end: int) -> Outcome:
         """What an iteration from `start` to `end` gives."""
-        drawn = tuple(self._tokens(request, entry) for entry, request in zip(plan.schedule.entries, plan.requests, strict=True))
+        blank = self._drawn is None
+        drawn = tuple(
+            [
+                _BLANK if blank and entry.sample and not entry.drafts else self._tokens(request, entry)
+                for entry, request in zip(plan.schedule.entries, plan.requests, strict=True)
+            ]
+        )
         return Outcome(drawn, ((),) * len(drawn), start, end)
 
     def tokens(self, request: Request, count: int) -> list[int]:
@@ -85,8 +91,6 @@ class VirtualExecutor:
         """The tokens after the known ones, as far as the drafts are right, and one more."""
         if not entry.sample:
             return ()
-        if self._drawn is None and not entry.drafts:
-            return _BLANK
         known, drafts, tokens = request.known, request.drafts[: entry.drafts], list[TokenLogprob]()
         for ahead in range(entry.drafts + 1):
             tokens.append(TokenLogprob(self._drawn(request, known + ahead) if self._drawn is not None else BLANK))

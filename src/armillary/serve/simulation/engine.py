@@ -18,7 +18,7 @@ from armillary.serve.iteration_times import KEPT
 from armillary.serve.lookahead import foresee
 from armillary.serve.request import Event, FinishReason, Request
 from armillary.serve.schedule import Entry, Hit, Plan, Reason, Repeating, Schedule, SchedulerPolicy
-from armillary.serve.simulation.leap import Leap, first_end, first_full, growths, only_decodes
+from armillary.serve.simulation.leap import Leap, affordable, first_end, first_full, growths, only_decodes
 from armillary.serve.speculation import Drafter
 from armillary.serve.verify import verify_outcome
 from armillary.serve.workload.requests import in_order
@@ -116,19 +116,19 @@ class VirtualEngine(Engine):
             return self._begun_ahead(plan, began, self.stats.foreseen_schedules > foreseen)
         same = self._repeating
         if same is None or not (only_decodes(plan, self._seats.running) and same.repeats(self._state(), plan.schedule)):
-            return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64), [])
-        count, grown = first_end(plan.requests), list[tuple[int, int]]()
+            return Leap(plan, began, np.array([began + self.virtual.duration(plan)], dtype=np.int64))
+        count = first_end(plan.requests)
         if self._sharing and self._seats.waiting:
             count = min(count, first_full(plan, self.limits.block_size))
         if count > 1:
-            grown, count = growths(plan.requests, self.limits, count, self._memory.pool.free_count)
-        return Leap(plan, began, began + np.cumsum(self.virtual.durations(plan, count)), grown)
+            count = affordable(plan.requests, self.limits, count, self._memory.pool.free_count)
+        return Leap(plan, began, began + self.virtual.durations(plan, count).cumsum())
 
     def _begun_ahead(self, plan: Plan, began: int, ahead: bool) -> Leap:
         """The next schedule is made when this iteration begins, as the real engine does beside its executor: who comes later is not in it."""
         with suppress(Exception):  # a policy's defect shows when it is asked again
             self._foreseen = foresee(self.policy, plan, self._state())
-        return Leap(plan, began, np.array([began + self.virtual.duration(plan, ahead=ahead)], dtype=np.int64), [])
+        return Leap(plan, began, np.array([began + self.virtual.duration(plan, ahead=ahead)], dtype=np.int64))
 
     def end(self, leap: Leap, count: int | None = None) -> None:
         """The first `count` iterations of a leap (by default all) are over, and it is the time at which the last of them ends."""
@@ -139,7 +139,7 @@ class VirtualEngine(Engine):
             self._recorder.waited(plan, ends)
         if len(ends) > 1:
             times = [start, *ends.tolist()]
-            plan, start = self._repeat(plan, times, leap.grown), times[-2]
+            plan, start = self._repeat(plan, times), times[-2]
         self.virtual_clock.advance_to(end)
         outcome = self.virtual.outcome(plan, start, end)
         verify_outcome(outcome, plan)
@@ -155,36 +155,45 @@ class VirtualEngine(Engine):
             self.end(leap)
         return leap is not None
 
-    def _repeat(self, plan: Plan, times: Sequence[int], grown: Sequence[tuple[int, int]]) -> Plan:
+    def _repeat(self, plan: Plan, times: Sequence[int]) -> Plan:
         """All iterations between `times` but the last, whose plan it gives."""
         requests, last = plan.requests, len(times) - 2
         computed = [entry.start for entry in plan.schedule.entries]
-        for request in requests:
-            request.output += self.virtual.tokens(request, last)
-        used = self._move_blocks(requests, computed, grown, last)
+        used = self._move_blocks(requests, computed, last)
         self._history.repeated(plan, times[:-1], used)
+        entries: list[Entry] = []
         for request, start in zip(requests, computed, strict=True):
             request.computed = start + last
             request.last_token = times[-2]
+            entries.append(Entry(request.id, start + last, 1, True, len(request.blocks), Reason.DECODE))
         self.stats.generated_tokens += last * len(requests)
         for place in range(max(0, last - KEPT), last):
             self._times.note(len(requests), times[place + 1] - times[place])
         self._index += last
-        entries = tuple([Entry(request.id, request.computed, 1, True, len(request.blocks), Reason.DECODE) for request in requests])
-        schedule = Schedule(plan.schedule.index + last, entries, (), plan.schedule.held)
-        return Plan(schedule, requests, tuple(request.blocks for request in requests))
+        schedule = Schedule(plan.schedule.index + last, tuple(entries), (), plan.schedule.held)
+        return Plan(schedule, requests, self._tables(requests))
 
-    def _move_blocks(self, requests: Sequence[Request], computed: Sequence[int], grown: Sequence[tuple[int, int]], last: int) -> list[int]:
-        """What iterations 0 to `last` do to blocks, but what the last one does at its end; used blocks while each of those before it ran.
+    def _move_blocks(self, requests: Sequence[Request], computed: Sequence[int], last: int) -> list[int]:
+        """What iterations 0 to `last` do to tokens and blocks, but what the last one does at its end; used blocks while each of those before it ran.
 
-        In the order of stepping: a block may be named, evicted and found again within a leap. Only a trace wants to know of used blocks.
+        In the order of stepping: a block may be named, evicted and found again within a leap. Only a trace wants to know of used blocks, and
+        without it and the prefix cache nobody asks who took which block first.
         """
         size, pool, used, traced = self.limits.block_size, self._memory.pool, list[int](), self._history.trace is not None
-        moves = [(iteration, False, place) for iteration, place in grown if iteration <= last]
-        if self._sharing:
-            for place, start in enumerate(computed):  # iteration i ends with start + 1 + i tokens computed
+        for request in requests:
+            request.output += self.virtual.tokens(request, last)
+        if not traced and not self._sharing:
+            for request, start in zip(requests, computed, strict=True):  # the last iteration computes the token at start + last
+                blocks = (start + last) // size + 1
+                if blocks > len(request.blocks):
+                    self._memory.grow(request, blocks)
+            return used
+        moves: list[tuple[int, bool, int]] = []
+        for place, (request, start) in enumerate(zip(requests, computed, strict=True)):
+            moves += [(i, False, place) for i in growths(request, start + 1, size, last + 1)]
+            if self._sharing:  # iteration i ends with start + 1 + i tokens computed
                 moves += [(i, True, place) for i in range(-(start + 1) % size, last, size)]
-            moves.sort()
+        moves.sort()
         for iteration, full, place in moves:
             if traced:
                 used += [pool.used_count] * (iteration + full - len(used))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,11 @@ class Leap:
     plan: Plan
     start: int
     ends: NDArray[np.int64]  # [iterations]
-    grown: list[tuple[int, int]]  # (iteration, place in the batch) of each block that is taken after the first iteration, in order
 
     def until(self, instant: int) -> int:
         """How many iterations have begun when something comes at `instant`: it is seen when the last of these has ended."""
         count = len(self.ends)
-        return count if count == 1 else min(count, int(np.searchsorted(self.ends, instant, side="left")) + 1)
+        return count if count == 1 else min(count, int(self.ends.searchsorted(instant)) + 1)
 
 
 def only_decodes(plan: Plan, running: Sequence[Request]) -> bool:
@@ -32,13 +32,13 @@ def only_decodes(plan: Plan, running: Sequence[Request]) -> bool:
 
     Sequences that may end by what they say, or whose listeners are to be told of every token, do not count: they are stepped.
     """
-    schedule = plan.schedule
+    schedule, decode = plan.schedule, Reason.DECODE
     if schedule.preempted or schedule.overdue or plan.copies or len(schedule.entries) != len(running):
         return False
-    for entry, request in zip(schedule.entries, plan.requests, strict=True):
-        if entry.reason is not Reason.DECODE or entry.count != 1 or not entry.sample or not silent(request):
+    for entry in schedule.entries:
+        if entry.reason is not decode or entry.count != 1 or not entry.sample:
             return False
-    return True
+    return all(map(silent, plan.requests))
 
 
 def silent(request: Request) -> bool:
@@ -64,16 +64,16 @@ def first_full(plan: Plan, block_size: int) -> int:
     return 1 + min(-(entry.start + 1) % block_size for entry in plan.schedule.entries)
 
 
-def growths(requests: Sequence[Request], limits: Limits, count: int, free: int) -> tuple[list[tuple[int, int]], int]:
-    """(iteration, place in the batch) of each block that `count` iterations take after the first, in order, and how many of them `free` blocks allow."""
-    size, found = limits.block_size, list[tuple[int, int]]()
-    for place, request in enumerate(requests):
-        known = request.known
-        # Iteration i computes the token at known - 1 + i: the first that the table has no block for, and every block's first after it.
-        found += [(i, place) for i in range(max(1, len(request.blocks) * size - known + 1), count, size)]
-    found.sort()
-    if len(found) > free:
-        count = found[free][0]
-        del found[free:]
-        found = [one for one in found if one[0] < count]
-    return found, count
+def affordable(requests: Sequence[Request], limits: Limits, count: int, free: int) -> int:
+    """How many of `count` iterations `free` blocks allow; the first has its blocks already."""
+    size, wanted = limits.block_size, 0
+    for request in requests:
+        wanted += max(0, -(-(len(request.prompt) + len(request.output) + count - 1) // size) - len(request.blocks))
+    if wanted <= free:
+        return count
+    return sorted(chain(*(growths(request, request.known, size, count) for request in requests)))[free]
+
+
+def growths(request: Request, known: int, size: int, count: int) -> range:
+    """Which of `count` iterations take a block after the first: iteration i computes the token at `known` - 1 + i."""
+    return range(max(1, len(request.blocks) * size - known + 1), count, size)

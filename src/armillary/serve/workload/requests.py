@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from armillary.core.errors import InputError
 from armillary.serve.request import Request, SamplingParams
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Content = tuple[tuple[int, int], ...]
 """Runs of (identity, tokens)."""
+
+_SHARED: Final = 2048  # tokens: blank prompts of up to so many are kept, 17 MB all together
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ def arrivals(times: Iterable[int], lengths: Lengths, count: int, seed: int = 0, 
 def requests(coming: Iterable[Arrival], prefix: str = "") -> Iterator[Request]:
     """Requests whose answers have exactly the length that is given. One without content has blank tokens, and is of a tenant of its own, so that
     it begins as no other."""
-    kept: dict[int, SamplingParams] = {}  # thousands ask for the same
+    kept: dict[int, SamplingParams] = {}  # thousands ask for the same ...
+    blanks: dict[int, tuple[int, ...]] = {}  # ... and are as long as others
     for number, one in enumerate(coming):
         params = kept.get(one.answer)
         if params is None:
@@ -111,4 +114,9 @@ def requests(coming: Iterable[Arrival], prefix: str = "") -> Iterator[Request]:
         if one.content:
             yield Request(name, tuple(chain.from_iterable(repeat(*run) for run in one.content)), params, arrival=one.at)
         else:
-            yield Request(name, (0,) * one.prompt, params, arrival=one.at, cache_salt=name)
+            prompt = blanks.get(one.prompt)
+            if prompt is None:
+                prompt = (0,) * one.prompt
+                if one.prompt <= _SHARED:
+                    blanks[one.prompt] = prompt
+            yield Request(name, prompt, params, arrival=one.at, cache_salt=name)

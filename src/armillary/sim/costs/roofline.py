@@ -53,19 +53,39 @@ class Features(Protocol):
 
     def of(self, batch: Batch) -> Sequence[int]: ...
 
-    def read(self, sequences: int, cached: Integers) -> dict[int, Integers]:
-        """The varying features of batches of decodes that read `cached` tokens in all. [iterations]"""
+    def varied(self, batch: Batch) -> Sequence[int]:
+        """The varying ones alone, in the order of `varying`."""
         ...
+
+    def read(self, sequences: int, cached: Integers) -> Sequence[Integers | int]:
+        """`varied` of batches of decodes that read `cached` tokens in all. [iterations]"""
+        ...
+
+
+_Terms = tuple[tuple[int, int], ...]
+"""(place, coefficient) of what is added up."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row that depends on a varying feature: (feature, coefficient) of its FLOPs and bytes."""
+    """A row of a stage, its counts split into what the steady features give and what the varying ones do, each by its own place among them."""
 
-    flops: tuple[tuple[int, int], ...]
-    moved: tuple[tuple[int, int], ...]
+    flops: tuple[_Terms, _Terms]
+    moved: tuple[_Terms, _Terms]
+    message: _Terms
     gate: int
     repeat: int
+    latency: float
+    per_byte: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What batches of as many tokens, sequences and logits have in common: ns of the rows that do not vary, and of those that do (FLOPs, what
+    varies of them, bytes, what varies of them, repetitions)."""
+
+    ns: float
+    rows: tuple[tuple[int, _Terms, int, _Terms, int], ...]
 
 
 class Roofline:
@@ -78,18 +98,22 @@ class Roofline:
     def __init__(self, name: str, stages: Sequence[Stage], features: Features, rates: Rates) -> None:
         self.name, self.rates = name, rates
         self._features = features
-        varying = set(features.varying)
-        self._rows: list[_Row] = []
-        self._steady: list[Stage] = []
-        for stage in stages:
-            mine = [place for place in range(len(stage.gate)) if any(stage.flops[place, i] or stage.moved[place, i] for i in varying)]
-            self._rows += [
-                _Row(_terms(stage.flops[place]), _terms(stage.moved[place]), int(stage.gate[place]), int(stage.repeat[place]))
-                for place in mine
-            ]
-            rest = [place for place in range(len(stage.gate)) if place not in mine]
-            self._steady.append(Stage(*(getattr(stage, column)[rest] for column in Stage.__dataclass_fields__)))
-        self._known: dict[tuple[int, int, int, int], float] = {}
+        places = {index: place for place, index in enumerate(features.varying)}
+
+        def split(coefficients: Integers) -> tuple[_Terms, _Terms]:
+            terms = [(index, int(value)) for index, value in enumerate(coefficients) if value]
+            varied = tuple([(places[index], value) for index, value in terms if index in places])
+            return tuple([term for term in terms if term[0] not in places]), varied
+
+        self._rows = [
+            _Row(
+                split(stage.flops[row]), split(stage.moved[row]), split(stage.message[row])[0], int(stage.gate[row]), int(stage.repeat[row]),
+                float(stage.latency[row]), float(stage.per_byte[row]),
+            )
+            for stage in stages
+            for row in range(len(stage.gate))
+        ]  # fmt: skip
+        self._known: dict[tuple[int, int, int, int], _Known] = {}
 
     def iteration(self, batch: Batch) -> int:
         return whole_one(self.ns(batch))
@@ -99,51 +123,50 @@ class Roofline:
 
     def ns(self, batch: Batch) -> float:
         """`iteration` before it is rounded."""
-        features = self._features.of(batch)
-        return self._fixed(batch, features) + float(self._attention(features, max))
+        known = self._of(batch)
+        return known.ns + float(self._attention(known, self._features.varied(batch), max))
 
     def each(self, sequences: int, cached: int, count: int) -> NDArray[np.float64]:
         """`decodes` before they are rounded. [count]"""
-        batch = Batch((), sequences, cached, sequences)
-        features: list[Any] = list(self._features.of(batch))
-        for index, values in self._features.read(sequences, cached + sequences * np.arange(count, dtype=np.int64)).items():
-            features[index] = values
-        ns = self._fixed(batch, features) + self._attention(features, np.maximum)
+        known = self._of(Batch((), sequences, cached, sequences))
+        reads = self._features.read(sequences, np.arange(cached, cached + count * sequences, sequences, dtype=np.int64))
+        ns = known.ns + self._attention(known, reads, np.maximum)
         return ns if isinstance(ns, np.ndarray) else np.full(count, ns)
 
-    def _attention(self, features: Sequence[Any], longer: Callable[[Any, Any], Any]) -> Any:
+    def _attention(self, known: _Known, values: Sequence[Any], longer: Callable[[Any, Any], Any]) -> Any:
         """ns of the rows that vary: of one iteration (numbers), or of many (arrays)."""
         rates, ns = self.rates, 0.0
-        for row in self._rows:
-            if not features[row.gate]:
-                continue
-            flops = sum([coefficient * features[index] for index, coefficient in row.flops])
-            moved = sum([coefficient * features[index] for index, coefficient in row.moved])
-            ns = ns + (longer(flops * (1e9 / rates.flops), moved * (1e9 / rates.bandwidth)) + rates.launch) * row.repeat
+        per_flop, per_byte = 1e9 / rates.flops, 1e9 / rates.bandwidth
+        for flops, flops_terms, moved, moved_terms, repeat in known.rows:
+            for place, coefficient in flops_terms:
+                flops = flops + coefficient * values[place]
+            for place, coefficient in moved_terms:
+                moved = moved + coefficient * values[place]
+            ns = ns + (longer(flops * per_flop, moved * per_byte) + rates.launch) * repeat
         return ns
 
-    def _fixed(self, batch: Batch, features: Sequence[Any]) -> float:
-        """ns of everything else."""
-        key = (batch.prompt_tokens, batch.decodes, batch.sampled, batch.sequences)
+    def _of(self, batch: Batch) -> _Known:
+        key = (batch.prompt_tokens, batch.decodes, batch.sampled, len(batch.prompts))
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            known = self._known[key] = self._sum(batch, features)
+            known = self._known[key] = self._summed(batch)
         return known
 
-    def _sum(self, batch: Batch, features: Sequence[Any]) -> float:
-        rates = self.rates
-        # What varies has no coefficient in these rows.
-        values = np.array([value if isinstance(value, int) else 0 for value in features], dtype=np.int64)
-        ns = rates.host + rates.host_per_sequence * batch.sequences
-        for stage in self._steady:
-            busy = np.maximum(stage.flops @ values * (1e9 / rates.flops), stage.moved @ values * (1e9 / rates.bandwidth))
-            busy += stage.message @ values * stage.per_byte
-            busy += (rates.launch + stage.latency) * values[stage.gate]
-            ns += float(busy @ stage.repeat)
-        return ns
-
-
-def _terms(coefficients: Integers) -> tuple[tuple[int, int], ...]:
-    return tuple((index, int(value)) for index, value in enumerate(coefficients) if value)
+    def _summed(self, batch: Batch) -> _Known:
+        rates, values = self.rates, self._features.of(batch)
+        per_flop, per_byte = 1e9 / rates.flops, 1e9 / rates.bandwidth
+        ns, varying = rates.host + rates.host_per_sequence * batch.sequences, []
+        for row in self._rows:
+            if not values[row.gate]:
+                continue
+            (flops_terms, flops_varied), (moved_terms, moved_varied) = row.flops, row.moved
+            flops = sum([coefficient * values[index] for index, coefficient in flops_terms])
+            moved = sum([coefficient * values[index] for index, coefficient in moved_terms])
+            if flops_varied or moved_varied:
+                varying.append((flops, flops_varied, moved, moved_varied, row.repeat))
+                continue
+            message = sum([coefficient * values[index] for index, coefficient in row.message])
+            ns += (max(flops * per_flop, moved * per_byte) + message * row.per_byte + rates.launch + row.latency) * row.repeat
+        return _Known(ns, tuple(varying))

@@ -22,8 +22,9 @@ class PowerOfTwo:
         digest = blake2b(f"{state.seed} {state.request_id}".encode(errors="surrogatepass"), digest_size=16).digest()
         first = int.from_bytes(digest[:8], "little") % count
         second = (first + 1 + int.from_bytes(digest[8:], "little") % (count - 1)) % count
-        chosen = shortest((state.replicas[first], state.replicas[second]))
-        other = state.replicas[second if chosen is state.replicas[first] else first]
+        two = state.replicas[first], state.replicas[second]
+        chosen = shortest(two)
+        other = two[chosen is two[0]]
         return Route(
             chosen.index,
             f"of two picked by lot replica {chosen.index} ({chosen.waiting} waiting, {chosen.running} running) has no more to do than "
