@@ -23,7 +23,7 @@ def test_the_workload_at_another_rate_is_the_same_work_sooner() -> None:
     assert [r.arrival for r in slow] == pytest.approx([2 * (r.arrival or 0) for r in fast], abs=2)
 
 
-@pytest.mark.parametrize("setup", [sarathi.MISTRAL, sarathi.YI, sarathi.FALCON], ids=lambda one: one.model)
+@pytest.mark.parametrize("setup", [sarathi.MISTRAL, sarathi.YI, sarathi.LLAMA, sarathi.FALCON], ids=lambda one: one.model)
 def test_where_whole_prompts_break_the_strict_slo_chunks_keep_it(setup: sarathi.Setup) -> None:
     """At the rate of the search's beginning, with a quarter of its requests."""
     rate, slo = 0.6 * sarathi.ceiling(setup), setup.slo["strict"]
