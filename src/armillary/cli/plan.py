@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 plan = App(name="plan")
 for _name, _line in {
+    "offload": "A model larger than its accelerator, over its memory, RAM and disk (FlexGen).",
     "overlap": "Nano-batches that use a device's compute, memory and network at once (NanoFlow).",
     "partition": "How a dense model lies over chips, for prefill and for decode (Pope et al.).",
 }.items():

@@ -22,7 +22,8 @@ def serve(
     *,
     config: ConfigFile = None,
     plan: Annotated[
-        Path | None, Parameter(help="A plan of `armillary plan serve`: its model, engine and replicas, if its hardware is here.")
+        Path | None,
+        Parameter(help="A plan of `armillary plan serve` or `plan offload`: its model, engine and replicas, if its hardware is here."),
     ] = None,
     server: ServerFlags = ServerFlags(),  # noqa: B008 (frozen)
     engine: EngineFlags = EngineFlags(),  # noqa: B008
@@ -62,8 +63,17 @@ def planned(path: Path | None) -> dict[str, Any]:
 
     if path is None:
         return {}
+    from armillary.plan import offload_file
     from armillary.plan.file import engines, executable, load, machines
 
+    if offload_file.is_one(path):
+        offloading = offload_file.load(path)
+        work = offloading.workload
+        told = offload_file.executable(offloading)
+        note(
+            f"planned for {work.block} prompts of {work.prompt} tokens and answers of {work.answer} at a time, {offloading.engine.offload}"
+        )
+        return told
     plan = load(path)
     told = executable(plan)
     apart = plan.disaggregation

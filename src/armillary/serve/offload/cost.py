@@ -51,7 +51,7 @@ class Hardware:
     products_g: float = 4.3e12
     attention_p: float = 9.97e12
     attention_g: float = 0.079e12
-    cpu: float = 0.0123e12
+    cpu: float = 0.0123e12  # of attention to keys in RAM; 0 where these move to the arena instead
 
 
 T4: Final = Hardware()
@@ -59,7 +59,10 @@ T4: Final = Hardware()
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A block of `block` sequences in batches of `batch`: prompts of `prompt` tokens, `answer` new ones each, by an OPT of this shape in fp16."""
+    """A block of `block` sequences in batches of `batch`: prompts of `prompt` tokens, `answer` new ones each, by a decoder of this shape.
+
+    Unless said it is an OPT in fp16: `queries` and `keys` as wide as the model (None), an MLP of two `matrices`, `element` bytes a number.
+    """
 
     layers: int
     hidden: int
@@ -70,20 +73,35 @@ class Work:
     block: int
     batch: int
     compressed: bool = False
+    queries: int | None = None
+    keys: int | None = None
+    matrices: int = 2
+    element: int = 2
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.block % self.batch:
             raise InputError(f"a block of {self.block} sequences in batches of {self.batch}", "make it a whole number of batches")
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Of a layer's queries and of its keys."""
+        return (self.hidden if self.queries is None else self.queries, self.hidden if self.keys is None else self.keys)
+
+    @property
+    def numbers(self) -> int:
+        """Weights of a layer: queries and output, keys and values, and the MLP's matrices."""
+        q, k = self.widths
+        return 2 * self.hidden * (q + k) + self.matrices * self.hidden * self.inner
+
+    @property
     def layer_bytes(self) -> int:
-        """Weights of a layer in fp16: four attention and two MLP matrices."""
-        return 8 * self.hidden**2 + 4 * self.hidden * self.inner
+        """Weights of a layer as they are computed with."""
+        return self.element * self.numbers
 
     @property
     def kept(self) -> float:
-        """What weights and cache take at home, of fp16."""
-        return BITS / 16 if self.compressed else 1.0
+        """What weights and cache take at home, of what they are computed with."""
+        return BITS / (8 * self.element) if self.compressed else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +126,35 @@ def row(constant: float = 0.0, **coefficients: float) -> Row:
 def prefill_rows(work: Work, hardware: Hardware) -> list[Row]:
     """Seconds of a layer over all prompts: the largest counts."""
     s, h, bls, wi = work.prompt, work.hidden, work.block, work.layer_bytes * work.kept
-    state, cache = 2 * s * h * bls, 4 * (s + 1) * h * bls * work.kept
+    (q, k), e = work.widths, work.element
+    state, cache = e * s * h * bls, 2 * e * (s + 1) * k * bls * work.kept
     to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
     to_ram = row(cc=cache, cd=cache) / hardware.arena_to_ram_cache + row(hc=state, hd=state) / hardware.arena_to_ram_hidden
     from_disk = row(wd=wi, hd=state) / hardware.disk_to_ram
     to_disk = row(cd=cache) / hardware.ram_to_disk_cache_p + row(hd=state) / hardware.ram_to_disk_hidden_p
-    compute = row(bls * (8 * s * h**2 + 4 * s * h * work.inner) / hardware.products_p + 4 * bls * s**2 * h / hardware.attention_p)
+    compute = row(2 * bls * s * work.numbers / hardware.products_p + 4 * bls * s**2 * q / hardware.attention_p)
     return [to_arena + from_disk, to_ram + to_disk, compute]
 
 
 def generation_rows(work: Work, hardware: Hardware) -> list[Row]:
     """Seconds of a layer over one token of every sequence: the largest counts. Keys that are not in the arena are attended to by the CPU,
-    unless they are compressed."""
+    where it does that and they are not compressed; else they move."""
     h, bls, wi = work.hidden, work.block, work.layer_bytes * work.kept
-    state, fp16 = 2 * h * bls, 4 * bls * (work.prompt + work.answer / 2) * h  # also the attention's operations
-    cached, new = fp16 * work.kept, 4 * bls * h * work.kept
+    (q, k), e, length = work.widths, work.element, work.prompt + work.answer / 2
+    state, attended = e * h * bls, 4 * bls * length * q
+    cached, new = 2 * e * bls * length * k * work.kept, 2 * e * bls * k * work.kept
     to_arena = row(wc=wi, wd=wi, hc=state, hd=state) / hardware.ram_to_arena
     to_ram = row(hc=state, hd=state) / hardware.arena_to_ram_hidden
     from_disk = row(cd=cached, hd=state) / hardware.disk_to_ram + row(wd=wi) / (0.95 * hardware.disk_to_ram)
     to_disk = row(cd=new, hd=state) / hardware.ram_to_disk_g
-    products = row(bls * (8 * h**2 + 4 * h * work.inner) / hardware.products_g)
-    if work.compressed:
+    products = row(2 * bls * work.numbers / hardware.products_g)
+    if _moves(work, hardware):
         to_arena += row(cc=cached, cd=cached) / hardware.ram_to_arena
         to_ram += row(cc=new, cd=new) / hardware.arena_to_ram_cache
-        attention = row(fp16 / hardware.attention_g)
+        attention = row(attended / hardware.attention_g)
     else:
-        on_cpu = fp16 / (hardware.cpu * _cpu_share(work))
-        attention = row(cg=fp16 / hardware.attention_g, cc=on_cpu, cd=on_cpu)
+        on_cpu = attended / (hardware.cpu * _cpu_share(work))
+        attention = row(cg=attended / hardware.attention_g, cc=on_cpu, cd=on_cpu)
     return [to_arena + other for other in (to_ram, from_disk, to_disk, products + attention)]
 
 
@@ -142,36 +162,39 @@ def peak_rows(work: Work, hardware: Hardware) -> dict[str, tuple[Row, float]]:
     """Bytes at the peak of each tier and phase, and what they may be: what lives there, and buffers of what passes through."""
     s, n, layers, h, h2, heads = work.prompt, work.answer, work.layers, work.hidden, work.inner, work.heads
     bls, gbs, full, kept = work.block, work.batch, work.layer_bytes, work.kept
+    k, e = work.widths[1], work.element
     wi, whole = full * kept, s + n
-    cache, window = 4 * whole * h * bls * layers * kept, 4 * gbs * whole * h
-    # What is compressed passes through buffers of fp16 from the arena too; else a buffer is spared for what lives there.
-    passing = 0.0 if work.compressed else 1.0
+    cache, window = 2 * e * whole * k * bls * layers * kept, 2 * e * gbs * whole * k
+    # What is compressed passes through buffers of whole numbers from the arena too; else a buffer is spared for what lives there.
+    passing, moving = float(not work.compressed), float(_moves(work, hardware))
     arena, ram, disk = (hardware.margin * size for size in (hardware.arena, hardware.ram, hardware.disk))
-    inside_p = gbs * (8 * s * h + 2 * s * h + 2 * heads * s**2 + 2 * s * h + 4 * s * h + 2 * s * h2 + 2 * s * h)
-    attending = gbs * (4 * h + 2 * heads * whole) + 2 * window
+    inside_p = gbs * e * (9 * s * h + heads * s**2 + s * h2)
+    attending = gbs * e * (2 * h + heads * whole) + 2 * window
     arena_p = row(
-        inside_p + 2 * full + 2 * s * h * gbs + (1 - passing) * 2 * window,
+        inside_p + 2 * full + e * s * h * gbs + moving * 2 * window,
         wg=wi * layers - 2 * passing * wi,
-        hg=2 * s * h * bls - 2 * s * h * gbs,
+        hg=e * s * h * bls - e * s * h * gbs,
         cg=cache,
     )
     arena_g = row(
-        gbs * (8 * h + 4 * h + 2 * h2 + 2 * h) + 2 * full + 2 * h * gbs + (1 - passing) * attending,
+        gbs * e * (7 * h + h2) + 2 * full + e * h * gbs + moving * attending,
         wg=wi * layers - 2 * passing * wi,
-        hg=2 * h * bls - 2 * h * gbs,
-        cg=cache + passing * attending,
+        hg=e * h * bls - e * h * gbs,
+        cg=cache + (1 - moving) * attending,
     )
-    ram_p = row(wi + 2 * s * h * gbs, wg=-wi, hg=-2 * s * h * gbs, wc=wi * layers, hc=2 * s * h * bls, cc=4 * s * h * bls * layers * kept)
+    ram_p = row(
+        wi + e * s * h * gbs, wg=-wi, hg=-e * s * h * gbs, wc=wi * layers, hc=e * s * h * bls, cc=2 * e * s * k * bls * layers * kept
+    )
     ram_g = row(
-        2 * heads * whole * gbs + 2 * h * gbs,
+        e * heads * whole * gbs + e * h * gbs,
         wc=wi * layers,
-        hc=2 * h * bls,
+        hc=e * h * bls,
         cc=cache,
         wd=wi,
-        hd=4 * h * gbs,
-        cd=8 * whole * h * gbs * kept,
+        hd=2 * e * h * gbs,
+        cd=4 * e * whole * k * gbs * kept,
     )
-    on_disk = row(wd=wi * layers, hd=2 * s * h * bls, cd=cache)
+    on_disk = row(wd=wi * layers, hd=e * s * h * bls, cd=cache)
     return {
         "arena, prefill": (arena_p, arena),
         "arena, generation": (arena_g, arena),
@@ -189,6 +212,11 @@ def price(work: Work, weights: Split, cache: Split, hidden: Split, hardware: Har
     total = work.layers * (prefill + (work.answer - 1) * generation)
     peaks = {name: float(used @ at) for name, (used, _) in peak_rows(work, hardware).items()}
     return Price(prefill, generation, total, work.block * work.answer / total, peaks)
+
+
+def _moves(work: Work, hardware: Hardware) -> bool:
+    """Whether keys that live elsewhere come to the arena to be attended to."""
+    return work.compressed or hardware.cpu == 0
 
 
 def _cpu_share(work: Work) -> float:

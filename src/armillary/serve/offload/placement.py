@@ -39,8 +39,9 @@ def best_fractions(work: Work, hardware: Hardware = T4, *, hidden_on_disk: bool 
             bounded.append(line)
             limits.append(-one[0])
     for used, limit in peak_rows(work, hardware).values():
-        bounded.append(np.concatenate([used[1:], np.zeros(2)]) / limit)  # of order 1, as the solver likes it
-        limits.append(1.0 - used[0] / limit)
+        scale = limit or max(1.0, float(np.abs(used).max()))  # a tier may be of no size
+        bounded.append(np.concatenate([used[1:], np.zeros(2)]) / scale)  # of order 1, as the solver likes it
+        limits.append((limit - used[0]) / scale)
     wholes = np.zeros((3, count + 2))
     for kind in range(3):
         wholes[kind, 3 * kind : 3 * kind + 3] = 1.0
