@@ -151,7 +151,7 @@ def simulated_of(
     model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool = True
 ) -> Scenario | Phases:
     """Everything that is asked for, checked before anything runs."""
-    scenario = _with_tail(_scenario(model, hardware, workload, engine, config, fast=fast), hardware)
+    scenario = _with_tail(_scenario(model, hardware, workload, engine, config, fast=fast), hardware, workload)
     return _phases(hardware, scenario) if hardware.prefill_workers or hardware.decode_workers else scenario
 
 
@@ -247,16 +247,25 @@ def _measured_scenario(
     return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast)
 
 
-def _with_tail(scenario: Scenario, hardware: Hardware) -> Scenario:
-    """With second copies, as they are asked for."""
+def _with_tail(scenario: Scenario, hardware: Hardware, workload: Workload) -> Scenario:
+    """With second copies and adapters, as they are asked for."""
     from armillary.core.errors import InputError
+    from armillary.serve.simulation.adapters import Adapters
+
+    for name in ("adapter_rank", "adapter_skew"):
+        if workload.adapters is None and getattr(workload, name) is not None:
+            raise InputError(f"{name} is of adapters, and nobody asks for one", "give --adapters, or leave it out", field=name)
+    rank = workload.adapter_rank if workload.adapter_rank is not None else 16
+    adapters = Adapters(workload.adapters, rank) if workload.adapters is not None else None
 
     budget = hardware.hedge_budget
     if budget is not None and hardware.tail != "hedged":
         raise InputError(
             f"hedge_budget {budget:g} says nothing with tail {hardware.tail}", "leave it out, or choose tail hedged", field="hedge_budget"
         )
-    return dataclasses.replace(scenario, tail=hardware.tail, hedge_budget=budget if budget is not None else scenario.hedge_budget)
+    return dataclasses.replace(
+        scenario, tail=hardware.tail, hedge_budget=budget if budget is not None else scenario.hedge_budget, adapters=adapters
+    )
 
 
 def _phases(hardware: Hardware, scenario: Scenario) -> Phases:

@@ -69,6 +69,16 @@ class Workload:
         bool, Parameter(group=WORKLOAD, negative=(), help="Shorten requests of the trace that exceed the context, answers first.")
     ] = False
     acceptance: Acceptance = None
+    adapters: Annotated[
+        int | None, Parameter(group=WORKLOAD, show_default=False, help="So many LoRA adapters, one of which each request asks for.")
+    ] = None
+    adapter_rank: Annotated[int | None, Parameter(group=WORKLOAD, show_default=False, help="Their rank (default: 16).")] = None
+    adapter_skew: Annotated[
+        float | None,
+        Parameter(
+            group=WORKLOAD, show_default=False, help="The i-th is asked for in proportion to i to the minus this (default: 1; 0 is evenly)."
+        ),
+    ] = None
     sessions: Annotated[
         int | None, _of_sessions("So many conversations instead: each turn asks with all before it, some time after it was answered.")
     ] = None
@@ -115,12 +125,22 @@ class Coming:
                 raise InputError(f"a trace is replayed as it came, and {name} is given", "give --speed, or leave the trace out", field=name)
         self.recorded: Recorded | None = None
         self.conversations = self._conversations() if flags.sessions is not None else None
-        self.source: Source | Iterable[Request] = self.conversations or self._single()
+        self.source: Source | Iterable[Request] = self._with_adapters(self.conversations or self._single())
 
     def check(self) -> None:
         """Raises what is wrong with the first request, which is gone then."""
         if self.conversations is None:
             next(iter(self.source), None)  # type: ignore[arg-type]
+
+    def _with_adapters(self, source: Source | Iterable[Request]) -> Source | Iterable[Request]:
+        from armillary.serve.workload.adapters import Adapted, Popularity
+        from armillary.serve.workload.requests import Source
+
+        flags = self.flags
+        if flags.adapters is None:
+            return source
+        popularity = Popularity(flags.adapters, flags.adapter_skew if flags.adapter_skew is not None else 1.0, self.seed)
+        return Adapted(source, popularity) if isinstance(source, Source) else popularity.each(source)
 
     def _single(self) -> Iterable[Request]:
         from armillary.serve.workload import bursty, requests

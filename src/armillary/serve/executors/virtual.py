@@ -39,13 +39,18 @@ class VirtualExecutor:
     """`Executor[Plan, Outcome]` that moves `clock` by `cost` an iteration.
 
     `drawn` names the tokens; without it all are `BLANK` (a simulation of lengths alone). `reads`: what a plan's attention reads where a KV
-    policy does not let it read everything.
+    policy does not let it read everything. `beside`: ns of an iteration that depend on whose it is (adapters), not on tokens that have been computed.
     """
 
     def __init__(
-        self, clock: VirtualClock, cost: CostModel, drawn: Drawn | None = None, reads: Callable[[Plan], Read] | None = None
+        self,
+        clock: VirtualClock,
+        cost: CostModel,
+        drawn: Drawn | None = None,
+        reads: Callable[[Plan], Read] | None = None,
+        beside: Callable[[Plan], int] | None = None,
     ) -> None:
-        self.clock, self.cost = clock, cost
+        self.clock, self.cost, self.beside = clock, cost, beside
         self._drawn, self._reads = drawn, reads
 
     def run(self, plan: Plan) -> Outcome:
@@ -56,9 +61,10 @@ class VirtualExecutor:
 
     def duration(self, plan: Plan, *, ahead: bool = False) -> int:
         """ns that the iteration takes; `ahead`: its schedule was made while the one before it ran."""
+        more = self.beside(plan) if self.beside is not None else 0
         if ahead and isinstance(self.cost, Overlapped):
-            return self.cost.ahead(self._batch(plan))
-        return self.cost.iteration(self._batch(plan))
+            return self.cost.ahead(self._batch(plan), more)
+        return self.cost.iteration(self._batch(plan)) + more
 
     def _batch(self, plan: Plan) -> Batch:
         batch = batch_of(plan)
@@ -67,7 +73,8 @@ class VirtualExecutor:
     def durations(self, plan: Plan, count: int) -> NDArray[np.int64]:
         """ns of `count` iterations of the decodes of `plan`, one after another. [count]"""
         entries = plan.schedule.entries
-        return self.cost.decodes(len(entries), sum([entry.start for entry in entries]), count)
+        each = self.cost.decodes(len(entries), sum([entry.start for entry in entries]), count)
+        return each if self.beside is None else each + self.beside(plan)
 
     def outcome(self, plan: Plan, start: int, end: int) -> Outcome:
         """What an iteration from `start` to `end` gives."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Final
 
 from armillary.core.errors import InputError
 from armillary.serve.request import Request
 from armillary.serve.speculation.adaptive import Adaptive
+from armillary.serve.workload.draws import uniform
 
 _SPELLED: Final = re.compile(r"(?P<rates>[0-9.]{1,12}(,[0-9.]{1,12}){0,63})(@(?P<found>[0-9.]{1,12}))?")
 
@@ -121,5 +121,4 @@ def _uniform(request: Request, position: int, seed: int, purpose: str) -> float:
     """In [0, 1), 53 bits; a request with a seed of its own has its own numbers."""
     own = request.sampling.seed
     key = f"{seed} {request.id}" if own is None else f"seed {own}"
-    digest = blake2b(f"{key} {position} {purpose}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return uniform(f"{key} {position} {purpose}")

@@ -94,6 +94,10 @@ class VirtualEngine(Engine):
         super().submit(request)
         self.queued_tokens += len(request.prompt)
 
+    def _begin_adapter(self, request: Request) -> None:
+        if self.virtual.beside is None:  # else every adapter is in memory
+            super()._begin_adapter(request)
+
     def draft(self) -> int:
         """Have tokens proposed for the next iteration, and give the time (ns) at which they are there: who comes by then is in time for it."""
         if self.drafter is not None and not self._drafted:

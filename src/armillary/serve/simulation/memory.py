@@ -9,17 +9,20 @@ from armillary.serve.config import EngineConfig
 from armillary.serve.simulation.kept import beside_bytes
 
 
-def kv_blocks(deployment: Deployment, config: EngineConfig, draft: Deployment | None = None) -> int:
+def kv_blocks(deployment: Deployment, config: EngineConfig, draft: Deployment | None = None, reserved: int = 0) -> int:
     """Blocks of `config.block_size` tokens, with what the KV policy keeps beside each. A draft model has as many of its own; its weights lie here
-    too, unless they are some of the model's.
+    too, unless they are some of the model's. `reserved` bytes of each device are others'.
 
     Raises CapacityError when not even one fits.
     """
     more = beside_bytes(deployment, config)
-    if draft is None and not more:
+    if draft is None and not more and not reserved:
         return deployment.kv_blocks(config.block_size)
     room = [
-        (deployment.usable - work.weight_bytes, work.kv_bytes_per_token + more * len(work.layout.layers(work.model.num_layers, work.stage)))
+        (
+            deployment.usable - work.weight_bytes - reserved,
+            work.kv_bytes_per_token + more * len(work.layout.layers(work.model.num_layers, work.stage)),
+        )
         for work in deployment.works
     ]
     if draft is not None:
@@ -34,7 +37,7 @@ def kv_blocks(deployment: Deployment, config: EngineConfig, draft: Deployment | 
         raise CapacityError(
             f"beside {beside} {format_bytes(max(0, min(left for left, _ in room)))} of a device are left, less than one KV block of "
             f"{config.block_size} tokens",
-            "use more devices, a smaller format or a smaller draft model",
+            "use more devices, a smaller format, a smaller draft model or fewer adapters",
             field="layout",
         )
     return blocks

@@ -46,6 +46,10 @@ class Phases:
                 "simulate with --kv-policy dense",
                 field="kv_policy",
             )
+        if self.prefill.adapters is not None:
+            raise InputError(
+                "adapters are not simulated with prefill and decode workers", "simulate replicas, or leave --adapters out", field="adapters"
+            )
         if self.paired and self.prefill.replicas != self.decode.replicas:
             raise InputError(
                 f"{self.prefill.replicas} prefill and {self.decode.replicas} decode engines are no pairs",

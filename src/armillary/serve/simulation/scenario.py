@@ -18,6 +18,7 @@ from armillary.serve.policies import routing
 from armillary.serve.policies.routing.hedging import Hedging
 from armillary.serve.request import Request
 from armillary.serve.simulation.acceptance import Acceptance
+from armillary.serve.simulation.adapters import Adapters
 from armillary.serve.simulation.cluster import Cluster
 from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
@@ -55,7 +56,8 @@ class Scenario:
     """`replicas` of `deployment`, each an engine of `config` whose iterations take what `cost` says (by default the deployment's roofline).
 
     Where `config` speculates, drafts are right as `acceptance` says; what a draft model computes takes what `draft_cost` says (by default its
-    roofline on the same devices). `tail` and `hedge_budget` are a fleet's. Raises InputError for what has no model in virtual time yet, naming it.
+    roofline on the same devices). `tail` and `hedge_budget` are a fleet's. `adapters` lie in the devices' memory and cost those
+    that ask for them. Raises InputError for what has no model in virtual time yet, naming it.
     """
 
     deployment: Deployment
@@ -69,6 +71,7 @@ class Scenario:
     draft_cost: CostModel | None = None
     tail: Kind = "none"
     hedge_budget: float = 0.05
+    adapters: Adapters | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MOST_REPLICAS:
@@ -79,12 +82,16 @@ class Scenario:
         if not 0 <= self.hedge_budget <= 1:
             raise InputError(f"a hedge_budget of {self.hedge_budget:g}", "give a share from 0 to 1", field="hedge_budget")
         config = self.config
-        asked = {
-            "offload": config.offload is not None, "sparsity": config.sparsity is not None, "lora": bool(config.lora),
-        }  # fmt: skip
-        for name, wanted in asked.items():
+        for name, wanted, why, fix in (
+            ("offload", config.offload is not None, "moves weights, keys and values between three tiers by shares that no batch tells of",
+             "price a placement with `armillary reproduce flexgen`"),
+            ("sparsity", config.sparsity is not None, "computes the neurons that its predictors name, and their number is the text's", "simulate without it"),
+            ("lora", bool(config.lora), "is of adapters that are files", "give --adapters and --adapter-rank instead"),
+        ):  # fmt: skip
             if wanted:
-                raise InputError(f"no cost model knows {name} yet", f"simulate without {name}", field=name)
+                raise InputError(f"{name} has no cost model: it {why}", fix, field=name)
+        if self.adapters is not None:
+            self.adapters.check(self.deployment, config)
         if config.speculate != "off" and self.acceptance is None:
             raise InputError(
                 f"how often the drafts of speculate {config.speculate} are right is the workload's to say",
@@ -132,13 +139,17 @@ class Scenario:
     def settled(self) -> EngineConfig:
         """The configuration with the KV pool that the device has, and the model's context."""
         config, model = self.config, self.deployment.model
-        blocks = config.kv_blocks if config.kv_blocks is not None else kv_blocks(self.deployment, config, self.draft)
+        blocks = config.kv_blocks if config.kv_blocks is not None else self._kv_blocks()
         context = config.context if config.context is not None else model.max_context
         if context > model.max_context and not config.kv.unbounded:
             raise InputError(
                 f"context {context:,} is more than the {model.max_context:,} tokens of {model.name}", "give less", field="context"
             )
         return config.model_copy(update={"kv_blocks": blocks, "kv_memory": None, "context": context})
+
+    def _kv_blocks(self) -> int:
+        reserved = self.adapters.held(self.deployment) if self.adapters is not None else 0
+        return kv_blocks(self.deployment, self.config, self.draft, reserved)
 
     @property
     def priced(self) -> CostModel:
@@ -172,12 +183,13 @@ class Scenario:
         cost, config, drafting, keeps = self.priced, self.settled, self.drafting, kept(self.deployment, self.config)
         recorder = Recorder(requests.ended if isinstance(requests, Source) else None)
         answers = Answers(recorder) if self.tail != "none" else None
+        adapters = self.adapters.priced(self.deployment) if self.adapters is not None else None
 
         def engine(index: int) -> VirtualEngine:
             clock, seen = VirtualClock(), watched is not None and index == watched.replica
             kind = WatchedEngine if seen else VirtualEngine
             return kind(
-                VirtualExecutor(clock, cost, reads=None if keeps is None else keeps.read),
+                VirtualExecutor(clock, cost, reads=None if keeps is None else keeps.read, beside=None if adapters is None else adapters.of),
                 config,
                 trace=trace,
                 drafter=None if drafting is None else drafting.drafter(config, clock),

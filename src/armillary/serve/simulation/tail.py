@@ -220,5 +220,5 @@ def _again(request: Request) -> Request:
     """What was asked, to be served from the beginning."""
     return Request(
         request.id, request.prompt, request.sampling, arrival=request.arrival, priority=request.priority, deadline=request.deadline,
-        cache_salt=request.cache_salt, session=request.session,
+        cache_salt=request.cache_salt, session=request.session, adapter=request.adapter,
     )  # fmt: skip

@@ -28,9 +28,9 @@ class Overlapped:
     def iteration(self, batch: Batch) -> int:
         return self.device.iteration(batch) + self._host(batch)
 
-    def ahead(self, batch: Batch) -> int:
-        """ns of an iteration whose schedule was made while the one before it ran."""
-        return max(self.device.iteration(batch), self._host(batch))
+    def ahead(self, batch: Batch, more: int = 0) -> int:
+        """ns of an iteration whose schedule was made while the one before it ran, and which takes the device `more` ns."""
+        return max(self.device.iteration(batch) + more, self._host(batch))
 
     def decodes(self, sequences: int, cached: int, count: int) -> NDArray[np.int64]:
         return self.device.decodes(sequences, cached, count) + self._host(Batch((), sequences, cached, sequences))
