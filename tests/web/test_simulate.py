@@ -69,7 +69,6 @@ def test_the_answer_is_that_of_the_command_line(http, capsys):
 @pytest.mark.parametrize(
     ("asked", "param", "says"),
     [
-        ({"cluster": "a1000"}, "cluster", "did you mean a100"),
         ({"cluster": "/etc/cluster.toml"}, "cluster", "files are for the command line"),
         ({"model": "../secrets/config.json"}, "model", "files are for the command line"),
         ({"requests": 30_000}, "requests", "20000"),
@@ -84,6 +83,15 @@ def test_what_cannot_be_is_named(http, asked, param, says):
     assert says in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["model", "draft_model"])
+def test_folders_beside_the_server_are_no_models(http, tmp_path, monkeypatch, field):
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answer = http.post("/simulate/serve", json=WORKLOAD | {field: "llama"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert "did you mean llama-" in answer.json()["error"]["message"]
+
+
 def test_one_at_a_time_and_none_when_the_client_is_gone(http):
     with http.stream("POST", "/simulate/capacity", json=SLOW) as stream:
         lines = stream.iter_lines()
@@ -94,10 +102,11 @@ def test_one_at_a_time_and_none_when_the_client_is_gone(http):
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "simulation_running")
         assert int(refused.headers["retry-after"]) > 0
     deadline = time.monotonic() + 20
-    while (answer := http.post("/simulate/capacity", json=SLOW | {"model": "nobody"})).status_code == 429:
+    while (answer := http.post("/simulate/serve", json=WORKLOAD | {"cluster": "a1000"})).status_code == 429:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert answer.json()["error"]["param"] == "model"
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cluster")
+    assert "did you mean a100" in answer.json()["error"]["message"]
 
 
 def test_a_watched_engine_is_asked_as_the_served_one(tmp_path):

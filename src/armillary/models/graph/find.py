@@ -52,10 +52,15 @@ def _path(name: str) -> Path:
         return path.parent
     if path.exists() or name in hub.aliases():
         return hub.resolve(name, fetch=False)
+    raise unknown(name)
+
+
+def unknown(name: str) -> NotFoundError:
+    """The error for what is no model: the closest names."""
     names = [*published(), *hub.aliases()]
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else "`armillary models published` lists those without weights"
-    raise NotFoundError(f"there is no model {name[:200]!r}", f"{hint} A path to a config.json works too", field="model")
+    return NotFoundError(f"there is no model {name[:200]!r}", f"{hint} A path to a config.json works too", field="model")
 
 
 def read(raw: Mapping[str, Any], source: str = "config.json") -> Architecture:

@@ -152,7 +152,7 @@ def _failure(status: int, told: str) -> APIError:
 
 
 def _hold(pid: int) -> None:
-    """Let everything else go first, and bound its memory and its time should this server be gone."""
+    """Let everything else go first, and bound its memory."""
     with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
         os.setpriority(os.PRIO_PROCESS, pid, _NICE)
         import resource

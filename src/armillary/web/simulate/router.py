@@ -15,6 +15,9 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from armillary.core.errors import NotFoundError
+from armillary.models import hub
+from armillary.models.graph.find import unknown
+from armillary.models.graph.published import published
 from armillary.serve.http.body import read_body
 from armillary.serve.http.embeddings import while_connected
 from armillary.serve.http.endpoints import documented
@@ -36,6 +39,9 @@ def router(most: int, models: Mapping[str, Path] | None = None) -> APIRouter:
     served = dict(models or {})
 
     def command_line(verb: str, body: Simulation) -> list[str]:
+        for name in (body.model, body.draft_model):  # a folder beside the server is nobody's business
+            if name is not None and name not in served and name.lower() not in published() and name not in hub.aliases():
+                raise unknown(name)
         path = served.get(body.model)
         return [verb, *body.arguments(str(path) if path is not None else None)]
 

@@ -91,7 +91,8 @@ const run = () => busy("serving in virtual time", async (signal) => {
   last = workload;
   showRun(facts);
   source?.close();
-  source = facts.replicas ? new Virtual(workload, facts.makespan, facts.replicas) : null; // prefill and decode workers are not watched
+  source = facts.replicas ? new Virtual(workload, facts.makespan, facts.replicas) : null;
+  $("engine-none").textContent = "Prefill and decode workers are not watched yet: give replicas.";
   $("run-watch").disabled = source === null;
   if (visible) beside();
 });
