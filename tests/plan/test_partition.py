@@ -76,6 +76,19 @@ def test_nothing_that_fits_is_quicker_and_everything_at_once_is():
     assert fewer.ranked("decode", 64, 2048)[0].seconds > problem.ranked("decode", 64, 2048)[0].seconds
 
 
+def test_the_axes_that_gain_most_lie_within_a_node():
+    """Four nodes of eight: an axis of eight is within one, an axis of sixteen is not, and no network is quicker than one domain of all."""
+    model, precision, place = architecture("llama-2-70b"), Precision("bf16", "bf16", "bf16"), cluster("dgx-h100:4")
+    problem = Problem(model, place, mesh(place), precision)
+    flat = Problem(model, place, replace(problem.mesh, near=None), precision)
+    whole = Problem(model, place, replace(problem.mesh, link=problem.mesh.near, near=None), precision)
+    for spread in problem.spreads(64):
+        times = [one.price(spread, "decode", 64, 2048).network for one in (whole, problem, flat)]
+        assert times == sorted(times)
+        assert (times[1] < times[2]) == any(1 < size <= 8 for size in (spread.hidden, spread.inner, spread.gathered))
+    assert problem.price(Spread(4, 8), "decode", 64, 2048).moved == flat.price(Spread(4, 8), "decode", 64, 2048).moved
+
+
 def test_the_frontier_has_what_nothing_beats():
     tried = points(PALM, CUBE, Precision("bf16", "bf16", "bf16"), "decode", 2048, weights=("bf16", "int8"), most_sequences=256)
     best = frontier(tried)

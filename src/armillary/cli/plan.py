@@ -97,9 +97,9 @@ def serve(
     json: Json = False,
 ) -> None:
     """Find what serves the model at least cost under an objective, by the engine itself in virtual time."""
+    from armillary.cli.plan_files import checked_folder, printed
     from armillary.cli.plan_told import facts, tell
     from armillary.cli.terminal import print_json
-    from armillary.core.errors import InputError
     from armillary.models.graph.find import find
     from armillary.plan.candidates import candidates
     from armillary.plan.choice import choose
@@ -111,9 +111,7 @@ def serve(
     from armillary.serve.simulation.acceptance import parse as parse_acceptance
     from armillary.serve.workload.lengths import named
 
-    for path in (output, html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"the folder {path.absolute().parent} does not exist", "make it, or choose another path")
+    checked_folder(output, html)
     here, formats = _here(model, space.cluster)
     own = {"engine.max_queue": 1_000_000} | ({} if formats else {"engine.kv_dtype": "fp16"})
     settled = settle(model, engine, file=config, defaults=own)
@@ -145,9 +143,7 @@ def serve(
         print_json(facts(file, found))
     else:
         tell(file, found, asked)
-        for path in (output, html):
-            if path is not None:
-                print(f"wrote {path}")
+        printed(output, html)
 
 
 def _here(model: str, places: str) -> tuple[ModelConfig | None, tuple[str, ...]]:

@@ -99,10 +99,12 @@ def arithmetic(problem: Problem, plan: Plan) -> list[tuple[str, str]]:
         ),
     ]
     if link is not None:
+        near = problem.mesh.near
+        within = "" if near is None else f", within {problem.mesh.domain} chips at {format_rate(near.bandwidth)} ({near.name})"
         lines.append(
             (
                 "network",
-                f"{format_bytes(plan.moved)} sent by each chip at {format_rate(link.bandwidth)}, and {format_duration(link.latency)} a hop ({link.name}): {time(plan.network)}",
+                f"{format_bytes(plan.moved)} sent by each chip at {format_rate(link.bandwidth)}, and {format_duration(link.latency)} a hop ({link.name}){within}: {time(plan.network)}",
             )
         )
     lines += [
@@ -185,9 +187,7 @@ def _page(
     from armillary.web.planner_page import Page
 
     title = f"{problem.model.name} over {problem.mesh.chips} x {problem.cluster.device.name}"
-    page = Page(
-        title, f"Partitions for {batch} sequences of {context:,} tokens, weights in {problem.precision.weights}. {_CAVEAT.capitalize()}."
-    )
+    page = Page(title, f"Partitions for {batch} sequences of {context:,} tokens, weights in {problem.precision.weights}. {_CAVEAT}.")
     for phase, plans in ranked.items():
         page.heading(f"{phase}: {plans[0].spread.name}, cache by {plans[0].spread.attention}")
         page.lines(arithmetic(problem, plans[0]))

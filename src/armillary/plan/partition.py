@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, permutations
 from math import prod
 from typing import Literal
 
@@ -22,7 +22,7 @@ from armillary.models.graph.batch import Batch, Span, pairs
 from armillary.models.graph.cost import USABLE
 from armillary.models.graph.parameters import active_parameters
 from armillary.models.graph.precision import Precision
-from armillary.models.graph.spread import Attention, Spread, cached_elements, check, collectives, padded
+from armillary.models.graph.spread import Attention, Axis, Spread, cached_elements, check, collectives, padded
 from armillary.models.graph.work import Work
 from armillary.sim.collectives import terms
 
@@ -31,11 +31,13 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Mesh:
-    """`shape` chips; on a torus only whole axes make groups, elsewhere every divisor does."""
+    """`shape` chips; on a torus only whole axes make groups, elsewhere every divisor does. More than a `domain` holds meet by `link` but within one, by `near`."""
 
     shape: tuple[int, ...]
     torus: bool
     link: Link | None
+    domain: int = 1
+    near: Link | None = None
 
     @property
     def chips(self) -> int:
@@ -69,7 +71,7 @@ def mesh(cluster: Cluster, chips: int | None = None) -> Mesh:
             f"{cluster.name} has no link among {chips} devices", "name a node, a rack or a network: dgx-a100:8/ib-hdr", field="cluster"
         )
     if not inside:
-        return Mesh((chips,), False, replace(link, bandwidth=cluster.network_per_device))
+        return Mesh((chips,), False, replace(link, bandwidth=cluster.network_per_device), cluster.domain, cluster.domain_link)
     if cluster.rack is None or cluster.rack.fabric != "torus":
         return Mesh((chips,), False, link)
     return Mesh(_part(cluster.rack.shape, chips), True, link)
@@ -193,15 +195,7 @@ class Problem:
         batch = Batch(sequences * queries if phase == "prefill" else 0, sequences if phase == "decode" else 0, sequences, tuple(spans))
         read = -(-work.weight_bytes // (spread.hidden * spread.inner))  # what a chip multiplies with, gathered or its own
         cache = self.cached(spread, sequences) * (context + (phase == "decode"))
-        moved = network = 0.0
-        for one in collectives(self.model, spread, batch.tokens, sequences):
-            if one.ranks < 2 or self.mesh.link is None:
-                continue
-            kind = self.precision.weight_bytes if one.weights else self.precision.activation_bytes
-            size = terms(one.name, one.ranks)[1] * kind(round(one.elements))
-            hops = self.mesh.hops.get(one.ranks, one.ranks - 1)
-            moved += one.repeat * size
-            network += one.repeat * (hops * self.mesh.link.latency * 1e-9 + size / self.mesh.link.bandwidth)
+        moved, network = self._communicated(spread, batch.tokens, sequences)
         # A sequence's attention stays on one chip where the cache is split by sequences: fewer of them than chips leave some idle.
         mine = sequences // spread.gathered
         idle = -(-mine // (group := chips // spread.gathered)) * group / mine - 1 if spread.attention == "batch" else 0.0
@@ -211,6 +205,32 @@ class Problem:
         useful = 2 * active_parameters(self.model) * batch.tokens / chips / self.cluster.device.peak(self.products)
         mfu = useful / (max(compute, memory) + network)
         return Plan(spread, phase, sequences, batch.tokens, compute, memory, network, moved, self.held(spread), cache, mfu)
+
+    def _communicated(self, spread: Spread, tokens: int, rows: int) -> tuple[float, float]:
+        """Bytes that a chip sends, and s; of more chips than a domain holds, with those axes within one whose collectives gain most."""
+        those = [one for one in collectives(self.model, spread, tokens, rows) if one.ranks > 1 and self.mesh.link is not None]
+        sizes = [
+            terms(one.name, one.ranks)[1]
+            * (self.precision.weight_bytes if one.weights else self.precision.activation_bytes)(round(one.elements))
+            for one in those
+        ]
+        orders: list[tuple[Axis, ...]] = list(permutations(("hidden", "inner", "gathered"))) if self.mesh.near is not None else [()]
+        times = []
+        for order in orders:
+            near, inside = set[Axis](), 1
+            for axis in order:
+                inside *= getattr(spread, axis)
+                if self.mesh.domain % inside:
+                    break
+                near.add(axis)
+            seconds = 0.0
+            for one, size in zip(those, sizes, strict=True):
+                link = self.mesh.near if near.issuperset(one.axes) else self.mesh.link
+                assert link is not None
+                hops = self.mesh.hops.get(one.ranks, one.ranks - 1)
+                seconds += one.repeat * (hops * link.latency * 1e-9 + size / link.bandwidth)
+            times.append(seconds)
+        return sum(one.repeat * size for one, size in zip(those, sizes, strict=True)), min(times)
 
     def fits(self, plan: Plan) -> bool:
         return plan.held + plan.cache <= self.usable

@@ -11,7 +11,7 @@ from armillary.core.trace import Trace
 from armillary.core.trace_gantt import gantt_html, gantt_js, plotly_js
 from armillary.web.report import script_json
 
-STYLE: Final = """
+_STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 36px auto; padding: 0 24px; color: #1d2330; background: #fff; }
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 6px; } p, dd { color: #555d6b; max-width: 95ch; margin: 2px 0 8px; }
 dt { font-weight: 600; } table { border-collapse: collapse; margin: 12px 0; }
@@ -30,11 +30,11 @@ class Page:
     def heading(self, text: str) -> None:
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
-    def text(self, text: str) -> None:
-        self._parts.append(f"<p>{html.escape(text)}</p>")
-
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        self._parts.append(table(columns, rows))
+        def line(cells: Sequence[str], cell: str) -> str:
+            return "<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in cells) + "</tr>"
+
+        self._parts.append(f"<table>{line(columns, 'th')}{''.join(line(row, 'td') for row in rows)}</table>")
 
     def lines(self, lines: Sequence[tuple[str, str]]) -> None:
         """(what, how): arithmetic."""
@@ -52,17 +52,8 @@ class Page:
     def write(self, path: str | Path) -> None:
         draw = "figures.forEach((one, at) => Plotly.newPlot(`figure${at}`, one.data, one.layout, {responsive: true}));"
         page = (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>\n<style>{STYLE}</style>\n'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n'
             f"<script>{plotly_js()}</script>\n<script>{gantt_js()}</script></head>\n<body>{''.join(self._parts)}\n"
             f"<script>const figures = {script_json(self._figures)}; {draw}</script></body></html>\n"
         )
         Path(path).write_text(page, encoding="utf-8")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as HTML."""
-
-    def line(cells: Sequence[str], cell: str) -> str:
-        return "<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in cells) + "</tr>"
-
-    return f"<table>{line(columns, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

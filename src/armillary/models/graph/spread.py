@@ -15,6 +15,7 @@ from armillary.models.graph.parameters import kv_elements
 
 Attention = Literal["heads", "batch"]
 """By what the cache is split."""
+Axis = Literal["hidden", "inner", "gathered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,12 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """`repeat` times among `ranks` chips, of a tensor of so many `elements`, sized as `sim.collectives` has it; of weights, or of activations."""
+    """`repeat` times along `axes` of a spread, among `ranks` chips, of a tensor of so many `elements`, sized as `sim.collectives` has it; of weights, or of
+    activations."""
 
     name: str
     elements: float
+    axes: tuple[Axis, ...]
     ranks: int
     repeat: int
     weights: bool = False
@@ -65,17 +68,23 @@ def collectives(model: Architecture, spread: Spread, tokens: int, rows: int) -> 
     attention, mlp = (queries + keys, queries), ((2 if model.gated else 1) * inner, inner)
     halves = [(attention[0] + mlp[0], attention[1] + mlp[1])] if model.parallel else [attention, mlp]
     for up, down in halves:
-        yield Collective("all_gather", hidden * (up + down) / group, spread.gathered, layers, weights=True)
-        yield Collective("all_gather", mine * hidden / spread.hidden, spread.inner, layers)
-        yield Collective("reduce_scatter", mine * up / spread.inner, spread.hidden, layers)
-        yield Collective("all_gather", mine * down / spread.inner, spread.hidden, layers)
-        yield Collective("reduce_scatter", mine * hidden / spread.hidden, spread.inner, layers)
+        yield Collective("all_gather", hidden * (up + down) / group, ("gathered",), spread.gathered, layers, weights=True)
+        yield Collective("all_gather", mine * hidden / spread.hidden, ("inner",), spread.inner, layers)
+        yield Collective("reduce_scatter", mine * up / spread.inner, ("hidden",), spread.hidden, layers)
+        yield Collective("all_gather", mine * down / spread.inner, ("hidden",), spread.hidden, layers)
+        yield Collective("reduce_scatter", mine * hidden / spread.hidden, ("inner",), spread.inner, layers)
     if spread.attention == "batch":
-        yield Collective("all_to_all", mine * (queries + keys) / group, group, layers)
-        yield Collective("all_to_all", mine * queries / group, group, layers)
+        yield Collective("all_to_all", mine * (queries + keys) / group, ("hidden", "inner"), group, layers)
+        yield Collective("all_to_all", mine * queries / group, ("hidden", "inner"), group, layers)
     elif model.num_kv_heads < group:  # every chip needs the head that its queries read
-        yield Collective("all_gather", mine * keys / max(1, model.num_kv_heads), group // max(1, model.num_kv_heads), layers)
-    yield Collective("all_gather", rows * model.vocab_size, spread.chips, 1)
+        yield Collective(
+            "all_gather",
+            mine * keys / max(1, model.num_kv_heads),
+            ("hidden", "inner"),
+            group // max(1, model.num_kv_heads),
+            layers,
+        )
+    yield Collective("all_gather", rows * model.vocab_size, ("hidden", "inner", "gathered"), spread.chips, 1)
 
 
 def cached_elements(model: Architecture, spread: Spread, sequences: int) -> int:
