@@ -34,7 +34,7 @@ Acceptance = Annotated[
         group=WORKLOAD,
         show_default=False,
         help="How often drafts (--speculate) are right, such as 0.7; or of the first, second, ... and all later ones of a pass, "
-        "in a share of the passes: 0.6,0.8@0.5.",
+        "in a share of the passes: 0.6,0.8@0.5; behind a + after passes that were right: 0.6@0.4+0.95@0.9.",
     ),
 ]
 ConfigFile = Annotated[Path | None, Parameter(help="A TOML file: model = ..., [server], [engine]. Environment and flags win over it.")]

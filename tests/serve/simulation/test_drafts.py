@@ -160,10 +160,10 @@ class Drawn:
 
     found = 1.0
 
-    def right(self, request, position, place, seed):
+    def right(self, request, position, place, seed, again):
         return bool(position % 7)
 
-    def proposed(self, request, seed):
+    def proposed(self, request, seed, again):
         return True
 
 
@@ -230,20 +230,31 @@ def test_the_passes_are_those_of_the_real_draft_model(blocks):
 
 
 def test_an_acceptance_is_measured():
-    assert measured([(4, 4), (4, 0), (2, 1), (1, 1)], without=4) == Acceptance((3 / 4, 2 / 2 * 0.5, 1.0), 0.5)
-    with_all = measured([(3, 3)] * 5)
-    assert (with_all.rates, with_all.found) == ((1.0,), 1.0)
+    alone = [[(4, 0)], [(2, 1)], [(1, 1)], [(4, 4)], [(0, 0)] * 4]
+    assert measured(alone) == Acceptance((3 / 4, 1 / 2, 1.0), 0.5)
     assert measured([]) == Acceptance((0.0,))
-    one = engine(Acceptance((0.7,), 0.5), draft=None)
-    one.drafter = Observed(one.drafter)
-    replay(one, asked(2, 1500))
-    seen = one.drafter
-    acceptance = measured([each for passes in seen.passes.values() for each in passes], sum(seen.without.values()), places=1)
-    assert acceptance.rates[0] == pytest.approx(0.7, abs=0.03)
-    assert acceptance.found == pytest.approx(0.5, abs=0.03)
+    after = measured([[(2, 2), (2, 2), (2, 0), (0, 0)]])
+    assert after == Acceptance((1.0,), 0.5, Acceptance((0.5, 1.0)))
+    assert parse(str(after)) == after
+    real = Acceptance((0.5,), 0.4, Acceptance((0.9,), 0.95))
+    one = engine(real, draft=None, draft_tokens=2)
+    observed = one.drafter = Observed(one.drafter)
+    replay(one, asked(3, 1500))
+    found = measured(observed.passes.values(), places=1)
+    assert (found.rates[0], found.found) == (pytest.approx(0.5, abs=0.05), pytest.approx(0.4, abs=0.05))
+    assert (found.again.rates[0], found.again.found) == (pytest.approx(0.9, abs=0.03), pytest.approx(0.95, abs=0.03))
 
 
-@pytest.mark.parametrize("text", ["", "1.5", "0.5,,0.5", "often", "0.5@2", "0.5@"])
+def test_texts_that_repeat_themselves_for_a_while():
+    acceptance = Acceptance((0.5,), 0.4, Acceptance((0.9,), 0.95))
+    one = engine(acceptance, draft=None, length=3, max_running=1)
+    requests = asked(5, 1500)
+    replay(one, requests)
+    tokens = sum(len(request.output) - 1 for request in requests) / (one.stats.iterations - len(requests))
+    assert tokens == pytest.approx(acceptance.expected(3), rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "0.5,,0.5", "often", "0.5@2", "0.5@", "0.5+0.5+0.5", "0.5+"])
 def test_what_is_no_acceptance(text):
     with pytest.raises(InputError, match=r"accept|shares from 0 to 1"):
         parse(text)

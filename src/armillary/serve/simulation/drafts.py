@@ -59,6 +59,7 @@ class VirtualProposer:
         self._acceptance, self._clock, self._seed, self._drawn = acceptance, clock, seed, drawn
         self._cost, self._free, self._block_size, self._context = cost, num_blocks, block_size, context
         self._caches: dict[str, _Cache] = {}
+        self._again: set[str] = set()  # whose last drafts were all right
 
     def prepare(self, requests: Sequence[Request]) -> None:
         if self._cost is None:
@@ -80,13 +81,17 @@ class VirtualProposer:
         return ()
 
     def forget(self, request: Request) -> None:
+        self._again.discard(request.id)
         cache = self._caches.pop(request.id, None)
         if cache is not None:
             self._free += cache.blocks
 
     def _length(self, request: Request, bound: int) -> int:
         """How many tokens are proposed of `bound`: all or none."""
-        if not bound or not self._acceptance.proposed(request, self._seed):
+        if not bound:
+            return 0
+        if not self._acceptance.proposed(request, self._seed, request.id in self._again):
+            self._again.discard(request.id)
             return 0
         if self._cost is None:
             return bound
@@ -116,10 +121,14 @@ class VirtualProposer:
             token = self._drawn(request, position) if self._drawn is not None else BLANK
             right = right and self._right(request, place)
             tokens.append(token if right else token + 1)
+        if length and right:
+            self._again.add(request.id)
+        elif length:
+            self._again.discard(request.id)
         return tuple(tokens)
 
     def _right(self, request: Request, place: int) -> bool:
-        return self._acceptance.right(request, request.known + place, place, self._seed)
+        return self._acceptance.right(request, request.known + place, place, self._seed, request.id in self._again)
 
     def _cache(self, request: Request) -> _Cache:
         """Cut to what is true of the sequence; its last known token is always read anew."""
