@@ -100,6 +100,32 @@ def test_prompts_and_answers_on_instances_of_their_own(capsys, tmp_path):
     assert "for prompts, 1 x 1 for answers over" in page.read_text()
 
 
+def test_a_recorded_trace(capsys, tmp_path):
+    trace = tmp_path / "monday.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "".join(f"{place / 2},400,8\n" for place in range(60)))
+    arguments = ["plan", "serve", "llama-2-7b", "--slo", "ttft=300ms,tpot=50ms", "--trace", str(trace), "--disaggregate", "never"]
+    assert run([*arguments, "--speed", "3", "--cluster", "h100", "--tp", "1", "--pp", "1", "--budgets", "512", "--running", "32"]) == 0
+    told = capsys.readouterr().out
+    assert "60 requests of monday.csv at 6 a second 100.0%" in told
+    assert "the trace came at 2 a second: this is 3 times as fast" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give --rate"),
+        (["--rate", "2", "--speed", "2"], "give --trace"),
+        (["--rate", "2", "--trace", "x.csv"], "its own rate"),
+        (["--lengths", "code", "--trace", "x.csv"], "its own lengths"),
+        (["--trace", "/nowhere.csv"], "/nowhere.csv"),
+        (["--trace", "x.csv", "--speed", "0"], "0 times as fast"),
+    ],
+)
+def test_traces_and_rates_that_say_nothing_together(capsys, arguments, says):
+    assert run(["plan", "serve", "llama-2-7b", "--slo", "ttft=1s", *arguments]) == MISUSED
+    assert says in capsys.readouterr().err
+
+
 def test_a_model_that_fits_nowhere(capsys):
     assert (
         run(["plan", "serve", "llama-2-70b", "--slo", "ttft=1s", "--rate", "2", "--cluster", "a100", "--tp", "1", "--pp", "1"]) == MISUSED

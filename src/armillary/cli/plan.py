@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter
 
-from armillary.cli.settings import Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
+from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
     from armillary.models.config import ModelConfig
     from armillary.plan.candidates import Space
+    from armillary.plan.demand import Demand
     from armillary.serve.config import EngineConfig
 
 plan = App(name="plan")
@@ -64,6 +65,19 @@ class DemandFlags:
     lengths: Lengths = "conversation"
     variation: Variation = 1.0
     acceptance: Acceptance = None
+    trace: Annotated[
+        Path | None,
+        Parameter(
+            group=WORKLOAD, help="Recorded requests instead, as simulate serve takes them: every rate is all of them.", show_default=False
+        ),
+    ] = None
+    speed: Annotated[float, Parameter(group=WORKLOAD, help="How many times as fast the trace must be served, instead of --rate.")] = 1.0
+    requests: Annotated[
+        int | None, Parameter(group=WORKLOAD, help="How many of the trace, the first (default: all).", show_default=False)
+    ] = None
+    cut: Annotated[
+        bool, Parameter(group=WORKLOAD, negative=(), help="Shorten requests of the trace that exceed the context, answers first.")
+    ] = False
 
 
 @plan.command(name="serve")
@@ -74,7 +88,9 @@ def serve(
     /,
     *,
     slo: Annotated[str, Parameter(help="Bounds that a share of the requests must keep: ttft=300ms,tpot=50ms,wait=5s,attainment=0.9.")],
-    rate: Annotated[float, Parameter(help="Requests a second that are to be served, over all replicas.")],
+    rate: Annotated[
+        float | None, Parameter(help="Requests a second that are to be served, over all replicas (of a trace: see --speed).")
+    ] = None,
     space: SpaceFlags = SpaceFlags(),
     demand: DemandFlags = DemandFlags(),
     rank: Annotated[Literal["dollars", "devices"], Parameter(help="What the best has least of.")] = "dollars",
@@ -104,19 +120,17 @@ def serve(
     from armillary.plan.candidates import candidates
     from armillary.plan.choice import choose
     from armillary.plan.choice import find as options
-    from armillary.plan.demand import Demand
     from armillary.plan.file import chosen
     from armillary.plan.objective import parse
     from armillary.serve.policies import routing
     from armillary.serve.simulation.acceptance import parse as parse_acceptance
-    from armillary.serve.workload.lengths import named
 
     checked_folder(output, html)
     here, formats = _here(model, space.cluster)
     own = {"engine.max_queue": 1_000_000} | ({} if formats else {"engine.kv_dtype": "fp16"})
     settled = settle(model, engine, file=config, defaults=own)
     tried = _space(space, settled.value.engine, settled.provenance, formats)
-    objective, asked = parse(slo), Demand(named(demand.lengths), demand.variation, settled.value.engine.seed)
+    objective, (asked, rate) = parse(slo), _asked(demand, rate, settled.value.engine.seed)
     routing.get(router)
     acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
     with _progress() as told:
@@ -144,6 +158,34 @@ def serve(
     else:
         tell(file, found, asked)
         printed(output, html)
+
+
+def _asked(flags: DemandFlags, rate: float | None, seed: int) -> tuple[Demand, float]:
+    """What comes, and how many a second are to be served."""
+    from armillary.core.errors import InputError
+    from armillary.plan.demand import Demand
+    from armillary.plan.recorded import RecordedDemand
+    from armillary.serve.workload.lengths import named
+
+    usual = DemandFlags()
+    if flags.trace is None:
+        for name in ("speed", "requests", "cut"):
+            if getattr(flags, name) != getattr(usual, name):
+                raise InputError(f"{name} is of a trace, and none is given", "give --trace, or leave it out", field=name)
+        if rate is None:
+            raise InputError("how many requests a second are to be served is not said", "give --rate, such as --rate 20", field="rate")
+        return Demand(named(flags.lengths), flags.variation, seed), rate
+    for name in ("lengths", "variation"):
+        if getattr(flags, name) != getattr(usual, name):
+            raise InputError(f"a trace has its own {name}", "leave one of them out", field=name)
+    if rate is not None:
+        raise InputError("a trace has its own rate", "give --speed, such as --speed 2", field="rate")
+    if not 1e-6 <= flags.speed <= 1e6:
+        raise InputError(f"a trace cannot be served {flags.speed:g} times as fast", "give 0.000001 to 1000000", field="speed")
+    if flags.requests is not None and flags.requests < 2:
+        raise InputError(f"{flags.requests} requests have no rate", "give at least 2", field="requests")
+    asked = RecordedDemand.read(flags.trace, most=flags.requests, cut=flags.cut, seed=seed)
+    return asked, asked.rate * flags.speed
 
 
 def _here(model: str, places: str) -> tuple[ModelConfig | None, tuple[str, ...]]:

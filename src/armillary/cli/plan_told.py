@@ -84,12 +84,22 @@ def tell(file: Plan, found: Found, demand: Demand) -> None:
     money = "" if seen.dollars_per_hour is None else f", ${seen.dollars_per_hour:,.2f} an hour"
     print(
         f"\nplan: {_engines(file)}{money}: of {seen.requests:,} requests of "
-        f"{demand.lengths.name} at {file.workload.rate:g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
+        f"{demand.lengths.name} at {file.workload.rate:.4g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
         f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
-        f"(p: the objective's share)\ndurations: {file.provenance.cost_model}"
+        f"(p: the objective's share){_faster(file, demand)}\ndurations: {file.provenance.cost_model}"
     )
     if hardware.rented > 1 and hardware.dollars_per_hour is not None:
         print(f"{hardware.cluster} is rented whole, {hardware.rented} devices at a time; name its device to rent devices one by one")
+
+
+def _faster(file: Plan, demand: Demand) -> str:
+    """Of a trace: how many times as fast it is served, by the plan and at most by one replica."""
+    from armillary.plan.recorded import RecordedDemand
+
+    if not isinstance(demand, RecordedDemand):
+        return ""
+    one = file.predicted.capacity_per_replica / demand.rate
+    return f"\nthe trace came at {demand.rate:.3g} a second: this is {file.workload.rate / demand.rate:.3g} times as fast, and a replica alone keeps the objective up to {one:.3g} times"
 
 
 def _engines(file: Plan) -> str:

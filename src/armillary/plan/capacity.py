@@ -151,8 +151,10 @@ def probe(scenario: Simulated, demand: Demand, objective: Objective, rate: float
     An engine that starts empty looks better at first than it will be, so what fails in a short run has failed. What holds must hold in a run
     whose first half is `_RESIDENCES` times the mean residence, and that is `_WAITS` times as long as the bound on waiting; and waits must not
     grow by more than `tolerance` of the time. A close result is looked at again with more requests; where waits still grow after that, and
-    did in half as long a run, they are taken to grow for ever.
+    did in half as long a run, they are taken to grow for ever. A demand that has an end is judged by all of it.
     """
+    if demand.whole is not None:
+        return _once(scenario, demand, objective, rate, demand.whole)[0]
     count, most = _FIRST * scenario.replicas, MOST_REQUESTS * scenario.replicas
     sure = max(count, round(_SURE * min(1.0, (TOLERANCE / tolerance) ** 2)))
     grew = False
@@ -176,6 +178,8 @@ def _once(scenario: Simulated, demand: Demand, objective: Objective, rate: float
         result = scenario.run(demand.requests(rate, count, scenario.context)).result
     except CapacityError:  # the queue passed its bound
         return Probe(rate, count, False, 0.0, {}, 1.0, True, (0, 0, 0), (0, 0, 0), (0, 0, 0), 0.0), count
+    if demand.whole is not None:
+        return _judged(rate, count, result, objective, _growth(result)), count
     span = int(result.arrival.max())
     later = since(result, span // 2)
     residence = float((later.finished - later.arrival).mean())

@@ -31,6 +31,11 @@ class Demand:
     variation: float = 1.0
     seed: int = 0
 
+    @property
+    def whole(self) -> int | None:
+        """How many requests there are; None where it is as many as it takes to judge."""
+        return None
+
     def requests(self, rate: float, count: int, context: int) -> Iterator[Request]:
         """The first `count`, `rate` a second on average, cut to `context` tokens."""
         times = bursty(rate, self.variation, self.seed)

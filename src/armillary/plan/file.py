@@ -76,7 +76,7 @@ class Workload(Config):
     """What it was planned for."""
 
     lengths: str
-    variation: float = Field(gt=0)
+    variation: float = Field(ge=0)
     """Coefficient of variation of the time between arrivals."""
     rate: float = Field(gt=0)
     """Requests a second, over all replicas."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -34,6 +34,14 @@ class Arrival:
     name: str = ""
     content: Content = ()
     shared: int = 0
+
+    def within(self, limit: int) -> Arrival:
+        """With at most `limit` tokens: of what exceeds them the answer is cut, then the prompt."""
+        if self.prompt + self.answer <= limit:
+            return self
+        prompt = min(self.prompt, limit - 1)
+        content, shared = beginning(self.content, prompt), min(self.shared, prompt)
+        return replace(self, prompt=prompt, answer=min(self.answer, limit - prompt), content=content, shared=shared)
 
 
 def beginning(content: Content, tokens: int) -> Content:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
-from armillary.serve.workload.requests import Arrival, beginning
+from armillary.serve.workload.requests import Arrival
 from armillary.serve.workload.trace_csv import read_csv
 from armillary.serve.workload.trace_lines import read_access_log, read_mooncake
 from armillary.serve.workload.trace_spans import read_spans
@@ -103,8 +103,4 @@ class Recorded:
                 field="trace",
             )
         self.shortened += 1
-        prompt = min(found.prompt, limit - 1)
-        return replace(
-            found, prompt=prompt, answer=min(found.answer, limit - prompt), content=beginning(found.content, prompt),
-            shared=min(found.shared, prompt),
-        )  # fmt: skip
+        return found.within(limit)
