@@ -1,15 +1,15 @@
 """Does the simulator predict our own engine: requests served for real and in virtual time, with costs that were measured here before.
 
-    python bench/predict.py [--publish] [--force]      # wants a quiet machine; six minutes
+    python bench/predict.py [--publish] [--force]      # wants a quiet machine; twelve minutes
 
-For each weight format the engine's iterations are measured as `armillary calibrate --model` does, and never again. Then Poisson requests
-of random lengths are served at two rates, shares of the capacity that the simulator gives, by the real engine on its own thread, open loop;
-and the same requests, arriving when they did, by the same engine in virtual time.
+For each weight format the engine's iterations are measured as `armillary calibrate --model` does, and never again. Then Poisson requests of
+random lengths are served at two rates, shares of the capacity that the simulator gives, by the real engine on its own thread, open loop, each
+case several times in turn with the others; and once in virtual time. What the runs of a case have in the median is the truth.
 
-Errors are told twice: by request (|virtual - real| / real; their median has the bar), and of the measure's own median and 99th percentile, as
-Vidur tells them (the 99th has the bar). By request the worst are far off whoever predicts: who just misses an iteration's beginning waits for
-a whole one, so two simulations whose iterations differ by 1 % differ by 15 to 65 % at their 99th percentile, and two real runs do, too. The
-last table has both. Fed with the real iterations' durations, the virtual engine must make the real schedules: `replay` says whether it did.
+Errors have two readings. A measure's own median and 99th percentile over the run are what Vidur compares (Agrawal et al., MLSys 2024: percentiles
+of the normalised latency, at 85 % of the capacity), and have the bar. Request by request they are larger: who just misses an iteration's
+beginning waits for a whole one. Beside both stands the floor: the same errors of one real run, taken for a prediction of another.
+Fed with the real iterations' durations, the virtual engine must make the real schedules: `replay` says whether it did in every run.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ import argparse
 import gc
 import os
 import random
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from predict_report import Case, report
 from quiet import quiet
-from table import markdown
 
-from armillary.cluster.machine import describe
+from armillary.cluster.others import Others
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import InputError
 from armillary.core.trace import Trace
@@ -44,23 +43,20 @@ from armillary.serve.kv_pool import settle
 from armillary.serve.llm import build_engine
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Outcome, Plan
-from armillary.serve.simulation.comparison import Comparison, Errors, compare, schedules
+from armillary.serve.simulation.comparison import schedules
 from armillary.serve.simulation.engine import VirtualEngine, replay
 from armillary.serve.simulation.replayed import Witness, run_again
 from armillary.serve.workload.arrivals import poisson
 from armillary.sim.batch import Batch
-from armillary.sim.costs import CostModel, Fitted
+from armillary.sim.costs import Fitted
 from armillary.sim.costs.fitting import fit
 
-MEDIAN, P99 = 0.09, 0.20  # bars
 LOADS = (0.4, 0.8)  # of the capacity
 OPTIONS: dict[str, Any] = {"kv_memory": "800 MB"}
 POLICIES: dict[str, dict[str, Any]] = {  # with one budget the two make the same schedules as long as memory is not short
     "sarathi": {"policy": "sarathi", "max_batch_tokens": 128},
     "vllm": {"policy": "vllm", "max_batch_tokens": 512},
 }
-TWICE = ("sarathi", 0.8)  # the case that is run for real twice
-OFF = 1.01  # for how much the errors of a cost model grow in queues
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +66,21 @@ class Work:
     at: int
     prompt: int
     answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a run's requests felt, ns. [requests]"""
+
+    ttft: NDArray[np.float64]
+    tpot: NDArray[np.float64]
+    makespan: float
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Ran:
+        times = np.array([(one.arrival, one.first_token, one.last_token, len(one.output)) for one in requests], dtype=np.float64)
+        arrival, first, last, tokens = times.T
+        return cls(first - arrival, (last - first) / (tokens - 1), float(last.max() - arrival.min()))
 
 
 @dataclass(slots=True)
@@ -85,21 +96,6 @@ class Noted:
         return outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Slower:
-    """Another cost model, `factor` times as slow."""
-
-    inner: CostModel
-    factor: float
-    name: str = "slower"
-
-    def iteration(self, batch: Batch) -> int:
-        return round(self.inner.iteration(batch) * self.factor)
-
-    def decodes(self, sequences: int, cached: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.rint(self.inner.decodes(sequences, cached, count) * self.factor).astype(np.int64)
-
-
 def workload(rate: float, options: argparse.Namespace) -> list[Work]:
     """The same lengths and, stretched, the same arrivals at every rate."""
     generator = random.Random(options.seed)
@@ -107,27 +103,26 @@ def workload(rate: float, options: argparse.Namespace) -> list[Work]:
     return [Work(at - instants[0], generator.randint(*options.prompts), generator.randint(*options.answers)) for at in instants]
 
 
-def virtual(config: EngineConfig, cost: CostModel, work: Sequence[tuple[int, int, int]]) -> Trace:
-    trace = Trace("virtual")
-    engine = VirtualEngine(VirtualExecutor(VirtualClock(), cost), config, trace=trace)
-    replay(
-        engine,
-        [
-            Request(f"{i}", (0,) * prompt, SamplingParams(answer, temperature=0.0, ignore_eos=True), arrival=at, cache_salt=f"{i}")
-            for i, (at, prompt, answer) in enumerate(work)
-        ],
-    )
-    return trace
+def virtual(config: EngineConfig, cost: Fitted, work: Sequence[Work]) -> Ran:
+    engine = VirtualEngine(VirtualExecutor(VirtualClock(), cost), config)
+    requests = [
+        Request(f"{i}", (0,) * one.prompt, SamplingParams(one.answer, temperature=0.0, ignore_eos=True), arrival=one.at, cache_salt=f"{i}")
+        for i, one in enumerate(work)
+    ]
+    replay(engine, requests)
+    return Ran.of(requests)
 
 
-def capacity(config: EngineConfig, cost: CostModel, work: Sequence[Work]) -> float:
+def capacity(config: EngineConfig, cost: Fitted, work: Sequence[Work]) -> float:
     """Requests a second of an engine that never waits for one."""
-    steps = [span for span in virtual(config, cost, [(0, one.prompt, one.answer) for one in work]).spans() if span.lane == "engine"]
-    return len(work) * 1e9 / (steps[-1].end - steps[0].start)
+    return len(work) * 1e9 / virtual(config, cost, [Work(0, one.prompt, one.answer) for one in work]).makespan
 
 
-def real(loaded: LoadedModel, config: EngineConfig, work: Sequence[Work], seed: int) -> tuple[Trace, list[Request], Noted, Witness]:
-    """Served as they come, by the engine's own thread."""
+def real(
+    loaded: LoadedModel, config: EngineConfig, work: Sequence[Work], seed: int
+) -> tuple[Ran, list[tuple[Batch, int, int]], bool, float | None]:
+    """Served as they come, by the engine's own thread: what they felt, the iterations, whether the schedules are made again of the durations, and
+    what share of the cores others took."""
     trace = Trace("real")
     engine = build_engine(loaded, config, trace=trace)
     vocabulary, generator = loaded.config.vocab_size, random.Random(seed + 1)
@@ -142,6 +137,8 @@ def real(loaded: LoadedModel, config: EngineConfig, work: Sequence[Work], seed: 
         )
         for i, one in enumerate(work)
     ]
+    gc.collect()
+    others = Others()
     engine.start()
     try:
         begin = time.perf_counter_ns() + 20_000_000
@@ -152,137 +149,16 @@ def real(loaded: LoadedModel, config: EngineConfig, work: Sequence[Work], seed: 
         engine.run_until_idle()
     finally:
         engine.stop()
-    return trace, requests, noted, witness
-
-
-def iterations(model: Fitted, noted: Noted) -> dict[str, float]:
-    """How the model prices the very iterations that ran: apart from queues, where errors add up."""
-    off, gaps, said = [], [], []
-    for (batch, start, end), (_, following, _) in pairwise(noted.ran):
-        beside = model.host.of(batch)
-        off.append(((model.iteration(batch) - beside) - (end - start)) / (end - start))
-        if following - end < 20_000_000:  # else it was idle
-            gaps.append(following - end)
-            said.append(beside)
-    took = sum(end - start for _, start, end in noted.ran[:-1])
-    bias = sum(wrong * (end - start) for wrong, (_, start, end) in zip(off, noted.ran, strict=False)) / took
-    return {
-        "iterations": len(noted.ran),
-        "median": statistics.median(map(abs, off)),
-        "p90": float(np.quantile(np.abs(off), 0.9)),
-        "bias": bias,
-        "host": statistics.median(gaps) / 1e6,
-        "host said": statistics.median(said) / 1e6,
-        "ms": took / len(noted.ran) / 1e6,
-    }
-
-
-def case(
-    loaded: LoadedModel, model: Fitted, weights: str, policy: str, share: float, rate: float, options: argparse.Namespace
-) -> dict[str, Any]:
-    config = EngineConfig(quantize=weights, **POLICIES[policy], **OPTIONS)
-    trace, requests, noted, witness = real(loaded, config, workload(rate, options), options.seed)
-    gc.collect()
-    settled = settled_config(loaded, config)
-    base = min(request.arrival or 0 for request in requests)
-    work = [((request.arrival or 0) - base, len(request.prompt), len(request.output)) for request in requests]
-    predicted = virtual(settled, model, work)
+    disturbed = others.share(os.cpu_count() or 1)
     again = Trace("again")
     try:
-        run_again(settled, requests, witness.seen, [span.end for span in trace.spans() if span.lane == "engine"], again)
+        ends = [span.end for span in trace.spans() if span.lane == "engine"]
+        run_again(settle(config, loaded.config, None), requests, witness.seen, ends, again)
         same = schedules(again) == schedules(trace)
     except InputError as error:
         print(f"replay: {error}", file=sys.stderr)
         same = False
-    return {
-        "weights": "fp32" if weights == "none" else weights,
-        "policy": policy,
-        "share": share,
-        "rate": rate,
-        "found": compare(trace, predicted),
-        "replay": same,
-        "shaken": compare(predicted, virtual(settled, Slower(model, OFF), work)),
-        "iterations": iterations(model, noted),
-        "twice": compare(trace, real(loaded, config, workload(rate, options), options.seed)[0]) if (policy, share) == TWICE else None,
-    }
-
-
-def settled_config(loaded: LoadedModel, config: EngineConfig) -> EngineConfig:
-    """With as many KV blocks as the real engine has."""
-    return settle(config, loaded.config, None)
-
-
-def met(off: Errors) -> bool:
-    return off.median < MEDIAN and off.of_p99 < P99
-
-
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        ["weights, policy, load", "TTFT: median error", "of its p99", "TPOT: median error", "of its p99", "makespan", "met", "replay"],
-    ]
-    for row in rows:
-        found: Comparison = row["found"]
-        good = met(found.ttft) and met(found.tpot) and found.makespan_error < MEDIAN
-        off = (found.ttft.median, found.ttft.of_p99, found.tpot.median, found.tpot.of_p99, found.makespan_error)
-        lines.append([name(row), *(f"{one:.1%}" for one in off), "yes" if good else "no", "identical" if row["replay"] else "DIFFERENT"])
-    return markdown(lines)
-
-
-def metrics(rows: Sequence[dict[str, Any]]) -> str:
-    """The measures themselves."""
-    lines = [["p50, p99", "real TTFT", "predicted", "real TPOT", "predicted", "error of TTFT's p50", "of TPOT's p50"]]
-    for row in rows:
-        found: Comparison = row["found"]
-        shown = [
-            ", ".join(f"{np.quantile(values, q) / 1e6:,.1f}" for q in (0.5, 0.99)) + " ms"
-            for what in ("ttft", "tpot")
-            for side in (0, 1)
-            if (values := [value for pair in found.requests.values() if (value := getattr(pair[side], what)) is not None])
-        ]
-        lines.append([name(row), *shown, f"{found.ttft.of_median:.1%}", f"{found.tpot.of_median:.1%}"])
-    return markdown(lines)
-
-
-def sources(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        ["where errors come from", "iterations", "mean", "an iteration's error", "p90", "bias of all", "host between", "predicted"],
-    ]  # fmt: skip
-    for row in rows:
-        of = row["iterations"]
-        lines.append(
-            [name(row), f"{of['iterations']:,}", f"{of['ms']:.1f} ms", f"{of['median']:.1%}", f"{of['p90']:.1%}", f"{of['bias']:+.1%}",
-             f"{of['host']:.2f} ms", f"{of['host said']:.2f} ms"]
-        )  # fmt: skip
-    return markdown(lines)
-
-
-def worst(rows: Sequence[dict[str, Any]]) -> str:
-    """Errors by request at the 99th percentile, beside what they are between runs that nobody predicted."""
-    lines = [
-        [
-            "p99 of errors by request",
-            "TTFT",
-            "TPOT",
-            f"simulated, {OFF - 1:.0%} slower: TTFT",
-            "TPOT",
-            "real, twice: TTFT",
-            "TPOT",
-            "median",
-        ]
-    ]
-    for row in rows:
-        found, shaken, twice = row["found"], row["shaken"], row["twice"]
-        again = (
-            ["-"] * 3
-            if twice is None
-            else [f"{twice.ttft.p99:.0%}", f"{twice.tpot.p99:.0%}", f"{twice.ttft.median:.1%}, {twice.tpot.median:.1%}"]
-        )
-        lines.append([name(row), *(f"{one.p99:.0%}" for one in (found.ttft, found.tpot, shaken.ttft, shaken.tpot)), *again])
-    return markdown(lines)
-
-
-def name(row: dict[str, Any]) -> str:
-    return f"{row['weights']}, {row['policy']}, {row['share']:.0%} ({row['rate']:.1f}/s)"
+    return Ran.of(requests), noted.ran, same, disturbed
 
 
 def main() -> int:
@@ -290,7 +166,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--prompts", type=int, nargs=2, default=(32, 192), help="tokens, from and to")
     parser.add_argument("--answers", type=int, nargs=2, default=(8, 40), help="tokens, from and to")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of calibration, a weight format")
+    parser.add_argument("--runs", type=int, default=3, help="real ones of a case, at least 2")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of calibration, a weight format")
     parser.add_argument("--weights", nargs="+", default=("int4", "none"))
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--seed", type=int, default=0)
@@ -301,34 +178,33 @@ def main() -> int:
     if not quiet(force=options.force):
         return 2
     loaded = load("smollm2")
-    rows: list[dict[str, Any]] = []
+    cases: list[Case] = []
     fits = []
     for weights in options.weights:
         config = EngineConfig(quantize=weights, **OPTIONS)
         engine = build_engine(loaded, config, trace=Trace())
-        samples = calibration.measure(engine, loaded.config.vocab_size, seconds=options.seconds)
+        samples = calibration.measure(engine, loaded.config.vocab_size, seconds=options.seconds, seed=options.seed + 1)
         settled = engine.config
         del engine
         gc.collect()  # its KV pool
         model = fit(f"smollm2 {weights} here", samples)
-        fits.append(f"{'fp32' if weights == 'none' else weights}: {len(samples)} iterations measured; wrong by {model.errors}.")
         most = capacity(settled, model, workload(1.0, options))
+        name = "fp32" if weights == "none" else weights
+        fits.append(f"{name}: {len(samples)} iterations measured; wrong by {model.errors}.")
         print(f"{fits[-1]} Capacity {most:.1f} requests/s.", flush=True)
-        for policy in options.policies:
-            for share in LOADS:
-                rows.append(case(loaded, model, weights, policy, share, share * most, options))
-                print(report(rows).splitlines()[-1], flush=True)
-    text = (
-        f"# The simulator beside the engine\n\n{describe().cpu}, {describe().physical_cores} cores, SmolLM2-135M, {options.requests} Poisson requests a row, prompts of "
-        f"{options.prompts[0]} to {options.prompts[1]} tokens, answers of {options.answers[0]} to {options.answers[1]}. `python bench/predict.py`, "
-        f"{datetime.now(UTC):%Y-%m-%d}, {time.monotonic() - began:.0f} s.\nLoad average {before:.2f} before, {os.getloadavg()[0]:.2f} after "
-        f"(the bench's own threads included).\nErrors by request are |virtual - real| / real: their median is to be under {MEDIAN:.0%}, as is that of the makespan; "
-        f"the measure's own 99th percentile is to be within {P99:.0%}.\nReplay: the schedules of the virtual engine when the real iterations' durations "
-        f"are fed back. sarathi computes at most {POLICIES['sarathi']['max_batch_tokens']} tokens an iteration, vllm {POLICIES['vllm']['max_batch_tokens']}.\n\n"
-        f"{report(rows)}\n\n{metrics(rows)}\n\nThe cost model on the very iterations that ran, without queues:\n\n{sources(rows)}\n\n"
-        f"Who just misses an iteration's beginning waits for a whole one, so single requests are far off between any two runs:\n\n{worst(rows)}\n\n"
-        f"Calibration: {' '.join(fits)}\n"
-    )
+        own = [
+            (policy, share, Case(f"{name}, {policy}, {share:.0%} ({share * most:.1f}/s)")) for policy in options.policies for share in LOADS
+        ]
+        for _ in range(options.runs):  # in turn, so that a machine that drifts does so in every case
+            for policy, share, case in own:
+                config = EngineConfig(quantize=weights, **POLICIES[policy], **OPTIONS)
+                case.add(*real(loaded, config, workload(share * most, options), options.seed), model)
+                gc.collect()
+        for policy, share, case in own:
+            config = settle(EngineConfig(quantize=weights, **POLICIES[policy], **OPTIONS), loaded.config, None)
+            case.virtual = virtual(config, model, workload(share * most, options))
+        cases += [case for _, _, case in own]
+    text = report(cases, fits, options, seconds=time.monotonic() - began, load=(before, os.getloadavg()[0]))
     print(f"\n{text}")
     if options.publish:
         (Path(__file__).parent / "results" / "predict.md").write_text(text)

@@ -84,11 +84,21 @@ def test_noise_makes_no_iteration_shorter():
     assert abs(np.mean(off)) < 0.02
 
 
+def slower(samples, every, times):
+    return [Sample(one.batch, round(one.ns * times), one.host) if place % every == 3 else one for place, one in enumerate(samples)]
+
+
 def test_a_timer_that_was_interrupted_bends_no_curve():
-    samples = measured(noise=0.0)
-    disturbed = [Sample(one.batch, one.ns * 5, one.host) if place % 17 == 3 else one for place, one in enumerate(samples)]
     batch = Batch(((200, 100),), 8, 4000, 9)
-    assert fit("d", disturbed).iteration(batch) == pytest.approx(sum(true(batch)), rel=0.05)
+    found = fit("d", slower(measured(noise=0.0), 17, 5)).iteration(batch)
+    assert 1 < found / sum(true(batch)) < 1.1  # and not 1 + 4/17
+
+
+def test_what_now_and_then_takes_longer_is_in_the_sum():
+    samples = [sample for seed in range(4) for sample in slower(measured(noise=0.02, seed=seed), 5, 1.6) if sample.host is not None]
+    model = fit("skewed", samples)
+    said = sum(model.iteration(sample.batch) - model.host.of(sample.batch) for sample in samples)
+    assert said == pytest.approx(sum(sample.ns for sample in samples), rel=0.02)
 
 
 def test_too_few_are_refused():

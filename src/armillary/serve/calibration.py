@@ -6,11 +6,12 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from armillary.core.errors import FormatError, InputError, NotFoundError
+from armillary.core.units import S
 from armillary.serve.executors.virtual import batch_of
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Entry, Outcome, Plan, Reason, Schedule
@@ -35,7 +36,8 @@ PAIRS: Final = 1 << 19  # of queries and cached tokens in a piece
 MIXED: Final = 24  # batches of prompts and decodes
 MOST: Final = 16_384  # tokens of the KV pool that plans are laid in
 ROUNDS: Final = 2  # at least, of which each plan has the median
-TRIAL: Final = 0.4  # share of the time that a trial of the whole engine takes
+SERVICE: Final = 0.6  # share of the time in which requests are served as they come
+SPELLS: Final = 24  # of that, each with a load of its own
 
 Row = dict[str, float | str]
 Progress = Callable[[str, float], None]
@@ -80,7 +82,7 @@ def section(model: str, known: Mapping[str, str]) -> str:
 
 
 def measure(engine: Engine, vocabulary: int, *, seconds: float = 30.0, seed: int = 0, progress: Progress | None = None) -> list[Sample]:
-    """Plans of all shapes through the executor, then requests through the whole engine; about `seconds`, at least two rounds of plans.
+    """Plans of all shapes through the executor, then requests as they come to the whole engine; about `seconds`, at least two rounds of plans.
 
     The engine must be new and idle: what plans leave in its KV pool belongs to nobody. Each plan is measured in turn with the others, so
     that no shape has a quiet moment to itself. Raises InputError for an engine whose iterations cost more than their shapes tell.
@@ -107,7 +109,7 @@ def measure(engine: Engine, vocabulary: int, *, seconds: float = 30.0, seed: int
         executor.run(plan)
     taken: list[list[int]] = [[] for _ in plans]
     began, order, rounds = time.monotonic(), list(range(len(plans))), 0
-    limit = seconds * (1 - TRIAL)
+    limit = seconds * (1 - SERVICE)
     while rounds < ROUNDS or (time.monotonic() - began) * (rounds + 1) / rounds < limit:
         generator.shuffle(order)
         for done, place in enumerate(order):
@@ -117,7 +119,7 @@ def measure(engine: Engine, vocabulary: int, *, seconds: float = 30.0, seed: int
                 tell("plans", min(0.99, max((time.monotonic() - began) / limit, (rounds + done / len(order)) / ROUNDS / 2)))
         rounds += 1
     samples = [Sample(batch_of(plan), round(median(found))) for plan, found in zip(plans, taken, strict=True)]
-    return samples + _trial(engine, vocabulary, seconds * TRIAL, generator, tell)
+    return samples + _service(engine, vocabulary, seconds * SERVICE, generator, tell)
 
 
 def warm(engine: Engine, vocabulary: int) -> None:
@@ -269,31 +271,51 @@ class _Noting:
         return outcome
 
 
-def _trial(engine: Engine, vocabulary: int, seconds: float, generator: random.Random, tell: Progress) -> list[Sample]:
-    """Requests through the engine as it schedules them, now a few at a time, now many: whole iterations, with what the host does between them."""
+def _service(engine: Engine, vocabulary: int, seconds: float, generator: random.Random, tell: Progress) -> list[Sample]:
+    """Requests that come at random, as they do in service: whole iterations, with what the host does between them.
+
+    Now one is there in a while and the threads sleep, now many wait: gaps between arrivals follow from how many shall be there and how long they
+    stay (Little's law). Each iteration has one of several budgets of tokens, so that pieces of prompts and decodes meet in all proportions, and
+    no shape has a time of its own in which the machine may have been slower.
+    """
     noting = _Noting(engine.executor)  # type: ignore[arg-type]
-    engine.executor = noting
+    limits, engine.executor = engine.limits, noting
     samples: list[Sample] = []
-    most = min(engine.limits.max_running, 32)
+    most = min(limits.max_running, 32)
     # Sequences that fill the pool together would be preempted.
-    longest = max(8, min(256, (engine.config.context or 256) // 2, engine.limits.total_blocks * engine.limits.block_size // (3 * most)))
-    number, wanted, began = 0, 1, time.monotonic()
+    longest = max(8, min(256, (engine.config.context or 256) // 2, limits.total_blocks * limits.block_size // (3 * most)))
+    budgets = [max(8, limits.max_batch_tokens >> halved) for halved in range(4)]
+    there: list[Request] = []
+    stay, wanted, ends, number = 1e-2 * S, 1.0, 0.0, 0
+    began, next_at = time.monotonic(), time.perf_counter_ns()
     try:
         while (passed := time.monotonic() - began) < seconds or len(samples) < 20:
-            if len(samples) % 16 == 0:
-                wanted = generator.randint(1, max(1, round(most ** generator.random())))
-                tell("the whole engine", min(0.99, passed / seconds))
-            held = engine.snapshot(since=1 << 62)
-            for _ in range(min(2, wanted - held["running"] - held["waiting"])):
+            if passed >= ends:
+                ends = passed + seconds / SPELLS
+                wanted = 0.5 * (2 * most) ** generator.random()
+                tell("requests as they come", min(0.99, passed / seconds))
+            now = time.perf_counter_ns()
+            while next_at <= now and len(there) < 2 * most:
                 prompt = tuple(generator.randrange(vocabulary) for _ in range(generator.randint(4, longest)))
                 answer = SamplingParams(max_tokens=generator.randint(4, max(5, longest // 4)), temperature=0.0, ignore_eos=True)
-                engine.submit(Request(f"calibration-{number}", prompt, answer))
+                there.append(Request(f"calibration-{number}", prompt, answer))
+                engine.submit(there[-1])
                 number += 1
+                next_at += round(generator.expovariate(1.0) * stay / wanted)
+            next_at = max(next_at, now)
+            if not there:
+                time.sleep(min(next_at - now, S) / S)
+                continue
+            engine.limits = replace(limits, max_batch_tokens=generator.choice(budgets))
             start = time.perf_counter_ns()
-            if engine.step():
-                took = time.perf_counter_ns() - start
-                samples.append(Sample(noting.batch, noting.ns, max(0, took - noting.ns)))
+            engine.step()
+            took = time.perf_counter_ns() - start
+            samples.append(Sample(noting.batch, noting.ns, max(0, took - noting.ns)))
+            for request in there:
+                if request.finished is not None and request.arrival is not None:
+                    stay += 0.1 * (request.finished - request.arrival - stay)
+            there = [request for request in there if request.finished is None]
     finally:
-        engine.executor = noting.inner
+        engine.executor, engine.limits = noting.inner, limits
         engine.stop()
     return samples[4:]  # the first ones warm it up

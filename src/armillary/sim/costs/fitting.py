@@ -24,6 +24,8 @@ SEQUENCES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS: Final = (0, 128, 512, 1024, 2048, 4096, 8192, 16384)
 SMOOTH: Final = 0.02  # what a bend costs beside relative errors: it matters where nothing was measured
 ROUNDS: Final = 4  # of weighing down what lies far off: a timer that was interrupted
+FAR: Final = 1.0  # an iteration that took more than twice as long counts by its distance: below that, durations add up to what was measured
+ALONE: Final = 0.3  # what a plan that ran alone counts beside an iteration in service, whose caches know the one before it
 FOLDS: Final = 5
 
 
@@ -37,7 +39,8 @@ class Sample:
 
 
 def fit(name: str, samples: Sequence[Sample], folds: int = FOLDS) -> Fitted:
-    """The curves through `samples`, and the errors of those that leave out each `folds`-th of them in turn. Deterministic.
+    """The curves through `samples`, and the errors of those that leave out each `folds`-th of them in turn: of iterations in service, where there
+    are any. Deterministic.
 
     Raises InputError where there are too few for any curve, or some that take no time.
     """
@@ -46,11 +49,14 @@ def fit(name: str, samples: Sequence[Sample], folds: int = FOLDS) -> Fitted:
     if bad := next((sample for sample in samples if sample.ns <= 0 or (sample.host or 0) < 0), None):
         raise InputError(f"an iteration of {bad.ns} ns was not measured", "calibrate again", field="ns")
     knots = _Knots.of(samples)
+    served = any(sample.host is not None for sample in samples)
     wrong: list[float] = []
     for fold in range(folds):
         seen = [sample for place, sample in enumerate(samples) if place % folds != fold]
         model = knots.model(name, _curves(knots, seen), _host(seen))
         for sample in samples[fold::folds]:
+            if served and sample.host is None:
+                continue
             beside = model.host.of(sample.batch) if sample.host is None else 0.0
             wrong.append(abs((model.iteration(sample.batch) - beside) / (sample.ns + (sample.host or 0)) - 1))
     p50, p90 = np.quantile(wrong, (0.5, 0.9)).tolist()
@@ -140,7 +146,8 @@ class _Knots:
 def _curves(knots: _Knots, samples: Sequence[Sample]) -> Floats:
     """The executor's coefficients."""
     ns = np.array([sample.ns for sample in samples], dtype=np.float64)
-    return _solve(np.array([knots.columns(sample.batch) for sample in samples]), ns, knots.bends() * (SMOOTH / np.median(ns)))
+    counts = np.array([ALONE if sample.host is None else 1.0 for sample in samples])
+    return _solve(np.array([knots.columns(sample.batch) for sample in samples]), ns, knots.bends() * (SMOOTH / np.median(ns)), counts)
 
 
 def _host(samples: Sequence[Sample]) -> Host:
@@ -149,26 +156,25 @@ def _host(samples: Sequence[Sample]) -> Host:
     if not found:
         return Host()
     rows = np.array([(1.0, batch.sequences, len(batch.prompts)) for batch, _ in found])
-    return Host(*_solve(rows, np.array([ns for _, ns in found], dtype=np.float64), np.zeros((0, 3))).tolist())
+    return Host(*_solve(rows, np.array([ns for _, ns in found], dtype=np.float64), np.zeros((0, 3)), np.ones(len(found))).tolist())
 
 
-def _solve(rows: Floats, ns: Floats, bends: Floats) -> Floats:
-    """Coefficients, none negative, by which `rows` come to `ns`: the least squares of errors relative to what is predicted.
+def _solve(rows: Floats, ns: Floats, bends: Floats, counts: Floats) -> Floats:
+    """Coefficients, none negative, by which `rows` come to `ns`: the least squares of errors relative to what is predicted, each times its `counts`.
 
     Relative to what was measured the short ones would count more, and all would be predicted too short. What lies far off counts by its
-    distance, not by its square (Huber).
+    distance, not by its square (Huber). Interruptions only ever make an iteration longer: a narrow bound would predict the usual iteration,
+    and requests feel the sum of many.
     """
     from scipy.optimize import nnls
 
     scale = np.maximum(np.abs(rows / ns[:, None]).max(axis=0), 1e-12 * np.abs(rows / ns[:, None]).max())
-    weights, found = 1 / ns, np.zeros(rows.shape[1])
+    weights, found = counts / ns, np.zeros(rows.shape[1])
     for _ in range(ROUNDS):
         matrix = np.concatenate([rows * weights[:, None], bends]) / scale
         found, _ = nnls(matrix, np.concatenate([ns * weights, np.zeros(len(bends))]), maxiter=50 * rows.shape[1])
         said = np.maximum(rows @ (found / scale), ns / 10)
-        off = np.abs(ns / said - 1)
-        bound = max(1e-6, 2 * float(np.median(off)))
-        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-12))) / said
+        weights = counts * np.sqrt(np.minimum(1.0, FAR / np.maximum(np.abs(ns / said - 1), 1e-12))) / said
     solved: Floats = found / scale
     return solved
 
