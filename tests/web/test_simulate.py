@@ -45,6 +45,12 @@ def test_every_flag_is_a_field_or_is_said_to_be_none():
     assert not NO_FIELDS & ServeBody.model_fields.keys()
 
 
+def test_the_form_has_every_field(http):
+    form = http.get("/static/simulation_fields.js").text
+    shown = set(re.findall(r'name: "(\w+)"', form))
+    assert shown == (ServeBody.model_fields.keys() | CapacityBody.model_fields.keys())
+
+
 def test_the_manual_names_every_field_and_every_path(http):
     manual = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
     named = set(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", manual, flags=re.DOTALL)))

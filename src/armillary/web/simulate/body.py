@@ -110,6 +110,9 @@ class Timed(Simulation):
     turns: str | None = Word
     think: str | None = Word
     system_prompt: str | None = Word
+    adapters: int | None = Field(None, ge=1, le=MOST_REQUESTS)
+    adapter_rank: int | None = None
+    adapter_skew: float | None = None
 
     @model_validator(mode="after")
     def _is_bounded(self) -> Timed:

@@ -64,10 +64,10 @@ export class History {
     return most;
   }
 
-  /** Generated tokens a second over the last two seconds. */
+  /** Generated tokens a second over the last two seconds; null after one look. */
   get rate() {
     const [first, last] = [this.samples[0], this.samples.at(-1)];
-    return first && last.at > first.at ? (last.tokens - first.tokens) / ((last.at - first.at) / 1e9) : 0;
+    return first && last.at > first.at ? (last.tokens - first.tokens) / ((last.at - first.at) / 1e9) : null;
   }
 
   /** Mean duration in ms of the last 16 iterations. */

@@ -88,7 +88,7 @@ function show(state) {
   source.named(state);
   $("policy").textContent = state.policy;
   $("policy").title = "The scheduler policy";
-  $("tile-rate").textContent = history.rate >= 100 ? Math.round(history.rate) : history.rate.toFixed(1).replace(/\.0$/, "");
+  $("tile-rate").textContent = history.rate === null ? "–" : history.rate >= 100 ? Math.round(history.rate) : history.rate.toFixed(1).replace(/\.0$/, "");
   $("tile-running").textContent = state.running;
   $("tile-waiting").textContent = state.waiting;
   $("tile-step").textContent = history.step === null ? "–" : history.step < 10 ? `${history.step.toFixed(1)} ms` : `${Math.round(history.step)} ms`;

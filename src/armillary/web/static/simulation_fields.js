@@ -31,47 +31,70 @@ const GROUPS = [
     { name: "slo", key: "tpot", label: "Each token, ms", kind: "number", value: "50", only: ["serve", "capacity"], title: "Bound on the mean time a token after the first (TPOT)" },
     { name: "slo", key: "attainment", label: "Kept by, %", kind: "number", value: "90", only: ["serve", "capacity"], title: "The share of requests that must keep both" },
   ]],
-  ["More", [
+];
+const MORE = [
+  ["Conversations", [
     { name: "sessions", label: "Sessions", kind: "whole", min: 1, only: RUN, title: "So many conversations instead of single requests" },
     { name: "turns", label: "Turns of a session", kind: "text", placeholder: "4", only: RUN, title: "Their mean, or bounds such as 2..6" },
     { name: "think", label: "Time between turns", kind: "text", placeholder: "20s", only: RUN },
     { name: "system_prompt", label: "System prompt", kind: "text", placeholder: "0", only: RUN, title: "Tokens that all sessions begin with, such as 1000, or 1000x8" },
-    { name: "tail", label: "Second copies", kind: "choice", options: ["none", "hedged", "tied"], placeholder: "none", title: "Of a request: when it is late, or in two queues" },
-    { name: "hedge_budget", label: "Their budget", kind: "number", placeholder: "0.05", title: "Share of prompt tokens that hedging may compute twice" },
+  ]],
+  ["Prefill and decode apart", [
     { name: "prefill_workers", label: "Prefill workers", kind: "whole", min: 1, title: "Engines for prompts alone (disaggregation); no replicas then" },
     { name: "decode_workers", label: "Decode workers", kind: "whole", min: 1 },
-    { name: "decode_tensor_parallel", label: "Their tensor parallel", kind: "whole", min: 1, placeholder: "as above" },
-    { name: "decode_pipeline_parallel", label: "Their pipeline parallel", kind: "whole", min: 1, placeholder: "as above" },
+    { name: "decode_tensor_parallel", label: "Decode's tensor parallel", kind: "whole", min: 1, placeholder: "as above" },
+    { name: "decode_pipeline_parallel", label: "Decode's pipeline parallel", kind: "whole", min: 1, placeholder: "as above" },
     { name: "kv_link", label: "Link of keys and values", kind: "text", placeholder: "the fabric" },
+  ]],
+  ["Second copies", [
+    { name: "tail", label: "Of a request", kind: "choice", options: ["none", "hedged", "tied"], placeholder: "none", title: "Of a request: when it is late, or in two queues" },
+    { name: "hedge_budget", label: "Budget", kind: "number", placeholder: "0.05", title: "Share of prompt tokens that hedging may compute twice" },
+  ]],
+  ["What an iteration costs", [
     { name: "profile", label: "Measured operations", kind: "choice", options: ["a100", "h100"], placeholder: "roofline", title: "Llama-2 7B and 70B as the Vidur project measured them" },
     { name: "host_us", label: "Host, µs an iteration", kind: "number", placeholder: "0" },
-    { name: "order", label: "Order of the queue", kind: "choice", list: "orders", placeholder: "fcfs" },
+    { name: "async_scheduling", label: "Schedules ahead", kind: "choice", options: ["on", "off"], placeholder: "off" },
+  ]],
+  ["The queue", [
+    { name: "order", label: "Order", kind: "choice", list: "orders", placeholder: "fcfs" },
     { name: "victim", label: "Who is preempted", kind: "choice", options: ["last", "cost"], placeholder: "last" },
     { name: "tbt_target", label: "Between tokens", kind: "text", placeholder: "no target" },
     { name: "max_wait", label: "Longest wait", kind: "text", placeholder: "60s" },
     { name: "max_queue", label: "Longest queue", kind: "whole", min: 1, placeholder: "1000000" },
+  ]],
+  ["KV cache", [
     { name: "kv_dtype", label: "Keys and values", kind: "choice", options: ["fp32", "fp16", "fp8", "int8"], placeholder: "fp16" },
     { name: "kv_memory", label: "KV pool", kind: "text", placeholder: "what is left" },
     { name: "kv_blocks", label: "KV blocks", kind: "whole", min: 1 },
     { name: "block_size", label: "Tokens a block", kind: "whole", min: 1, placeholder: "16" },
-    { name: "kv_policy", label: "KV policy", kind: "choice", options: ["dense", "streaming", "h2o", "quest", "minference", "infllm"], placeholder: "dense" },
-    { name: "kv_sinks", label: "Its sinks", kind: "whole", min: 0, placeholder: "4" },
-    { name: "kv_window", label: "Its window", kind: "whole", min: 1, placeholder: "1024" },
-    { name: "kv_budget", label: "Its budget", kind: "whole", min: 1, placeholder: "1024" },
-    { name: "kv_dense_layers", label: "Dense layers", kind: "whole", min: 0, placeholder: "0" },
     { name: "prefix_cache", label: "Prefix cache", kind: "choice", options: ["on", "off"], placeholder: "on" },
-    { name: "async_scheduling", label: "Schedules ahead", kind: "choice", options: ["on", "off"], placeholder: "off" },
     { name: "context", label: "Context", kind: "whole", min: 1, placeholder: "the model's" },
-    { name: "speculate", label: "Drafts", kind: "choice", options: ["off", "ngram", "layers", "model"], placeholder: "off" },
+  ]],
+  ["KV policy", [
+    { name: "kv_policy", label: "Policy", kind: "choice", options: ["dense", "streaming", "h2o", "quest", "minference", "infllm"], placeholder: "dense" },
+    { name: "kv_sinks", label: "Sinks", kind: "whole", min: 0, placeholder: "4" },
+    { name: "kv_window", label: "Window", kind: "whole", min: 1, placeholder: "1024" },
+    { name: "kv_budget", label: "Budget", kind: "whole", min: 1, placeholder: "1024" },
+    { name: "kv_dense_layers", label: "Dense layers", kind: "whole", min: 0, placeholder: "0" },
+  ]],
+  ["Drafts", [
+    { name: "speculate", label: "By", kind: "choice", options: ["off", "ngram", "layers", "model"], placeholder: "off" },
     { name: "acceptance", label: "How often right", kind: "text", title: "Such as 0.7, or 0.6,0.8@0.5" },
     { name: "draft_model", label: "Draft model", kind: "text", list: "models" },
     { name: "draft_tokens", label: "Drafted tokens", kind: "whole", min: 1 },
     { name: "draft_layers", label: "Drafting layers", kind: "number", title: "Share of the layers, with drafts by layers" },
+  ]],
+  ["Adapters", [
+    { name: "adapters", label: "How many", kind: "whole", min: 1, only: RUN, title: "So many LoRA adapters, one of which each request asks for" },
+    { name: "adapter_rank", label: "Rank", kind: "whole", min: 1, placeholder: "16", only: RUN },
+    { name: "adapter_skew", label: "Skew", kind: "number", placeholder: "1", only: RUN, title: "The i-th is asked for in proportion to i to the minus this" },
+  ]],
+  ["The search", [
     { name: "tolerance", label: "Capacity within", kind: "number", placeholder: "0.1", only: ["capacity"], title: "Relative bracket of the capacity" },
     { name: "seed", label: "Seed", kind: "whole", min: 0, placeholder: "0" },
   ]],
 ];
-const FIELDS = GROUPS.flatMap(([, fields]) => fields);
+const FIELDS = [...GROUPS, ...MORE].flatMap(([, fields]) => fields);
 const idOf = (field) => `sim-${field.key ?? field.name}`;
 
 const make = (tag, properties = {}, ...children) => {
@@ -98,13 +121,14 @@ export function build(node) {
   try {
     saved = JSON.parse(localStorage.getItem(STORE)) ?? {};
   } catch { /* from another time: start afresh */ }
-  for (const [title, fields] of GROUPS) {
+  const group = ([title, fields]) => {
     const grid = make("div", { className: "grid" }, ...fields.map((field) => make("label", {}, field.label, control(field))));
-    const more = title === "More";
-    node.append(more ? make("details", {}, make("summary", { textContent: title }), grid) : make("fieldset", {}, make("legend", { textContent: title }), grid));
-  }
+    return make("fieldset", {}, make("legend", { textContent: title }), grid);
+  };
+  const more = make("details", {}, make("summary", { textContent: "More" }), ...MORE.map(group));
+  node.append(...GROUPS.map(group), more);
   for (const field of FIELDS) document.getElementById(idOf(field)).value = saved[idOf(field)] ?? field.value ?? "";
-  if (node.querySelector("details") && FIELDS.some((field) => GROUPS.at(-1)[1].includes(field) && saved[idOf(field)])) node.querySelector("details").open = true;
+  more.open = MORE.some(([, fields]) => fields.some((field) => saved[idOf(field)]));
   node.addEventListener("input", () => {
     const values = Object.fromEntries(FIELDS.map((field) => [idOf(field), document.getElementById(idOf(field)).value]));
     localStorage.setItem(STORE, JSON.stringify(values));
