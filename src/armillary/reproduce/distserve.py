@@ -294,6 +294,6 @@ EXPERIMENT: Final = Experiment(
     setup=f"closed forms; then virtual time on A100-80G, {_COUNT} Poisson requests a simulation, limits as the authors' servers had them. DistServe by the "
     "authors' fitted lines; vLLM (prompts first and whole, answers stand still) by their fit with two constants from 100 requests that they recorded. "
     "Chatbots: lengths of these requests, 250 ms to the first token and 100 ms a token (OPT-66B 2.5 s and 150 ms)",
-    takes="30 seconds",
+    takes="35 seconds",
     run=run,
 )
