@@ -10,6 +10,7 @@ from typing import Final
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
 
 _ONE: Final = array("i", (1,))
+_NUMBERS: Final = list(range(1 << 14))  # the same objects in the tables of all pools: a simulated cluster's memory is read less
 
 
 class BlockPool:
@@ -34,7 +35,7 @@ class BlockPool:
         self._forgotten = forgotten
         # Packed, and no longer than what has been used, for a simulated cluster has thousands of pools.
         self._users = array("i")  # block -> how many; of a free one ~(where it lies in the stack). Those from its end on were never taken
-        self._free = array("i")  # a stack of blocks that were given back: the next is the last
+        self._free: list[int] = []  # a stack of blocks that were given back: the next is the last
         self._kept: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # the one that goes next is the first
 
@@ -76,18 +77,16 @@ class BlockPool:
             if follower == known or not stack:  # what was never taken follows itself
                 more = min(count - len(taken), self.total - known)
                 if more:
-                    taken.extend(range(known, known + more))
+                    taken.extend(_NUMBERS[known : known + more] if known + more <= len(_NUMBERS) else range(known, known + more))
                     users.extend(_ONE * more)
                     known += more
                     follower = known
                     continue
-            last = stack.pop()
-            block = last
-            if follower < known and (at := ~users[follower]) >= 0:
-                block = follower
-                if block != last:  # it lies further down the stack: the last one fills its place
-                    stack[at] = last
-                    users[last] = ~at
+            block = last = stack.pop()
+            if follower != last and follower < known and (at := ~users[follower]) >= 0:
+                block = stack[at]  # the follower lies further down the stack: the last one fills its place
+                stack[at] = last
+                users[last] = ~at
             users[block] = 1
             taken.append(block)
             follower = block + 1

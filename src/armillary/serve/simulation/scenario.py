@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -207,7 +208,11 @@ class Scenario:
         else:
             group = SecondCopies(engines, router, answers, seed=config.seed, kind=self.tail, hedging=Hedging(self.hedge_budget))
         began = time.perf_counter()
-        group.run(requests if isinstance(requests, Source) else _PHASES[self.phase](requests))
+        gc.freeze()  # thousands of engines stay until the end: nobody need look again and again whether they are garbage
+        try:
+            group.run(requests if isinstance(requests, Source) else _PHASES[self.phase](requests))
+        finally:
+            gc.unfreeze()
         wall = time.perf_counter() - began
         assert config.kv_blocks is not None
         return Run(
