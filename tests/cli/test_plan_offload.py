@@ -32,28 +32,25 @@ def profile(tmp_path):
     return tmp_path / "profile.json"
 
 
-@pytest.mark.parametrize("compress", ["none", "int4"])
-def test_the_engine_carries_the_plan_out(tiny_model, profile, tmp_path, capsys, compress):
+DISK = ["--disk", "50MB", "--disk-read", "1GB", "--disk-write", "1GB"]
+
+
+@pytest.mark.parametrize(
+    ("compress", "memory", "beside", "where"),
+    [
+        ("none", "250KB", ["--memory", "100MB"], "weights=15/85/0,cache=15/85/0"),
+        ("int4", "580KB", ["--memory", "100MB"], "weights=15/85/0,cache=15/85/0"),
+        ("none", "250KB", ["--memory", "60KB", *DISK], "weights=15/0/85,cache=15/0/85"),
+    ],
+)
+def test_the_engine_carries_the_plan_out(tiny_model, profile, tmp_path, capsys, compress, memory, beside, where):
     file, page = tmp_path / "plan.toml", tmp_path / "report.html"
-    shape = [
-        "--cluster",
-        str(profile),
-        "--accelerator-memory",
-        "700KB",
-        "--memory",
-        "100MB",
-        "--prompt",
-        "24",
-        "--answer",
-        "8",
-        "--block",
-        "6",
-    ]
-    arguments = ["plan", "offload", str(tiny_model), *shape, "--compress", compress]
+    shape = ["--cluster", str(profile), "--accelerator-memory", memory, "--prompt", "24", "--answer", "8", "--block", "6"]
+    arguments = ["plan", "offload", str(tiny_model), *shape, *beside, "--compress", compress]
     assert run([*arguments, "--output", str(file), "--html", str(page)]) == 0
     told = capsys.readouterr().out
     assert "binds. Carried: " in told
-    assert "--offload-memory 700000" in told
+    assert f"--offload-memory {memory[:-2]}000" in told
     assert "Plotly.newPlot" in page.read_text()
     plan = load(file)
     assert run([*arguments, "--json"]) == 0
@@ -61,7 +58,7 @@ def test_the_engine_carries_the_plan_out(tiny_model, profile, tmp_path, capsys, 
     assert facts["plan"] == json.loads(json.dumps(plan.model_dump(mode="json")))
     engine = settle(defaults=planned(file)).value.engine
     assert engine == plan.engine
-    assert engine.offload_memory == 700_000
+    assert engine.offload.startswith(where)
     options = {name: getattr(engine, name) for name in engine.model_fields_set}
     prompts, params = (
         [[10 + 7 * i + j for j in range(24)] for i in range(engine.max_running)],

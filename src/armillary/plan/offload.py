@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -57,7 +58,7 @@ class Found:
 
 
 def search(work: Work, place: Place, config: ModelConfig | None = None, *, most: int = 1024) -> Found:
-    """Blocks of up to `most` sequences. With `config` the best that the engine has room for too: arena shares go to RAM until its buffers fit.
+    """Blocks of up to `most` sequences. With `config` the best that the engine has room for too: arena shares go to RAM or disk until its buffers fit.
 
     Raises CapacityError with what is short and what would fit.
     """
@@ -72,7 +73,7 @@ def search(work: Work, place: Place, config: ModelConfig | None = None, *, most:
     if tried:
         assert config is not None
         smallest = min(tried, key=lambda one: one.work.block)
-        layout(config, _rounded(smallest, 0.0), bounds(smallest.work)).check(place.arena)
+        layout(config, _rounded(smallest, 0.0, Tier.RAM), bounds(smallest.work)).check(place.arena)
     raise too_large(work, place)
 
 
@@ -100,23 +101,27 @@ def bounds(work: Work) -> Bounds:
 
 
 def settled(placement: Placement, place: Place, config: ModelConfig | None) -> OffloadPolicy | None:
-    """Whole percents; for the engine with as much of the arena as its own count leaves. None where not even its buffers fit."""
+    """Whole percents; for the engine with as much of the arena as its own count leaves, the rest where there is room. None where not even its buffers fit."""
     if config is None:
-        return _rounded(placement, 1.0)
-    for kept in np.linspace(1.0, 0.0, 21):
-        policy = _rounded(placement, float(kept))
-        if layout(config, policy, bounds(placement.work)).total <= place.arena:
+        return _rounded(placement, 1.0, Tier.RAM)
+    rows = peak_rows(placement.work, place.hardware(placement.work))
+    for kept, tier in product(np.linspace(1.0, 0.0, 21), (Tier.RAM, Tier.DISK)):
+        policy = _rounded(placement, float(kept), tier)
+        at = np.array([1.0, *policy.weights.shares, *policy.cache.shares, *policy.hidden.shares])
+        behind = all(used @ at <= limit * 1.01 for name, (used, limit) in rows.items() if not name.startswith("arena"))
+        if behind and layout(config, policy, bounds(placement.work)).total <= place.arena:
             return policy
     return None
 
 
-def _rounded(placement: Placement, kept: float) -> OffloadPolicy:
-    """Whole percents, the arena's never more than they were, with `kept` of its weights and cache there and the rest in RAM."""
+def _rounded(placement: Placement, kept: float, tier: Tier) -> OffloadPolicy:
+    """Whole percents, the arena's never more than they were, with `kept` of its weights and cache there and the rest in `tier`."""
 
     def whole(split: Split, share: float) -> Split:
-        parts = (split.arena * share, split.ram + split.arena * (1 - share), split.disk)
+        parts = [split.arena * share, split.ram, split.disk]
+        parts[tier] += split.arena * (1 - share)
         floors = [math.floor(100 * part + 1e-9) for part in parts]
-        behind = sorted((Tier.RAM, Tier.DISK), key=lambda tier: floors[tier] - 100 * parts[tier])
+        behind = sorted((Tier.RAM, Tier.DISK), key=lambda one: floors[one] - 100 * parts[one])
         for turn in range(100 - sum(floors)):
             floors[behind[turn % 2]] += 1
         return Split(*(part / 100 for part in floors))
