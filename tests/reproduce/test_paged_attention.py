@@ -11,15 +11,16 @@ from armillary.reproduce import paged_attention
 from armillary.reproduce.reserved import BOUNDS, Buddies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor
+from armillary.serve.executors.virtual import VirtualExecutor
 from armillary.serve.request import Request, SamplingParams
 from armillary.serve.schedule import Outcome, Plan
+from armillary.sim.costs import Decoding, Linear
 
 
 class Watched:
     """Integrates over time how many tokens the cache holds."""
 
-    def __init__(self, executor: ScriptedExecutor) -> None:
+    def __init__(self, executor: VirtualExecutor) -> None:
         self._executor = executor
         self.time = self.held = 0
 
@@ -33,7 +34,7 @@ class Watched:
 
 def engine(policy: str, blocks: int, block_size: int) -> tuple[Engine, Watched]:
     clock = VirtualClock()
-    watched = Watched(ScriptedExecutor(clock, token=lambda request, position: 0))
+    watched = Watched(VirtualExecutor(clock, Linear("1 ns", 1, 0, 0, Decoding(1, 0, 0))))
     config = EngineConfig(policy=policy, block_size=block_size, kv_blocks=blocks, max_batch_tokens=4096, prefix_cache="off")
     return Engine(watched, config, clock=clock), watched
 

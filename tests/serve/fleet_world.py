@@ -1,14 +1,15 @@
-"""A fleet in virtual time: real engines with scripted executors, the real dispatcher, and messages that take as long as a test says."""
+"""A fleet in virtual time: real engines with executors in virtual time, the real dispatcher, and messages that take as long as a test says."""
 
 import heapq
 import itertools
 from collections import Counter
 from pathlib import Path
 
+from timed import TimedExecutor, linear_cost
+
 from armillary.core.clock import VirtualClock
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor, linear_cost
 from armillary.serve.fleet.config import FleetConfig
 from armillary.serve.fleet.dispatcher import Dispatcher
 from armillary.serve.fleet.host import ReplicaHost
@@ -32,7 +33,7 @@ class Replica:
     def boot(self):
         self.generation += 1
         self.clock = VirtualClock(self.world.clock.now())
-        executor = ScriptedExecutor(self.clock, token=self.world.token, cost=lambda plan: round(self.slow * self.cost(plan)))
+        executor = TimedExecutor(self.clock, token=self.world.token, cost=lambda plan: round(self.slow * self.cost(plan)))
         self.engine = Engine(executor, self.world.engine, clock=self.clock, eos_ids=self.world.eos)
         self.speaking = None  # when what is being said is said
         self.host = ReplicaHost(self.engine, self.say, self.world.files)

@@ -7,9 +7,9 @@ import pytest
 from fleet_world import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timed import linear_cost
 
 from armillary.core.errors import CapacityError, InputError
-from armillary.serve.executors.scripted import linear_cost
 from armillary.serve.fleet.queueing import hedged_share
 from armillary.serve.policies import routing
 from armillary.serve.policies.routing.hedging import Hedging

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from laws import TableExecutor, plain_loop, request
+from timed import TimedExecutor, replay
 
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import ArmillaryError, CapacityError, InputError
@@ -14,7 +15,6 @@ from armillary.core.trace import Trace
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor, replay
 from armillary.serve.request import Request, SamplingParams, TokenLogprob
 from armillary.serve.schedule import Limits, Outcome, Reason, Schedule, State
 from armillary.serve.verify import ScheduleError
@@ -36,7 +36,7 @@ def listened(engine, name, prompt, max_tokens, text=None, **sampling):
 
 def counting(clock=None):
     """An executor whose n-th token of any request is n."""
-    return ScriptedExecutor(clock or VirtualClock(), token=lambda request, position: position - len(request.prompt))
+    return TimedExecutor(clock or VirtualClock(), token=lambda request, position: position - len(request.prompt))
 
 
 class Words:

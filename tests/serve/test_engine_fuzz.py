@@ -5,12 +5,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 from laws import EOS, Guesser, Lawful, TableExecutor, plain_loop, request
+from timed import replay
 
 from armillary.core.errors import InputError
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import replay
 from armillary.serve.policies import orders
 
 SHAPE = st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=12), st.integers(0, 30), st.sampled_from([True, True, False]))

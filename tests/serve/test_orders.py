@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Lawful, TableExecutor, request
+from timed import TimedExecutor, linear_cost, replay
 
 from armillary.core.clock import VirtualClock
 from armillary.core.config import resolve
@@ -15,7 +16,6 @@ from armillary.core.errors import InputError, NotFoundError
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor, linear_cost, replay
 from armillary.serve.policies import orders
 from armillary.serve.schedule import Limits, State
 
@@ -26,7 +26,7 @@ def serve(requests, order, *, cost=None, watch=True, **config):
     config = EngineConfig(**{"order": order, "kv_blocks": 4096, "max_running": 1, "max_wait": None} | config)
     policy = policies.get(config.policy, *config.composition)
     watched = Lawful(policy, order, config.victim, config.max_wait) if watch else policy
-    engine = Engine(ScriptedExecutor(clock, cost=cost), config, clock=clock, policy=watched)
+    engine = Engine(TimedExecutor(clock, cost=cost), config, clock=clock, policy=watched)
     replay(engine, clock, requests)
     return engine
 
@@ -156,7 +156,7 @@ def test_without_the_bound_a_long_job_starves_and_with_it_it_does_not():
 )
 def test_who_waits_is_told_behind_whom(order, fields, words):
     clock = VirtualClock()
-    engine = Engine(ScriptedExecutor(clock), EngineConfig(order=order, kv_blocks=64, max_running=1), clock=clock)
+    engine = Engine(TimedExecutor(clock), EngineConfig(order=order, kv_blocks=64, max_running=1), clock=clock)
     engine.submit(request("runs", (1,), 2))
     engine.step()
     engine.submit(request("first", range(9), 50))
@@ -250,7 +250,7 @@ def test_a_stranger_does_not_wait_for_the_end_of_a_popular_prompt():
 
 def test_what_the_order_would_not_look_at_is_refused_at_the_door():
     clock = VirtualClock()
-    engine = Engine(ScriptedExecutor(clock), EngineConfig(kv_blocks=64), clock=clock)
+    engine = Engine(TimedExecutor(clock), EngineConfig(kv_blocks=64), clock=clock)
     urgent, due = request("urgent", (1,), 1), request("due", (1,), 1)
     urgent.priority, due.deadline = -1, 5
     with pytest.raises(InputError, match=r"priority -1.*order is fcfs.*--order priority"):

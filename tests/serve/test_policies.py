@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import TableExecutor, request
+from timed import TimedExecutor, replay
 
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import NotFoundError
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor, replay
 from armillary.serve.schedule import Entry, Hold, Limits, Preemption, Reason, Schedule, State
 from armillary.serve.verify import ScheduleError, verify
 
@@ -39,7 +39,7 @@ def fresh(name, prompt, max_tokens=8):
 
 def latencies(policy, lengths, max_running):
     clock = VirtualClock()
-    engine = Engine(ScriptedExecutor(clock), EngineConfig(policy=policy, kv_blocks=64, max_running=max_running), clock=clock)
+    engine = Engine(TimedExecutor(clock), EngineConfig(policy=policy, kv_blocks=64, max_running=max_running), clock=clock)
     requests = [request(i, (1,), length) for i, length in enumerate(lengths)]
     replay(engine, clock, requests)
     return [r.finished for r in requests]

@@ -5,12 +5,12 @@ import re
 
 import pytest
 from laws import TableExecutor, request
+from timed import replay
 
 from armillary.core.trace import Trace
 from armillary.serve import policies
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import replay
 
 
 def make(*, trace=None, **config):

@@ -3,12 +3,12 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import request
+from timed import TimedExecutor, linear_cost, replay
 
 from armillary.core.clock import VirtualClock
 from armillary.core.units import MS
 from armillary.serve.config import EngineConfig
 from armillary.serve.engine import Engine
-from armillary.serve.executors.scripted import ScriptedExecutor, linear_cost, replay
 from armillary.serve.iteration_times import IterationTimes
 from armillary.serve.policies.token_budget import MARGIN, TILE, tokens_within
 from armillary.serve.schedule import Reason
@@ -84,7 +84,7 @@ def gaps_of(target, cost, budget=4096):
         return cost(plan)
 
     engine = Engine(
-        ScriptedExecutor(clock, token=lambda request, position: 0, cost=noted),
+        TimedExecutor(clock, token=lambda request, position: 0, cost=noted),
         EngineConfig(kv_blocks=4096, max_batch_tokens=budget, tbt_target=target, prefix_cache="off"),
         clock=clock,
     )
