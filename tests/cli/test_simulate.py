@@ -127,6 +127,8 @@ def test_decode_workers_draft(capsys):
         (["llama-2-7b", "--adapters", "20"], "--max-loras 20"),
         (["llama-2-7b", "--adapter-rank", "8"], "nobody asks for one"),
         (["llama-2-7b", "--lora", "a=b"], "--adapters"),
+        (["llama-2-7b", "--offload", "auto", "--offload-memory", "2GB"], "plan offload"),
+        (["llama-2-7b", "--sparsity", "x.bin"], "is the text's"),
         (["llama-2-7b", "--replicas", "2", "--hedge-budget", "0.1"], "says nothing with tail none"),
         (["llama-2-7b", "--kv-policy", "streaming"], "--prefix-cache off"),
         (["llama-2-7b", "--kv-policy", "h2o", "--prefix-cache", "off", "--quantize", "int4"], "torch backend only"),

@@ -169,7 +169,10 @@ def _scenario(model: str, hardware: Hardware, workload: Workload, engine: Engine
     own: dict[str, Any] = {"engine.max_running": 128, "engine.max_queue": 1_000_000}
     given = settle(model, engine, file=config, defaults=own)
     formats = ("fp16", "fp16")
-    if "native" in given.value.engine.kv.backends:  # else an engine that runs here would refuse formats
+    asked = given.value.engine
+    if (
+        "native" in asked.kv.backends and asked.offload is None and asked.sparsity is None
+    ):  # else an engine that runs here would refuse formats
         given = settle(model, engine, file=config, defaults={"engine.quantize": "fp16", "engine.kv_dtype": "fp16", **own})
         formats = (given.value.engine.quantize, given.value.engine.kv_dtype)
     settled = given.value.engine

@@ -85,7 +85,7 @@ class Scenario:
         config = self.config
         for name, wanted, why, fix in (
             ("offload", config.offload is not None, "moves weights, keys and values between three tiers by shares that no batch tells of",
-             "price a placement with `armillary reproduce flexgen`"),
+             "price a placement with `armillary plan offload`"),
             ("sparsity", config.sparsity is not None, "computes the neurons that its predictors name, and their number is the text's", "simulate without it"),
             ("lora", bool(config.lora), "is of adapters that are files", "give --adapters and --adapter-rank instead"),
         ):  # fmt: skip
