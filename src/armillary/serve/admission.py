@@ -40,9 +40,10 @@ def admissible(request: Request, config: EngineConfig, limits: Limits) -> None:
         )
     context = config.context
     if context is not None and request.max_length > context:
+        larger = "a larger --context" if config.kv.unbounded else "a larger --context, up to what the model was made for"
         raise InputError(
             f"prompt of {prompt:,} tokens and max_tokens {most:,} make {request.max_length:,} tokens; the context is {context:,}",
-            "shorten the prompt, lower max_tokens, or serve with a larger --context, up to what the model was made for",
+            f"shorten the prompt, lower max_tokens, or serve with {larger}",
             field="prompt" if prompt >= context else "max_tokens",
         )
     blocks = limits.blocks_for(request.max_length)

@@ -42,6 +42,11 @@ class Embedder(Protocol):
         """The most tokens of one input."""
         ...
 
+    @property
+    def longer(self) -> str:
+        """What would make that more, in words that end a sentence."""
+        ...
+
     def check_model(self, name: str | None) -> None:
         """Raises NotFoundError for another model's name."""
         ...
@@ -116,6 +121,14 @@ class EncoderService:
     @property
     def waiting(self) -> int:
         return len(self._queue)
+
+    @property
+    def longer(self) -> str:
+        """What would make `max_input_tokens` more, in words that end a sentence."""
+        positions = self.loaded.config.positions
+        if self.max_input_tokens < positions:
+            return f"serve with a larger --context: the model has {positions} positions"
+        return "serve a model with more positions"
 
     def start(self) -> None:
         """Compute on a background thread as inputs come."""

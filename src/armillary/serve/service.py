@@ -87,8 +87,13 @@ class Service:
         """Each bound of the context in tokens, with what raises it."""
         config, limits, model = self.engine.config, self.engine.limits, self.loaded.config.max_context
         context = model if config.context is None else config.context
-        larger = f"serve with a larger --context: the model was made for {model}"
-        bounds = [(context, larger if context != model else "serve a model with a longer context")]
+        if config.kv.unbounded:  # it forgets, so the model's own bound is none
+            larger = "serve with a larger --context"
+        elif context < model:
+            larger = f"serve with a larger --context: the model was made for {model}"
+        else:
+            larger = "serve a model with a longer context"
+        bounds = [(context, larger)]
         if not config.kv.unbounded or config.kv.most_blocks is None:  # else it gives back blocks as it goes on
             bounds.append((limits.total_blocks * limits.block_size, "serve with more --kv-memory"))
         return bounds

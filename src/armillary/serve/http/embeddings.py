@@ -118,7 +118,7 @@ def _fit(embedder: Embedder, tokens: tuple[int, ...], name: str) -> tuple[int, .
     if len(tokens) > embedder.max_input_tokens:
         raise ContextError(
             f"{name} has {len(tokens)} tokens; {embedder.model_name} is served for at most {embedder.max_input_tokens}",
-            "shorten or split it, or serve with a larger --context if the model allows it",
+            f"shorten or split it, or {embedder.longer}",
             field=name.partition("[")[0],
         )
     return tokens
