@@ -98,14 +98,15 @@ function show(state) {
   blocks.setAttribute("aria-label", `${used} of ${total} KV blocks in use`);
   picture.setAttribute("aria-label", `${history.iterations.length} iterations; ${state.running} requests running, ${state.waiting} waiting`);
   picture.dataset.columns = history.iterations.length;
+  list(state);
   draw();
   showFeatures(state.features);
-  list(state);
 }
 
 function draw() {
   drawIterations(picture, history, selected);
   drawBlocks(blocks, history);
+  for (const { firstChild: node } of requests.children) if (node.dataset.id) node.firstChild.style.background = colour(history.number(node.dataset.id));
 }
 
 function list(state) {
@@ -115,9 +116,8 @@ function list(state) {
   while (requests.children.length < rows.length) requests.append(row());
   rows.forEach((request, index) => {
     const node = requests.children[index].firstChild;
-    const [swatch, what, count, progress] = node.children;
+    const [, what, count, progress] = node.children;
     node.dataset.id = request.id;
-    swatch.style.background = colour(history.number(request.id));
     const prompt = request.computed < request.prompt;
     what.textContent = request.held && request.phase !== "decode" ? `${request.phase}: ${request.held}` : request.phase;
     count.textContent = prompt ? `${request.computed} / ${request.prompt} prompt` : `${request.known - request.prompt} of ≤ ${request.max_length - request.prompt}`;
