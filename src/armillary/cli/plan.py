@@ -13,7 +13,7 @@ from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags
 
 if TYPE_CHECKING:
     from armillary.models.config import ModelConfig
-    from armillary.plan.candidates import Space
+    from armillary.plan.candidates import Candidate, Pruned, Space
     from armillary.plan.demand import Demand
     from armillary.serve.config import EngineConfig
 
@@ -41,7 +41,15 @@ class SpaceFlags:
     tensor_parallel: Annotated[str, Parameter(name=("--tensor-parallel", "--tp"), group=_SPACE, help="Devices that split each layer.")] = (
         "1,2,4,8"
     )
-    pipeline_parallel: Annotated[str, Parameter(name=("--pipeline-parallel", "--pp"), group=_SPACE, help="Stages of layers.")] = "1,2"
+    pipeline_parallel: Annotated[
+        str | None,
+        Parameter(
+            name=("--pipeline-parallel", "--pp"),
+            group=_SPACE,
+            show_default=False,
+            help="Stages of layers (default: the fewest with which the model fits).",
+        ),
+    ] = None
     policies: Annotated[
         str | None, Parameter(group=_SPACE, show_default=False, help="Who runs when (default: sarathi; or --policy for one).")
     ] = None
@@ -117,7 +125,7 @@ def serve(
     from armillary.cli.plan_told import facts, tell
     from armillary.cli.terminal import print_json
     from armillary.models.graph.find import find
-    from armillary.plan.candidates import candidates
+    from armillary.plan.candidates import Pruned, candidates
     from armillary.plan.choice import choose
     from armillary.plan.choice import find as options
     from armillary.plan.file import chosen
@@ -133,9 +141,16 @@ def serve(
     objective, (asked, rate) = parse(slo), _asked(demand, rate, settled.value.engine.seed)
     routing.get(router)
     acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
+    architecture, stages = find(model), (1, 2, 4, 8) if space.pipeline_parallel is None else tried.pipeline[:1]
+    every: list[Candidate | Pruned] = []
+    for fewest in stages:
+        tried = tried if space.pipeline_parallel is not None else dataclasses.replace(tried, pipeline=(fewest,))
+        every = list(candidates(architecture, tried, settled.value.engine, host_us * 1e3, here, acceptance=acceptance))
+        if not all(isinstance(one, Pruned) for one in every):
+            break
     with _progress() as told:
         found = options(
-            candidates(find(model), tried, settled.value.engine, host_us * 1e3, here, acceptance=acceptance),
+            every,
             asked,
             objective,
             apart=disaggregate,
@@ -225,7 +240,7 @@ def _space(flags: SpaceFlags, engine: EngineConfig, provenance: Any, measured: t
     return Space(
         _words("cluster", flags.cluster),
         _numbers("tensor_parallel", flags.tensor_parallel),
-        _numbers("pipeline_parallel", flags.pipeline_parallel),
+        (1,) if flags.pipeline_parallel is None else _numbers("pipeline_parallel", flags.pipeline_parallel),
         **given,
     )
 

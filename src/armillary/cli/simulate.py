@@ -50,8 +50,12 @@ class Hardware:
     ] = 1
     pipeline_parallel: Annotated[
         int,
-        Parameter(name=("--pipeline-parallel", "--pp"), group=_HARDWARE, help="Stages of layers, one batch after another through them."),
+        Parameter(name=("--pipeline-parallel", "--pp"), group=_HARDWARE, help="Stages of layers, as many batches in flight over them."),
     ] = 1
+    pipeline_batches: Annotated[
+        int | None,
+        Parameter(group=_HARDWARE, show_default=False, help="Batches in flight over the stages (default: as many as stages)."),
+    ] = None
     replicas: Annotated[int, Parameter(group=_HARDWARE, help="Engines behind the router.")] = 1
     router: Annotated[str, Parameter(group=_HARDWARE, help="power-of-two, shortest-queue, cache-aware, round-robin, consistent-hash.")] = (
         "power-of-two"
@@ -204,7 +208,10 @@ def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, 
     else:
         making = deployment.roofline
     cost = priced(making, hardware.host_us * 1e3, ahead=settled.async_scheduling == "on")
-    return Scenario(deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost)
+    return Scenario(
+        deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost,
+        pipeline_batches=hardware.pipeline_batches,
+    )  # fmt: skip
 
 
 def _measured_scenario(
@@ -228,6 +235,7 @@ def _measured_scenario(
         ("cluster", hardware.cluster not in (None, path)),
         ("tensor_parallel", hardware.tensor_parallel != 1),
         ("pipeline_parallel", hardware.pipeline_parallel != 1),
+        ("pipeline_batches", hardware.pipeline_batches is not None),
         ("host_us", hardware.host_us != 0),
         ("prefill_workers", hardware.prefill_workers != 0),
         ("decode_workers", hardware.decode_workers != 0),
@@ -293,7 +301,10 @@ def _phases(hardware: Hardware, scenario: Scenario) -> Phases:
     place, first = scenario.deployment.cluster, scenario.deployment
     degrees = (hardware.decode_tensor_parallel or hardware.tensor_parallel, hardware.decode_pipeline_parallel or hardware.pipeline_parallel)
     second = dataclasses.replace(first, layout=Layout(tensor_parallel=degrees[0], pipeline_parallel=degrees[1]))
-    decode = _engines(second, scenario.config, hardware, scenario.fast_forward, scenario.acceptance)
+    batches = None if hardware.pipeline_batches is None else min(hardware.pipeline_batches, degrees[1])
+    decode = _engines(
+        second, scenario.config, dataclasses.replace(hardware, pipeline_batches=batches), scenario.fast_forward, scenario.acceptance
+    )
     wanted = hardware.prefill_workers * first.layout.devices + hardware.decode_workers * second.layout.devices
     if wanted > place.devices:
         raise InputError(
@@ -426,4 +437,5 @@ def _tell(simulated: Scenario | Phases, run: Run, coming: Coming, objective: Obj
 
 def _many(scenario: Scenario, what: str) -> str:
     layout = scenario.deployment.layout
-    return f"{scenario.replicas} {what}{'s' if scenario.replicas != 1 else ''} of {layout.tensor_parallel} x {layout.pipeline_parallel} devices"
+    flying = f", {scenario.in_flight} batches in flight" if layout.pipeline_parallel > 1 else ""
+    return f"{scenario.replicas} {what}{'s' if scenario.replicas != 1 else ''} of {layout.tensor_parallel} x {layout.pipeline_parallel} devices{flying}"

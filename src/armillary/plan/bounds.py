@@ -10,7 +10,6 @@ from armillary.plan.candidates import Candidate
 from armillary.plan.demand import Demand, Moments
 from armillary.plan.objective import Objective
 from armillary.sim.batch import Batch
-from armillary.sim.costs import CostModel
 
 _CHUNKED: Final = (
     "sarathi",
@@ -70,10 +69,10 @@ def ceiling(candidate: Candidate, moments: Moments) -> Ceiling:
     so many tokens: it takes at least the largest of decodes / max_running, tokens / max_batch_tokens and cached tokens read / pool
     iterations to itself. A cost that is convex in the batch is least for batches that are all alike (Jensen), and for as few of them as can
     be, since each has its fixed part. Cost models with steps may differ a little. Where drafts are verified a decode gives as many tokens as the
-    longest drafts are expected to, and drafting is free.
+    longest drafts are expected to, and drafting is free. Of batches in flight over pipeline stages one ends each time that the slowest stage does.
     """
     scenario = candidate.scenario
-    config = scenario.settled
+    config = scenario.lane
     if scenario.acceptance is not None:
         tokens_a_pass = scenario.acceptance.expected(config.draft_tokens)
         moments = replace(moments, decodes=moments.decodes / tokens_a_pass, read=moments.read / tokens_a_pass)
@@ -91,13 +90,17 @@ def ceiling(candidate: Candidate, moments: Moments) -> Ceiling:
         shares[f"{config.max_batch_tokens} tokens an iteration"] = tokens / config.max_batch_tokens
     bound, iterations = max(shares.items(), key=lambda item: item[1])
     iterations = max(iterations, tokens / _FULL)
-    ns = _mean_iteration(scenario.cost, moments, iterations)
+    batch = _mean_batch(moments, iterations)
+    ns = scenario.cost.iteration(batch)
+    if scenario.in_flight > 1:
+        stages = [stage.ns(batch) for stage in scenario.deployment.stages()]
+        ns = round(ns * max(max(stages) / sum(stages), 1 / scenario.in_flight))
     return Ceiling(_ROUNDING * 1e9 / (iterations * ns), iterations, ns, bound)
 
 
-def _mean_iteration(cost: CostModel, moments: Moments, iterations: float) -> int:
-    """ns of the mean iteration, its batch rounded down. Prompts of equal lengths read the fewest keys."""
+def _mean_batch(moments: Moments, iterations: float) -> Batch:
+    """That of the mean iteration, rounded down. Prompts of equal lengths read the fewest keys."""
     prompt, decodes = int(moments.prompt / iterations), int(moments.decodes / iterations)
     whole, rest = divmod(prompt, max(1, int(moments.prompt)))
     prompts = ((int(moments.prompt), 0),) * whole + (((rest, 0),) if rest else ())
-    return cost.iteration(Batch(prompts, decodes, int(moments.read / iterations) if decodes else 0, decodes + whole))
+    return Batch(prompts, decodes, int(moments.read / iterations) if decodes else 0, decodes + whole)

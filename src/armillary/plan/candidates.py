@@ -159,7 +159,11 @@ def candidates(
         precision = Precision.of(weights, engine.kv_dtype)
         try:
             deployment = attending(Deployment(model, place, layout, precision), engine)
-            kv_blocks(deployment, engine, draft_of(deployment, engine))
+            blocks = kv_blocks(deployment, engine, draft_of(deployment, engine))
+            if blocks < stages:
+                raise CapacityError(
+                    f"beside its weights {blocks} KV blocks fit, less than one for each of {stages} batches in flight", "use more devices"
+                )
         except CapacityError as error:
             yield Pruned(name, "memory", error.problem, error.fix, space.schedulings)
             continue

@@ -67,7 +67,7 @@ def find(
         found = search(every, demand, objective, rate=rate, rank=rank, keep=keep, tolerance=tolerance, told=told)
     if apart == "never":
         return found
-    if (why := refusal(objective, found.moments)) is not None:
+    if (why := refusal(objective, found.moments, fitting[0].scenario.config.kv_policy)) is not None:
         if apart == "always":
             raise InputError(why, "give both bounds, or --disaggregate never", field="disaggregate")
         return replace(found, pruned=(*found.pruned, Pruned("prefill and decode instances", "phases", why)))

@@ -130,8 +130,10 @@ def joined(prefill: Candidate, decode: Candidate, link: Link, *, paired: bool) -
     return Phases(first, second, link, paired)
 
 
-def refusal(objective: Objective, moments: Moments) -> str | None:
+def refusal(objective: Objective, moments: Moments, kv_policy: str) -> str | None:
     """Why no phase of its own can be planned for; None where it can."""
+    if kv_policy != "dense":
+        return f"kv_policy {kv_policy} keeps or reads parts of a sequence, and prefill instances hand over plain keys and values"
     if objective.per_token is None or (objective.first_token is None and objective.wait is None):
         return "the objective bounds one phase only: prefill instances are chosen by ttft (or wait), decode instances by tpot"
     return None if moments.decodes > 0 else "answers of one token leave nothing to decode"
@@ -204,7 +206,7 @@ def instances(
     pruned: list[Pruned] = []
     for candidate in _schedulings(candidates, phase):
         own = replace(candidate, scenario=replace(candidate.scenario, phase=phase))
-        config, name = own.scenario.settled, f"{phase} {candidate.name}"
+        config, name = own.scenario.lane, f"{phase} {candidate.name}"
         assert config.kv_blocks is not None
         pool, longest = config.kv_blocks * config.block_size, demand.longest(own.scenario.context)
         if pool < longest:

@@ -142,7 +142,7 @@ def _promising(
     left: list[tuple[Candidate, Alone, Ceiling, Rent]] = []
     longest = demand.longest(context)
     for candidate in fitting:
-        config = candidate.scenario.settled
+        config = candidate.scenario.lane
         assert config.kv_blocks is not None
         cost = DEVICES if rank == "devices" else candidate.rent
         pool = config.kv_blocks * config.block_size

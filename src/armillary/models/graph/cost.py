@@ -117,6 +117,13 @@ class Deployment:
         name = f"roofline of {self.model.name} on {self.layout.devices} x {self.device.name}"
         return Roofline(name, stages, BatchFeatures(works[0]), rates)
 
+    def stages(self) -> list[Roofline]:
+        """What an iteration costs each pipeline stage's device, from taking its input to having sent it on."""
+        works = self.works
+        rates = Rates(self.device.attainable(self.product_dtype), self.device.attainable_bandwidth)
+        name = f"a stage of {self.model.name} on {self.layout.devices} x {self.device.name}"
+        return [Roofline(name, [self._stage(work, range(len(work.rows)))], BatchFeatures(works[0]), rates) for work in works]
+
     def _stage(self, work: Work, kept: Sequence[int]) -> Stage:
         def matrix(*names: str) -> NDArray[np.int64]:
             summed: NDArray[np.int64] = np.array([work.coefficients(name) for name in names], dtype=np.int64).sum(axis=0)

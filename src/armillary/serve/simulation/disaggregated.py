@@ -23,20 +23,25 @@ from armillary.serve.schedule import Plan
 from armillary.serve.simulation.cluster import Cluster, Replica
 from armillary.serve.simulation.drafts import Drafting
 from armillary.serve.simulation.engine import VirtualEngine
+from armillary.serve.simulation.pipeline import Lane, Pipeline
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.workload.requests import Listed, Source
 from armillary.sim.costs import CostModel
+from armillary.sim.costs.roofline import Roofline
 from armillary.sim.events import EventQueue
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """`count` engines of one phase. `config.kv_blocks` is settled; `drafting` where `config` speculates."""
+    """`count` engines of one phase. `config.kv_blocks` is settled; `drafting` where `config` speculates. Of each `lanes` batches are in flight over
+    its `stages`, and `config` is one's."""
 
     cost: CostModel
     config: EngineConfig
     count: int = 1
     drafting: Drafting | None = None
+    lanes: int = 1
+    stages: Sequence[Roofline] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +103,18 @@ class Disaggregated:
         self._source: Source = Listed(())
         self.moved: list[Transfer] = []
         self._decode, self._link, self._token_bytes, self._buffer = decode, link, token_bytes, buffer
-        self._prefilled = [_Ended() for _ in range(prefill.count)]
-        self._decoded = [_Ended(self.recorder) for _ in range(decode.count)]
-        self.prefill = Cluster(_engines(prefill, self._prefilled, fast_forward), routing.get("shortest-queue"))
-        self.decode = Cluster(_engines(decode, self._decoded, fast_forward), routing.get("shortest-queue"))
+        self._lanes = prefill.lanes, decode.lanes
+        self._prefilled = [_Ended() for _ in range(prefill.count * prefill.lanes)]
+        self._decoded = [_Ended(self.recorder) for _ in range(decode.count * decode.lanes)]
+        self.prefill = Cluster(_engines(prefill, self._prefilled, fast_forward), routing.get("shortest-queue"), lanes=prefill.lanes)
+        self.decode = Cluster(_engines(decode, self._decoded, fast_forward), routing.get("shortest-queue"), lanes=decode.lanes)
         self._coming: deque[Request] = deque()  # not begun, for no prefill engine has room for their keys and values
-        self._held = [0] * prefill.count  # tokens of those that were sent to a prefill engine and not pulled yet
+        self._held = [0] * len(self._prefilled)  # tokens of those that were sent to a prefill engine and not pulled yet
         self._requests: dict[str, Request] = {}  # what users see
         self._sources: dict[str, int] = {}
-        self._pending: list[deque[_Waiting]] = [deque() for _ in range(decode.count)]
-        self._under_way = [0] * decode.count  # requests whose keys and values are
-        self._promised = [0] * decode.count  # blocks that these will take
+        self._pending: list[deque[_Waiting]] = [deque() for _ in self._decoded]
+        self._under_way = [0] * len(self._decoded)  # requests whose keys and values are
+        self._promised = [0] * len(self._decoded)  # blocks that these will take
         self._linked = [0] * decode.count  # ns until which a decode engine's link is busy ...
         self._sending = [0] * prefill.count  # ... and a prefill engine's
         self._paired = paired
@@ -194,7 +200,10 @@ class Disaggregated:
                     self._done(request)
                     self._release(request, now)
                     continue
-                target = self.decode.replicas[source] if self._paired else min(self.decode.replicas, key=self._load)
+                among, (mine, its) = self.decode.replicas, self._lanes
+                if self._paired:
+                    among = among[source // mine * its : (source // mine + 1) * its]
+                target = min(among, key=self._load)
                 self._pending[target.index].append(_Waiting(request, source))
                 self._pull(target.index, now)
             ended.requests.clear()
@@ -215,9 +224,10 @@ class Disaggregated:
             self._under_way[target] += 1
             self._promised[target] += blocks
             size = len(request.prompt) * self._token_bytes
-            begun = max(now, self._linked[target], self._sending[waiting.source])
+            source, sink = waiting.source // self._lanes[0], target // self._lanes[1]
+            begun = max(now, self._linked[sink], self._sending[source])
             ended = begun + self._link.latency + round(size * S / self._link.bandwidth)
-            self._linked[target] = self._sending[waiting.source] = ended
+            self._linked[sink] = self._sending[source] = ended
             self._transfers.at(ended, (Transfer(request.id, waiting.source, target, size, begun, ended), request))
 
     def _arrived(self, transfer: Transfer, request: Request) -> None:
@@ -255,8 +265,10 @@ class Disaggregated:
 
 def _engines(side: Side, ended: Sequence[_Ended], fast_forward: bool) -> list[VirtualEngine]:
     engines: list[VirtualEngine] = []
-    for one in ended:
-        executor = VirtualExecutor(VirtualClock(), side.cost)
+    pipelines = [Pipeline(len(side.stages), side.lanes) for _ in range(side.count)] if side.lanes > 1 else []
+    for place, one in enumerate(ended):
+        clock = VirtualClock()
+        executor = Lane(clock, side.cost, pipelines[place // side.lanes], side.stages) if pipelines else VirtualExecutor(clock, side.cost)
         drafter = side.drafting.drafter(side.config, executor.clock) if side.drafting is not None else None
         engines.append(VirtualEngine(executor, side.config, drafter=drafter, recorder=one, told=False, fast_forward=fast_forward))
     return engines

@@ -15,6 +15,7 @@ from armillary.models.graph.layout import Layout
 from armillary.models.graph.work import Work
 from armillary.serve.request import Request
 from armillary.serve.simulation.disaggregated import Disaggregated, Side
+from armillary.serve.simulation.pipeline import busy
 from armillary.serve.simulation.scenario import Run, Scenario, summed
 from armillary.serve.workload.requests import Source
 
@@ -91,8 +92,8 @@ class Phases:
 
         Raises InputError for a request that could never run, CapacityError when a queue passes its bound.
         """
-        prefill, decode = (Side(one.priced, one.settled, one.replicas, one.drafting) for one in (self.prefill, self.decode))
-        pool, blocks = prefill.config, decode.config.kv_blocks
+        prefill, decode = (_side(one) for one in (self.prefill, self.decode))
+        pool, blocks = prefill.config, self.decode.settled.kv_blocks
         assert pool.kv_blocks is not None
         assert blocks is not None
         buffer = pool.kv_blocks * pool.block_size
@@ -103,7 +104,13 @@ class Phases:
         result = simulation.run(requests)
         wall = time.perf_counter() - began
         engines = [one.engine for one in (*simulation.prefill.replicas, *simulation.decode.replicas)]
-        return Run(result, summed(engine.stats for engine in engines), blocks, wall, sum(engine.busy for engine in engines))
+        return Run(result, summed(engine.stats for engine in engines), blocks, wall, busy(engines))
+
+
+def _side(scenario: Scenario) -> Side:
+    lanes = scenario.in_flight
+    stages = scenario.deployment.stages() if lanes > 1 else ()
+    return Side(scenario.priced, scenario.lane, scenario.replicas, scenario.drafting, lanes, stages)
 
 
 def transfer_link(place: Cluster, prefill: Deployment, decode: Deployment, *, near: bool) -> Link:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from armillary.core.clock import VirtualClock
-from armillary.core.errors import InputError
+from armillary.core.errors import CapacityError, InputError
 from armillary.core.trace import Trace
 from armillary.models.graph.cost import Deployment
 from armillary.serve.config import EngineConfig
@@ -25,6 +25,7 @@ from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.kept import attending, kept
 from armillary.serve.simulation.memory import kv_blocks
+from armillary.serve.simulation.pipeline import Lane, Pipeline, busy
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.simulation.tail import Answers, Kind, SecondCopies, TailStats
 from armillary.serve.simulation.watched import Gate, WatchedEngine
@@ -42,7 +43,8 @@ are there when they come."""
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A simulation's end. `wall` is what it took here, s; `blocks` the KV blocks of a replica; `busy` ns of iterations, of all replicas together."""
+    """A simulation's end. `wall` is what it took here, s; `blocks` the KV blocks of a replica; `busy` ns of iterations, of all replicas together
+    (of a stage on average, where several batches are in flight over them)."""
 
     result: Result
     stats: EngineStats  # of all replicas together
@@ -58,7 +60,9 @@ class Scenario:
 
     Where `config` speculates, drafts are right as `acceptance` says; what a draft model computes takes what `draft_cost` says (by default its
     roofline on the same devices). `tail` and `hedge_budget` are a fleet's. `adapters` lie in the devices' memory and cost those
-    that ask for them. Raises InputError for what has no model in virtual time yet, naming it.
+    that ask for them. `pipeline_batches` of a replica are in flight over its pipeline stages (default: as many as stages where nothing but
+    replicas of plain engines is asked for, else one), each with a scheduler and its part of the KV pool. Raises InputError for what has no model
+    in virtual time yet, naming it.
     """
 
     deployment: Deployment
@@ -73,6 +77,7 @@ class Scenario:
     tail: Kind = "none"
     hedge_budget: float = 0.05
     adapters: Adapters | None = None
+    pipeline_batches: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MOST_REPLICAS:
@@ -105,6 +110,14 @@ class Scenario:
                 "give --speculate, or leave it out",
                 field="acceptance",
             )
+        stages, batches = self.deployment.layout.pipeline_parallel, self.pipeline_batches
+        if batches is not None and not 1 <= batches <= (stages if self._plain else 1):
+            raise InputError(
+                f"{batches} batches are to be in flight over {stages} pipeline stages"
+                + ("" if self._plain else " with drafts, schedules made ahead, a KV policy, adapters or second copies"),
+                f"give {f'1 to {stages}' if self._plain else '1'}, or leave it out",
+                field="pipeline_batches",
+            )
         draft_of(self.deployment, config)  # it may not be possible ...
         kept(self.deployment, config)
         if self.cost is None:
@@ -115,6 +128,28 @@ class Scenario:
                 "simulate with --kv-policy dense",
                 field="kv_policy",
             )
+
+    @property
+    def _plain(self) -> bool:
+        config = self.config
+        engine = config.speculate == "off" and config.async_scheduling == "off" and config.kv_policy == "dense"
+        return engine and self.tail == "none" and self.adapters is None
+
+    @property
+    def in_flight(self) -> int:
+        """Batches of a replica that are computed at one time."""
+        if self.pipeline_batches is not None:
+            return self.pipeline_batches
+        return self.deployment.layout.pipeline_parallel if self._plain else 1
+
+    @property
+    def lane(self) -> EngineConfig:
+        """What a batch in flight has: `settled` with its part of the KV pool. Raises CapacityError for a part without a block."""
+        settled, lanes = self.settled, self.in_flight
+        assert settled.kv_blocks is not None
+        if settled.kv_blocks < lanes:
+            raise CapacityError(f"{settled.kv_blocks} KV blocks are not one for each of {lanes} batches in flight", "use more devices")
+        return settled if lanes == 1 else settled.model_copy(update={"kv_blocks": settled.kv_blocks // lanes})
 
     @property
     def draft(self) -> Deployment | None:
@@ -177,11 +212,20 @@ class Scenario:
         """
         if trace is not None and self.replicas > 1:
             raise InputError(f"a trace of {self.replicas:,} replicas would mix their iterations", "trace one replica", field="replicas")
+        lanes = self.in_flight
+        if (trace is not None or watched is not None) and lanes > 1:
+            raise InputError(
+                f"one batch is shown at a time, and {lanes} are in flight over the pipeline's stages", "simulate with --pipeline-batches 1",
+                field="pipeline_batches",
+            )  # fmt: skip
         if isinstance(requests, Source) and self.phase != "both":
             raise InputError(
                 f"what comes depends on what has ended, and {self.phase} alone ends nothing", "simulate both phases", field="phase"
             )
-        cost, config, drafting, keeps = self.priced, self.settled, self.drafting, kept(self.deployment, self.config)
+        cost, config, drafting, keeps = self.priced, self.lane, self.drafting, kept(self.deployment, self.config)
+        reads = None if keeps is None else keeps.read
+        stages = self.deployment.stages() if lanes > 1 else []
+        pipelines = [Pipeline(len(stages), lanes) for _ in range(self.replicas)] if lanes > 1 else []
         recorder = Recorder(requests.ended if isinstance(requests, Source) else None)
         answers = Answers(recorder) if self.tail != "none" else None
         adapters = self.adapters.priced(self.deployment) if self.adapters is not None else None
@@ -190,7 +234,9 @@ class Scenario:
             clock, seen = VirtualClock(), watched is not None and index == watched.replica
             kind = WatchedEngine if seen else VirtualEngine
             return kind(
-                VirtualExecutor(clock, cost, reads=None if keeps is None else keeps.read, beside=None if adapters is None else adapters.of),
+                Lane(clock, cost, pipelines[index // lanes], stages, reads)
+                if pipelines
+                else VirtualExecutor(clock, cost, reads=reads, beside=None if adapters is None else adapters.of),
                 config,
                 trace=trace,
                 drafter=None if drafting is None else drafting.drafter(config, clock),
@@ -199,12 +245,12 @@ class Scenario:
                 told=trace is not None or seen,
             )
 
-        engines = [engine(index) for index in range(self.replicas)]
+        engines = [engine(index) for index in range(self.replicas * lanes)]
         if watched is not None:
             watched.take(engines[watched.replica])
         router = routing.get(self.router)
         if answers is None:
-            group = Cluster(engines, router, seed=config.seed)
+            group = Cluster(engines, router, seed=config.seed, lanes=lanes)
         else:
             group = SecondCopies(engines, router, answers, seed=config.seed, kind=self.tail, hedging=Hedging(self.hedge_budget))
         began = time.perf_counter()
@@ -214,15 +260,10 @@ class Scenario:
         finally:
             gc.unfreeze()
         wall = time.perf_counter() - began
-        assert config.kv_blocks is not None
-        return Run(
-            recorder.result(),
-            summed([engine.stats for engine in engines]),
-            config.kv_blocks,
-            wall,
-            sum(engine.busy for engine in engines),
-            group.stats if isinstance(group, SecondCopies) else None,
-        )
+        blocks = self.settled.kv_blocks
+        assert blocks is not None
+        copies = group.stats if isinstance(group, SecondCopies) else None
+        return Run(recorder.result(), summed([engine.stats for engine in engines]), blocks, wall, busy(engines), copies)
 
 
 def summed(stats: Iterable[EngineStats]) -> EngineStats:

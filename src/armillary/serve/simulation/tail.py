@@ -116,7 +116,7 @@ class SecondCopies(Cluster):
             super().advance()
 
     def route(self, request: Request, at: int) -> None:
-        replica = self.choose(request)
+        replica = self.choose(request, at)
         ticket = _Ticket(request, Latencies.class_of(request.known), at)
         self.stats.prompt_tokens += len(request.prompt)
         self._unanswered[request.id] = ticket
