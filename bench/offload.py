@@ -4,7 +4,8 @@
 
 SmolLM2 in fp32, greedy answers to prompts of 64 tokens. The weights lie in the arena, in RAM or on disk; 8 sequences pass the layers at a
 time, alone (a block of 8) or with three more batches that share each load of weights (a block of 32). The arena is memory of this machine,
-so a load is a copy from memory to memory: what is measured is the schedule, not a bus.
+so a load is a copy from memory to memory: what is measured is the schedule, not a bus. With the machine's `--profile` (armillary calibrate) each row
+has what `armillary plan offload` predicts beside it; a disk that this machine's page cache holds is priced as RAM.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,16 @@ from typing import Any
 import torch
 from cases import TEXT
 
+from armillary.cluster.cluster import cluster
 from armillary.cluster.machine import describe
+from armillary.cluster.profile import load as load_profile
+from armillary.models.graph.find import find
 from armillary.models.load import load
+from armillary.plan.offload import work_of
+from armillary.plan.offload_place import place
 from armillary.serve.llm import LLM
+from armillary.serve.offload.cost import price
+from armillary.serve.offload.policy import OffloadPolicy, Split
 from armillary.serve.request import SamplingParams
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--answer", type=int, default=ANSWER, help="tokens of each answer")
+    parser.add_argument("--profile", type=Path, help="of this machine, for what is predicted")
     parser.add_argument("--publish", action="store_true", help="write bench/results/offload.{json,md}; wants a quiet machine")
     parser.add_argument("--force", action="store_true", help="publish although the machine is not quiet")
     options = parser.parse_args()
@@ -49,7 +59,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for where, weights in TIERS.items():
             for batches in (1, 4):
-                found.append({"weights": where, "batches": batches, **measure(weights, batches, options.answer, options.threads, folder)})
+                row = measure(weights, batches, options.answer, options.threads, folder)
+                found.append(
+                    {"weights": where, "batches": batches, **row, "planned": planned(options.profile, weights, batches, options.answer)}
+                )
                 print(found[-1], file=sys.stderr, flush=True)
     text = page(found, options.threads, before)
     print(text)
@@ -94,6 +107,17 @@ def measure(weights: str, batches: int, answer: int, threads: int, folder: str) 
     }
 
 
+def planned(profile: Path | None, weights: str, batches: int, answer: int) -> float | None:
+    """Tokens a second after the first tokens by the cost model, the head priced as so many layers."""
+    if profile is None:
+        return None
+    where = place(cluster(str(profile)), load_profile(profile), arena=10**9)
+    work = replace(work_of(find("smollm2"), where, PROMPT, answer, False), block=SEQUENCES * batches, batch=SEQUENCES)
+    split = OffloadPolicy.parse(f"weights={weights}").weights
+    cost = price(work, Split(split.arena, split.ram + split.disk), Split(0.0, 1.0), Split(1.0), where.hardware(work))
+    return work.block / ((work.layers + work.head) * cost.generation)
+
+
 def moved(forward: Any) -> int:
     return sum(size for (what, _, _), size in forward.moved.items() if what == "weights")
 
@@ -106,13 +130,14 @@ def page(found: list[dict[str, Any]], threads: int, load: float) -> str:
         f"{describe().cpu}, {threads} threads, SmolLM2-135M in fp32, the KV cache in RAM, {SEQUENCES} sequences a batch.",
         f"`python bench/offload.py`, {datetime.now(UTC):%Y-%m-%d}. Load average {load:.2f} before, {os.getloadavg()[0]:.2f} after (its own threads included).",
         "",
-        "| weights | batches in a block | arena | weights loaded a token | tokens/s | of the speed in the arena |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| weights | batches in a block | arena | weights loaded a token | tokens/s | of the speed in the arena | predicted over measured |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found:
         share = row["tokens_per_second"] / base[row["batches"]]
+        predicted = "-" if row["planned"] is None else f"{row['planned'] / row['tokens_per_second']:.2f}"
         lines.append(
-            f"| {row['weights']} | {row['batches']} | {row['arena'] / 1e6:,.0f} MB | {row['bytes_per_token'] / 1e6:,.1f} MB | {row['tokens_per_second']:.1f} | {share:.0%} |"
+            f"| {row['weights']} | {row['batches']} | {row['arena'] / 1e6:,.0f} MB | {row['bytes_per_token'] / 1e6:,.1f} MB | {row['tokens_per_second']:.1f} | {share:.0%} | {predicted} |"
         )
     same = len({tuple(row["first"]) for row in found}) == 1
     return "\n".join([*lines, "", f"The first prompt's answers are {'all the same' if same else 'NOT all the same'}.", ""])

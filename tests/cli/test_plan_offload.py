@@ -38,9 +38,9 @@ DISK = ["--disk", "50MB", "--disk-read", "1GB", "--disk-write", "1GB"]
 @pytest.mark.parametrize(
     ("compress", "memory", "beside", "where"),
     [
-        ("none", "250KB", ["--memory", "100MB"], "weights=15/85/0,cache=15/85/0"),
+        ("none", "170KB", ["--memory", "100MB"], "weights=15/85/0,cache=0/100/0"),
         ("int4", "580KB", ["--memory", "100MB"], "weights=15/85/0,cache=15/85/0"),
-        ("none", "250KB", ["--memory", "60KB", *DISK], "weights=15/0/85,cache=15/0/85"),
+        ("none", "170KB", ["--memory", "60KB", *DISK], "weights=8/0/92,cache=0/0/100"),
     ],
 )
 def test_the_engine_carries_the_plan_out(tiny_model, profile, tmp_path, capsys, compress, memory, beside, where):

@@ -111,8 +111,13 @@ def arithmetic(found: Found) -> list[tuple[str, str]]:
             f"{'what comes in' if token.first > max(token.terms.values()) else token.longest} binds. Carried: {carried(token)}",
         ),
         (
+            "passes",
+            f"{work.answer - 1} tokens of {work.layers} layers"
+            + (f" and of a head as large as {work.head:.2g} of them, and its first token" if work.head else ""),
+        ),
+        (
             "the block",
-            f"{work.layers} x ({time(price.prefill)} + {work.answer - 1} x {time(price.generation)}) = {time(price.total)} for {work.block} x {work.answer} tokens: "
+            f"{work.layers} x {time(price.prefill)} + {work.passes:.4g} x {time(price.generation)} = {time(price.total)} for {work.block} x {work.answer} tokens: "
             f"{price.throughput:.4g} tokens a second",
         ),
         ("full", f"{', '.join(full(found)) or 'nothing'}, to {place.hardware(work).margin:.0%} of its size"),

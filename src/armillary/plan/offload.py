@@ -40,10 +40,12 @@ def work_of(model: Architecture, place: Place, prompt: int, answer: int, compres
             "shorten prompt or answer",
             field="prompt",
         )
-    return Work(
+    work = Work(
         model.num_layers, model.hidden_size, model.intermediate_size, model.num_heads, prompt, answer, 1, 1, compressed,
         model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, 3 if model.gated else 2, place.element,
     )  # fmt: skip
+    # FlexGen's fit is of its model, which has no head.
+    return work if place.fitted else replace(work, head=model.vocab_size * model.hidden_size / work.numbers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def too_large(work: Work, place: Place) -> CapacityError:
     one = replace(work, block=1, batch=1)
     hardware = place.hardware(one)
     cache = 2 * one.element * (one.prompt + one.answer) * one.widths[1] * one.layers * one.kept
-    weights = one.layers * one.layer_bytes * one.kept
+    weights = (one.layers + one.head) * one.layer_bytes * one.kept
     room = hardware.margin * (hardware.arena + hardware.ram + hardware.disk)
     compress = "" if work.compressed else ", --compress int4"
     if weights + cache > room:

@@ -77,6 +77,7 @@ class Work:
     keys: int | None = None
     matrices: int = 2
     element: int = 2
+    head: float = 0.0  # its weights, in layers: what every new token passes too; FlexGen's model leaves it out
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.block % self.batch:
@@ -92,6 +93,11 @@ class Work:
         """Weights of a layer: queries and output, keys and values, and the MLP's matrices."""
         q, k = self.widths
         return 2 * self.hidden * (q + k) + self.matrices * self.hidden * self.inner
+
+    @property
+    def passes(self) -> float:
+        """How many times the time of a token of a layer a block takes, the head priced as so many layers."""
+        return (self.layers + self.head) * (self.answer - 1) + self.head
 
     @property
     def layer_bytes(self) -> int:
@@ -164,6 +170,7 @@ def peak_rows(work: Work, hardware: Hardware) -> dict[str, tuple[Row, float]]:
     bls, gbs, full, kept = work.block, work.batch, work.layer_bytes, work.kept
     k, e = work.widths[1], work.element
     wi, whole = full * kept, s + n
+    stored = wi * (layers + work.head)
     cache, window = 2 * e * whole * k * bls * layers * kept, 2 * e * gbs * whole * k
     # What is compressed passes through buffers of whole numbers from the arena too; else a buffer is spared for what lives there.
     passing, moving = float(not work.compressed), float(_moves(work, hardware))
@@ -172,29 +179,27 @@ def peak_rows(work: Work, hardware: Hardware) -> dict[str, tuple[Row, float]]:
     attending = gbs * e * (2 * h + heads * whole) + 2 * window
     arena_p = row(
         inside_p + 2 * full + e * s * h * gbs + moving * 2 * window,
-        wg=wi * layers - 2 * passing * wi,
+        wg=stored - 2 * passing * wi,
         hg=e * s * h * bls - e * s * h * gbs,
         cg=cache,
     )
     arena_g = row(
         gbs * e * (7 * h + h2) + 2 * full + e * h * gbs + moving * attending,
-        wg=wi * layers - 2 * passing * wi,
+        wg=stored - 2 * passing * wi,
         hg=e * h * bls - e * h * gbs,
         cg=cache + (1 - moving) * attending,
     )
-    ram_p = row(
-        wi + e * s * h * gbs, wg=-wi, hg=-e * s * h * gbs, wc=wi * layers, hc=e * s * h * bls, cc=2 * e * s * k * bls * layers * kept
-    )
+    ram_p = row(wi + e * s * h * gbs, wg=-wi, hg=-e * s * h * gbs, wc=stored, hc=e * s * h * bls, cc=2 * e * s * k * bls * layers * kept)
     ram_g = row(
         e * heads * whole * gbs + e * h * gbs,
-        wc=wi * layers,
+        wc=stored,
         hc=e * h * bls,
         cc=cache,
         wd=wi,
         hd=2 * e * h * gbs,
         cd=4 * e * whole * k * gbs * kept,
     )
-    on_disk = row(wd=wi * layers, hd=e * s * h * bls, cd=cache)
+    on_disk = row(wd=stored, hd=e * s * h * bls, cd=cache)
     return {
         "arena, prefill": (arena_p, arena),
         "arena, generation": (arena_g, arena),
@@ -209,7 +214,7 @@ def price(work: Work, weights: Split, cache: Split, hidden: Split, hardware: Har
     at = np.array([1.0, *weights.shares, *cache.shares, *hidden.shares])
     prefill = max(float(one @ at) for one in prefill_rows(work, hardware))
     generation = max(float(one @ at) for one in generation_rows(work, hardware))
-    total = work.layers * (prefill + (work.answer - 1) * generation)
+    total = work.layers * prefill + work.passes * generation
     peaks = {name: float(used @ at) for name, (used, _) in peak_rows(work, hardware).items()}
     return Price(prefill, generation, total, work.block * work.answer / total, peaks)
 

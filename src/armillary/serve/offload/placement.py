@@ -46,7 +46,7 @@ def best_fractions(work: Work, hardware: Hardware = T4, *, hidden_on_disk: bool 
     for kind in range(3):
         wholes[kind, 3 * kind : 3 * kind + 3] = 1.0
     goal = np.zeros(count + 2)
-    goal[count:] = 1.0, work.answer - 1
+    goal[count:] = 1.0, work.passes / work.layers
     bounds = [(0.0, 1.0)] * count + [(0.0, None)] * 2
     if not hidden_on_disk:
         bounds[FRACTIONS.index("hd")] = (0.0, 0.0)
