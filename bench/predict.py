@@ -32,6 +32,7 @@ from predict_report import Case, report
 from quiet import quiet
 
 from armillary.cluster.others import Others
+from armillary.cluster.profile import QUIET_OTHERS
 from armillary.core.clock import VirtualClock
 from armillary.core.errors import InputError
 from armillary.core.trace import Trace
@@ -179,18 +180,22 @@ def main() -> int:
         return 2
     loaded = load("smollm2")
     cases: list[Case] = []
-    fits = []
+    fits, disturbed = [], []
     for weights in options.weights:
         config = EngineConfig(quantize=weights, **OPTIONS)
         engine = build_engine(loaded, config, trace=Trace())
+        others = Others()
         samples = calibration.measure(engine, loaded.config.vocab_size, seconds=options.seconds, seed=options.seed + 1)
+        disturbed.append(others.share(os.cpu_count() or 1) or 0.0)
         settled = engine.config
         del engine
         gc.collect()  # its KV pool
         model = fit(f"smollm2 {weights} here", samples)
         most = capacity(settled, model, workload(1.0, options))
         name = "fp32" if weights == "none" else weights
-        fits.append(f"{name}: {len(samples)} iterations measured; wrong by {model.errors}.")
+        fits.append(
+            f"{name}: {len(samples)} iterations measured; wrong by {model.errors}; others took {disturbed[-1]:.1%} of the cores' time."
+        )
         print(f"{fits[-1]} Capacity {most:.1f} requests/s.", flush=True)
         own = [
             (policy, share, Case(f"{name}, {policy}, {share:.0%} ({share * most:.1f}/s)")) for policy in options.policies for share in LOADS
@@ -206,6 +211,10 @@ def main() -> int:
         cases += [case for _, _, case in own]
     text = report(cases, fits, options, seconds=time.monotonic() - began, load=(before, os.getloadavg()[0]))
     print(f"\n{text}")
+    most_disturbed = max(*disturbed, *(max(case.disturbed) for case in cases))
+    if options.publish and most_disturbed > QUIET_OTHERS and not options.force:
+        print(f"not published: others took {most_disturbed:.0%} of the cores' time meanwhile; --force publishes it", file=sys.stderr)
+        return 2
     if options.publish:
         (Path(__file__).parent / "results" / "predict.md").write_text(text)
     return 0
