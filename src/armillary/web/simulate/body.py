@@ -33,6 +33,7 @@ class Simulation(Body):
     cluster: str | None = None
     tensor_parallel: int | None = Degree
     pipeline_parallel: int | None = Degree
+    pipeline_batches: int | None = Degree
     replicas: int | None = Engines
     router: str | None = Word
     tail: str | None = Word

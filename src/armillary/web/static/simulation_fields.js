@@ -51,6 +51,7 @@ const MORE = [
     { name: "hedge_budget", label: "Budget", kind: "number", placeholder: "0.05", title: "Share of prompt tokens that hedging may compute twice" },
   ]],
   ["What an iteration costs", [
+    { name: "pipeline_batches", label: "Pipeline batches", kind: "whole", min: 1, placeholder: "as stages", title: "In flight over the pipeline's stages; one batch can be watched" },
     { name: "profile", label: "Measured operations", kind: "choice", options: ["a100", "h100"], placeholder: "roofline", title: "Llama-2 7B and 70B as the Vidur project measured them" },
     { name: "host_us", label: "Host, µs an iteration", kind: "number", placeholder: "0" },
     { name: "async_scheduling", label: "Schedules ahead", kind: "choice", options: ["on", "off"], placeholder: "off" },

@@ -55,6 +55,10 @@ export class Virtual {
         this.id = this.begun = null;
         if (again || error.status !== 404 || rest.startsWith("/requests")) {
           this.pause();
+          if (!rest.startsWith("/requests")) {
+            $("engine-none").textContent = error.message;
+            $("engine").classList.add("empty");
+          }
           throw error;
         }
       }
