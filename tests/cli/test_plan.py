@@ -63,7 +63,7 @@ def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
         (["--slo", "ttft=1s", "--rate", "2", "--policies", "luck"], "luck"),
         (["--slo", "ttft=1s", "--rate", "2", "--router", "luck"], "no routing policy"),
         (["--slo", "ttft=1s", "--rate", "2", "--speculate", "ngram"], "give --acceptance"),
-        (["--slo", "ttft=1s", "--rate", "2", "--speculate", "ngram", "--acceptance", "2"], "shares from 0 to 1"),
+        (["--slo", "ttft=1s", "--rate", "2", "--speculate", "ngram", "--acceptance", "2"], "a share such as 0.7"),
         (["--slo", "ttft=1s", "--rate", "2", "--output", "/nowhere/plan.toml"], "does not exist"),
     ],
 )
