@@ -55,10 +55,10 @@ def phases(moments):
 def pairs(phases):
     """Every pair that a node holds, with what it sustains."""
     found = []
-    for (prefill, _), (decode, _) in itertools.product(*phases):
+    for (prefill, first), (decode, second) in itertools.product(*phases):
         link = transfer_link(prefill.deployment.cluster, prefill.deployment, decode.deployment, near=True)
-        one = joined(prefill, decode, link, paired=True)
-        found.append((one, capacity(one, DEMAND, OBJECTIVE, tolerance=TOLERANCE).rate))
+        one, bound = joined(prefill, decode, link, paired=True), min(first, second)
+        found.append((one, capacity(one, DEMAND, OBJECTIVE, tolerance=TOLERANCE, enough=bound / 2.5, most=1.6 * bound).rate))
     return found
 
 

@@ -70,7 +70,7 @@ def test_a_leap_of_lanes_is_many_steps(pipeline):
     config = CONFIG.model_copy(update={"kv_blocks": 2400, "max_running": 12})
     found = []
     for fast in (True, False):
-        run = replace(scenario(pipeline, replicas=2), config=config, fast_forward=fast).run(workload(80, 6))
+        run = replace(scenario(pipeline, replicas=2), config=config, fast_forward=fast).run(workload(50, 6))
         order = np.lexsort((run.result.prompt, run.result.arrival))
         found.append([getattr(run.result, name)[order].tolist() for name in (*COLUMNS, "preemptions")])
         found[-1] += [run.stats.iterations, run.busy, np.sort(run.result.gap_counts).sum()]
