@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -15,9 +16,11 @@ from http_world import World
 from armillary.cli.main import run
 from armillary.cli.settings import EngineFlags
 from armillary.cli.simulate import Hardware, Workload
+from armillary.serve.http.errors import APIError
 from armillary.serve.http.server import Server
 from armillary.serve.operations.keys import KeyRing
 from armillary.web.app import create_app, create_simulation_app
+from armillary.web.simulate import watches
 from armillary.web.simulate.body import CapacityBody, ServeBody, Simulation, TraceBody, WatchBody
 from armillary.web.simulate.choices import choices
 
@@ -140,6 +143,35 @@ def test_a_watched_engine_is_asked_as_the_served_one(tmp_path):
         assert world.http.get(watch, params={"at": at}, headers=alice).status_code == 404
     finally:
         world.close()
+
+
+def test_processes_that_are_being_started_count(monkeypatch):
+    class Starting:
+        started = 0
+
+        @classmethod
+        async def start(cls, arguments):
+            cls.started += 1
+            return cls()
+
+        async def heard(self):
+            await asyncio.sleep(0)
+            raise APIError(400, "it cannot be simulated")
+
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(watches, "Simulator", Starting)
+
+    async def together(most):
+        mine = watches.Watches(most)
+        return await asyncio.gather(*(mine.begin([], "armillary simulate watch") for _ in range(8)), return_exceptions=True)
+
+    for most in (1, 4):
+        Starting.started = 0
+        statuses = [error.status for error in asyncio.run(together(most))]
+        assert Starting.started == min(most, watches.OF_A_KEY)
+        assert sorted(statuses) == [400] * Starting.started + [429] * (8 - Starting.started)
 
 
 def test_simulations_can_be_switched_off(tmp_path):

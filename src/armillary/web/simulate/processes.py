@@ -129,10 +129,11 @@ class Simulator:
 
 
 @contextlib.asynccontextmanager
-async def within(seconds: float, command: str) -> AsyncIterator[None]:
-    """A bound on the time. Raises APIError naming what does the same without it."""
+async def within(seconds: float, command: str, until: float | None = None) -> AsyncIterator[None]:
+    """A bound on the time, counted from here or, where it was begun before, to `until` of the loop's clock. Raises APIError naming what does
+    the same without it."""
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) if until is None else asyncio.timeout_at(until):
             yield
     except TimeoutError:
         message = f"the simulation took over {seconds:g} s, this server's bound: ask for less, or run it in a terminal: {command}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -87,7 +88,7 @@ def router(most: int, models: Mapping[str, Path] | None = None) -> APIRouter:
     async def capacity(request: Request) -> Response:
         """Server-sent events: a `probe` for every rate as it has been tried, then the `capacity`, then `[DONE]`."""
         body = await read_body(request, CapacityBody, BODY_BYTES)
-        command = body.command("capacity")
+        command, until = body.command("capacity"), asyncio.get_running_loop().time() + SECONDS
         async with AsyncExitStack() as stack:
             stack.enter_context(slots.taken())
             simulator = await stack.enter_async_context(await Simulator.start([*command_line("capacity", body), "--json"]))
@@ -95,7 +96,7 @@ def router(most: int, models: Mapping[str, Path] | None = None) -> APIRouter:
             first = await while_connected(request.receive, _bounded(command, lines.__anext__))
             kept = stack.pop_all()
 
-        return LineStream(lines, first | {"command": command}, kept)
+        return LineStream(lines, first | {"command": command}, kept, until)
 
     @routes.post("/simulate/watch", openapi_extra=documented(WatchBody))
     async def watch(request: Request) -> dict[str, Any]:
@@ -127,14 +128,15 @@ def router(most: int, models: Mapping[str, Path] | None = None) -> APIRouter:
 
 
 class LineStream(Response):
-    """What a simulation says as server-sent events; what is `kept` for it goes when it ends or the client does."""
+    """What a simulation says as server-sent events; what is `kept` for it goes when it ends or the client does, or at
+    `until`, s of the loop's clock."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncIterator[dict[str, Any]], first: dict[str, Any], kept: AsyncExitStack) -> None:
+    def __init__(self, lines: AsyncIterator[dict[str, Any]], first: dict[str, Any], kept: AsyncExitStack, until: float) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._lines, self._first, self._kept = lines, first, kept
+        self._lines, self._first, self._kept, self._until = lines, first, kept, until
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._kept:
@@ -142,7 +144,7 @@ class LineStream(Response):
             await send({"type": "http.response.body", "body": frame(self._first), "more_body": True})
             last = DONE
             try:
-                async with within(SECONDS, self._first["command"]):
+                async with within(SECONDS, self._first["command"], self._until):
                     while True:
                         line = await while_connected(receive, anext(self._lines))
                         await send({"type": "http.response.body", "body": frame(line), "more_body": True})

@@ -59,22 +59,32 @@ class Watches:
     def __init__(self, most: int) -> None:
         self._most = most
         self._watches: dict[str, tuple[Watch, asyncio.Task[None]]] = {}
+        self._beginning: list[str] = []  # whose processes are being started
 
     async def begin(self, arguments: list[str], command: str) -> Watch:
         """Raises APIError 429 where others watch already, 400 for what cannot be simulated."""
-        mine = [watch for watch, _ in self._watches.values() if watch.owner == owner()]
+        key = owner()
+        mine = [watch for watch, _ in self._watches.values() if watch.owner == key]
         for watch in mine[: max(0, len(mine) + 1 - OF_A_KEY)]:
-            await self.end(watch.id)
-        if len(self._watches) >= self._most:
-            raise busy(f"{len(self._watches)} simulations are watched on this server, its bound: try again later")
-        simulator = await Simulator.start(arguments)
+            with contextlib.suppress(NotFoundError):  # another request has ended it meanwhile
+                await self.end(watch.id)
+        if self._beginning.count(key) >= OF_A_KEY:
+            raise busy("simulations of yours are being started: wait until they can be watched")
+        taken = len(self._watches) + len(self._beginning)
+        if taken >= self._most:
+            raise busy(f"{taken} simulations are watched on this server, its bound: try again later")
+        self._beginning.append(key)
         try:
-            async with within(ANSWER_SECONDS, command):
-                await simulator.heard()  # that it is ready
-        except BaseException:
-            await simulator.close()
-            raise
-        watch = Watch(simulator, command)
+            simulator = await Simulator.start(arguments)
+            try:
+                async with within(ANSWER_SECONDS, command):
+                    await simulator.heard()  # that it is ready
+            except BaseException:
+                await simulator.close()
+                raise
+            watch = Watch(simulator, command)
+        finally:
+            self._beginning.remove(key)
         task = asyncio.create_task(watch.guard())
         self._watches[watch.id] = (watch, task)
         task.add_done_callback(lambda _: self._watches.pop(watch.id, None))
