@@ -51,6 +51,7 @@ def tell(file: Plan, found: Found, demand: Demand) -> None:
     from armillary.cli.terminal import table
     from armillary.plan.arithmetic import arithmetic
     from armillary.plan.candidates import REASONS
+    from armillary.plan.objective import parse
 
     def dollars(value: float | None) -> str:
         return "-" if value is None else f"{value:,.2f}"
@@ -58,9 +59,10 @@ def tell(file: Plan, found: Found, demand: Demand) -> None:
     def ms(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g} ms"
 
+    high = parse(file.workload.slo).percentile
     rows = [_option(one, found) for one in found.options]
     table(
-        ("candidate", "req/s a replica", "a device", "TTFT p", "TPOT p", "replicas", "$/hour", "$/M tokens"),
+        ("candidate", "req/s a replica", "a device", f"TTFT {high}", f"TPOT {high}", "replicas", "$/hour", "$/M tokens"),
         [
             (
                 row["name"], f"{row['capacity']:.3g}", f"{row['capacity_per_device']:.3g}", ms(row["ttft_ms_p"]), ms(row["tpot_ms_p"]),
@@ -85,8 +87,8 @@ def tell(file: Plan, found: Found, demand: Demand) -> None:
     print(
         f"\nplan: {_engines(file)}{money}: of {seen.requests:,} requests of "
         f"{demand.lengths.name} at {file.workload.rate:.4g} a second {seen.attainment:.1%} keep {file.workload.slo}; "
-        f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms p; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms "
-        f"(p: the objective's share){_faster(file, demand)}\ndurations: {file.provenance.cost_model}"
+        f"TTFT {seen.ttft_ms_p50:.0f} ms median, {seen.ttft_ms_p:.0f} ms {high}; TPOT {seen.tpot_ms_p50:.1f} ms, {seen.tpot_ms_p:.1f} ms"
+        f"{_faster(file, demand)}\ndurations: {file.provenance.cost_model}"
     )
     if hardware.rented > 1 and hardware.dollars_per_hour is not None:
         print(f"{hardware.cluster} is rented whole, {hardware.rented} devices at a time; name its device to rent devices one by one")

@@ -46,6 +46,11 @@ class Objective:
         """The longest that a request may wait for its first token; 0 where nothing bounds it."""
         return min((bound for bound in (self.first_token, self.wait) if bound is not None), default=0)
 
+    @property
+    def percentile(self) -> str:
+        """That of a measure by itself which the share of requests asks for: p90."""
+        return f"p{100 * self.attainment:g}"
+
     def met(self, result: Result) -> float:
         """The share of requests that keep every bound."""
         return result.attainment(self.first_token, self.per_token, self.wait)
