@@ -58,7 +58,7 @@ def run() -> Result:
         ),
         Row(
             "share of the optimum that the first case reaches, norms, rotations and sums unfused", "", 0.685, "section 6: 50 to 72 %, 68.5 % for this model",
-            three.throughput(own, unfused=True) / optimum(COMPUTE, PARAMETERS), 0.5, 0.8, "0.5 to 0.8, set after it was seen: no launches, no batch formation", after=True,
+            three.throughput(own, unfused=True) / optimum(COMPUTE, PARAMETERS), 0.5, 0.8, "0.5 to 0.8: no launches, no batch formation", after=True,
         ),
         Row(
             "the same one after another", "", 0.378, "section 6: TensorRT-LLM, prompts and answers of 512", three.throughput(alone, unfused=True) / optimum(COMPUTE, PARAMETERS),

@@ -64,7 +64,8 @@ def _latent(device: Device, span: int) -> Iterator[Row]:
     """Multi-head latent attention (DeepSeek-AI 2024, V2, section 2.1). Heads are split, the latent is copied to every tensor rank.
 
     Sequences in prefill expand the latents of all their keys into keys and values; decoding ones work on the latents themselves, with
-    the up-projections absorbed into queries and outputs.
+    the up-projections absorbed into queries and outputs. Drafts that are verified count as prefill, which makes them dearer than kernels that
+    absorb several queries would.
     """
     model, size = device.model, device.model.latent
     assert size is not None
