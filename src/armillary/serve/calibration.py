@@ -38,6 +38,7 @@ MOST: Final = 16_384  # tokens of the KV pool that plans are laid in
 ROUNDS: Final = 2  # at least, of which each plan has the median
 SERVICE: Final = 0.6  # share of the time in which requests are served as they come
 SPELLS: Final = 24  # of that, each with a load of its own
+ALIKE: Final = 12  # iterations of requests as they come with one budget of tokens
 
 Row = dict[str, float | str]
 Progress = Callable[[str, float], None]
@@ -275,8 +276,8 @@ def _service(engine: Engine, vocabulary: int, seconds: float, generator: random.
     """Requests that come at random, as they do in service: whole iterations, with what the host does between them.
 
     Now one is there in a while and the threads sleep, now many wait: gaps between arrivals follow from how many shall be there and how long they
-    stay (Little's law). Each iteration has one of several budgets of tokens, so that pieces of prompts and decodes meet in all proportions, and
-    no shape has a time of its own in which the machine may have been slower.
+    stay (Little's law). A few iterations at a time have one of several budgets of tokens, so that pieces of prompts and decodes meet in all
+    proportions, follow others like them as they do in service, and no shape has a time of its own in which the machine may have been slower.
     """
     noting = _Noting(engine.executor)  # type: ignore[arg-type]
     limits, engine.executor = engine.limits, noting
@@ -306,7 +307,8 @@ def _service(engine: Engine, vocabulary: int, seconds: float, generator: random.
             if not there:
                 time.sleep(min(next_at - now, S) / S)
                 continue
-            engine.limits = replace(limits, max_batch_tokens=generator.choice(budgets))
+            if len(samples) % ALIKE == 0:
+                engine.limits = replace(limits, max_batch_tokens=generator.choice(budgets))
             start = time.perf_counter_ns()
             engine.step()
             took = time.perf_counter_ns() - start
