@@ -15,7 +15,8 @@ from http_world import World
 
 from armillary.cli.main import run
 from armillary.cli.settings import EngineFlags
-from armillary.cli.simulate import Hardware, Workload
+from armillary.cli.simulate_scenario import Hardware
+from armillary.cli.workload import Workload
 from armillary.serve.http.errors import APIError
 from armillary.serve.http.server import Server
 from armillary.serve.operations.keys import KeyRing

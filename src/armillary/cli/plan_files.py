@@ -1,4 +1,4 @@
-"""What the planners' verbs share: files that are asked for are checked before anything is computed, and named when they are written."""
+"""What planners and `simulate serve` share: files that are asked for are checked before anything is computed, and named when they are written."""
 
 from __future__ import annotations
 

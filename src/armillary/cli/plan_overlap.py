@@ -77,14 +77,13 @@ def overlap(
 
 
 def _lengths(text: str) -> tuple[int, int]:
-    import re
-
     from armillary.core.errors import InputError
+    from armillary.serve.workload.lengths import alike
 
-    match = re.fullmatch("([0-9]{1,7})\\+([0-9]{1,7})", text)
-    if match is None:
+    both = alike(text)
+    if both is None:
         raise InputError(f"lengths is {text[:40]!r}", "write PROMPT+ANSWER, such as 512+512", field="lengths")
-    return int(match[1]), int(match[2])
+    return both
 
 
 def gantt(schedule: Schedule, width: int = _WIDTH) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Lengths, Variation
-from armillary.cli.simulate import Hardware, simulated_of
+from armillary.cli.simulate_scenario import Hardware, simulated_of
 from armillary.cli.workload import Workload
 
 if TYPE_CHECKING:

@@ -71,8 +71,14 @@ def fitted(name: str, prompts: NDArray[np.int64], answers: NDArray[np.int64], so
 
 def named(text: str) -> Lengths:
     """By published name, or `PROMPT+ANSWER` tokens for all alike. Raises NotFoundError or InputError."""
+    both = alike(text)
+    return fixed(*both) if both is not None else published(text.strip())
+
+
+def alike(text: str) -> tuple[int, int] | None:
+    """(prompt, answer) where it says `PROMPT+ANSWER`."""
     both = re.fullmatch(r"([0-9]{1,7})\+([0-9]{1,7})", text.strip())
-    return fixed(int(both[1]), int(both[2])) if both else published(text.strip())
+    return (int(both[1]), int(both[2])) if both is not None else None
 
 
 def names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from armillary.serve.http.body import Body
+from armillary.serve.workload.lengths import alike
 
 MOST_REQUESTS: Final = 20_000
 MOST_ENGINES: Final = 256
@@ -117,8 +118,7 @@ class Timed(Simulation):
 
     @model_validator(mode="after")
     def _is_bounded(self) -> Timed:
-        alike = re.fullmatch(r"\s*([0-9]{1,7})\+([0-9]{1,7})\s*", self.lengths or "")
-        tokens = (self.requests or 1000) * max(int(alike[1]), int(alike[2])) if alike else 0
+        tokens = (self.requests or 1000) * max(alike(self.lengths or "") or (0, 0))
         if tokens > MOST_TOKENS:
             raise ValueError(f"{tokens:,} tokens are over this server's {MOST_TOKENS:,}: ask for fewer requests, or shorter ones")
         return self
