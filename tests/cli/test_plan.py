@@ -135,6 +135,11 @@ def test_a_model_that_fits_nowhere(capsys):
     assert "at least" in said
 
 
+def test_what_does_not_fit_is_told_where_more_stages_are_not_to_be_had(capsys):
+    assert run(["plan", "serve", "falcon-180b", "--slo", "ttft=1s", "--rate", "2", "--cluster", "2xa100", "--tp", "1"]) == MISUSED
+    assert "GB more than" in capsys.readouterr().err
+
+
 def test_a_plan_for_this_machine_takes_what_was_measured_of_it(capsys, tiny_model, measured_profile):
     small = [
         "--tp",

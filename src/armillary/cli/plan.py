@@ -12,6 +12,8 @@ from cyclopts import App, Group, Parameter
 from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Json, Lengths, Variation, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from armillary.models.config import ModelConfig
     from armillary.plan.candidates import Candidate, Pruned, Space
     from armillary.plan.demand import Demand
@@ -125,7 +127,7 @@ def serve(
     from armillary.cli.plan_told import facts, tell
     from armillary.cli.terminal import print_json
     from armillary.models.graph.find import find
-    from armillary.plan.candidates import Pruned, candidates
+    from armillary.plan.candidates import candidates, in_fewest_stages
     from armillary.plan.choice import choose
     from armillary.plan.choice import find as options
     from armillary.plan.file import chosen
@@ -141,13 +143,12 @@ def serve(
     objective, (asked, rate) = parse(slo), _asked(demand, rate, settled.value.engine.seed)
     routing.get(router)
     acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
-    architecture, stages = find(model), (1, 2, 4, 8) if space.pipeline_parallel is None else tried.pipeline[:1]
-    every: list[Candidate | Pruned] = []
-    for fewest in stages:
-        tried = tried if space.pipeline_parallel is not None else dataclasses.replace(tried, pipeline=(fewest,))
-        every = list(candidates(architecture, tried, settled.value.engine, host_us * 1e3, here, acceptance=acceptance))
-        if not all(isinstance(one, Pruned) for one in every):
-            break
+    architecture = find(model)
+
+    def of(some: Space) -> Iterator[Candidate | Pruned]:
+        return candidates(architecture, some, settled.value.engine, host_us * 1e3, here, acceptance=acceptance)
+
+    every, size = (of(tried), tried.size) if space.pipeline_parallel is not None else in_fewest_stages(of, tried)
     with _progress() as told:
         found = options(
             every,
@@ -161,7 +162,7 @@ def serve(
             told=told,
         )
         best, found = choose(found, asked, objective, rate, router)
-    file = chosen(model, best, found, asked, objective, rate, router, tried.size)
+    file = chosen(model, best, found, asked, objective, rate, router, size)
     if output is not None:
         file.save(output)
     if html is not None:

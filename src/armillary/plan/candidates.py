@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,7 @@ from armillary.sim.costs.overlapped import priced
 
 MOST: Final = 4096
 """Candidates of one search."""
+_STAGES: Final = (1, 2, 4, 8)
 REASONS: Final = {
     "layout": "cannot be laid out so",
     "memory": "does not fit",
@@ -188,6 +189,20 @@ def candidates(
             if machine is not None and here is not None:
                 config = as_measured(config, here, measured, deployment.kv_memory)
             yield Candidate(text, spelling, Scenario(deployment, config, cost=cost, acceptance=acceptance), rent(base))
+
+
+def in_fewest_stages(tried: Callable[[Space], Iterable[Candidate | Pruned]], space: Space) -> tuple[list[Candidate | Pruned], int]:
+    """What is `tried` of `space` with the fewest pipeline stages, 1 to 8, with which anything is possible, behind what was not with fewer; and
+    how many combinations these are."""
+    found: list[Candidate | Pruned] = []
+    size = 0
+    for stages in _STAGES:
+        some = replace(space, pipeline=(stages,))
+        found += tried(some)
+        size += some.size
+        if any(isinstance(one, Candidate) for one in found):
+            break
+    return found, size
 
 
 def _measured(path: Path, parts: int, here: ModelConfig, engine: EngineConfig) -> Fitted | None:
