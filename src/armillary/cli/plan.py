@@ -134,19 +134,21 @@ def serve(
     from armillary.plan.objective import parse
     from armillary.serve.policies import routing
     from armillary.serve.simulation.acceptance import parse as parse_acceptance
+    from armillary.sim.costs.overlapped import host_ns
 
     checked_folder(output, html)
     here, formats = _here(model, space.cluster)
     own = {"engine.max_queue": 1_000_000} | ({} if formats else {"engine.kv_dtype": "fp16"})
     settled = settle(model, engine, file=config, defaults=own)
     tried = _space(space, settled.value.engine, settled.provenance, formats)
+    host = host_ns(host_us)
     objective, (asked, rate) = parse(slo), _asked(demand, rate, settled.value.engine.seed)
     routing.get(router)
     acceptance = parse_acceptance(demand.acceptance) if demand.acceptance is not None else None
     architecture = find(model)
 
     def of(some: Space) -> Iterator[Candidate | Pruned]:
-        return candidates(architecture, some, settled.value.engine, host_us * 1e3, here, acceptance=acceptance)
+        return candidates(architecture, some, settled.value.engine, host, here, acceptance=acceptance)
 
     every, size = (of(tried), tried.size) if space.pipeline_parallel is not None else in_fewest_stages(of, tried)
     with _progress() as told:

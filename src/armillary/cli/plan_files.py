@@ -6,12 +6,14 @@ from pathlib import Path
 
 
 def checked_folder(*paths: Path | None) -> None:
-    """Raises InputError for a path whose folder does not exist."""
+    """Raises InputError for a path whose folder does not exist, or that is a folder itself."""
     from armillary.core.errors import InputError
 
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"the folder {path.absolute().parent} does not exist", "make it, or choose another path")
+        if path is not None and path.is_dir():
+            raise InputError(f"{path} is a folder", "name a file in it")
 
 
 def printed(*paths: Path | None) -> None:

@@ -100,8 +100,18 @@ def simulated_of(
     model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool = True
 ) -> Scenario | Phases:
     """Everything that is asked for, checked before anything runs."""
+    from armillary.core.errors import InputError
+
+    apart = hardware.prefill_workers or hardware.decode_workers
+    for name in ("decode_tensor_parallel", "decode_pipeline_parallel", "kv_link"):
+        if not apart and getattr(hardware, name) is not None:
+            raise InputError(
+                f"{name} is of decode workers, and none are asked for",
+                "give --prefill-workers and --decode-workers, or leave it out",
+                field=name,
+            )
     scenario = _with_tail(_scenario(model, hardware, workload, engine, config, fast=fast), hardware, workload)
-    return _phases(hardware, scenario) if hardware.prefill_workers or hardware.decode_workers else scenario
+    return _phases(hardware, scenario) if apart else scenario
 
 
 def _scenario(model: str, hardware: Hardware, workload: Workload, engine: EngineFlags, config: Path | None, *, fast: bool) -> Scenario:
@@ -136,8 +146,9 @@ def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, 
     """Replicas of a deployment, with the cost model that is asked for."""
     from armillary.serve.simulation.drafts import draft_of
     from armillary.serve.simulation.kept import attending
+    from armillary.serve.simulation.memory import pool
     from armillary.serve.simulation.scenario import Scenario
-    from armillary.sim.costs.overlapped import priced
+    from armillary.sim.costs.overlapped import host_ns, priced
 
     deployment = attending(deployment, settled)
     making: Callable[..., CostModel]
@@ -152,7 +163,9 @@ def _engines(deployment: Deployment, settled: EngineConfig, hardware: Hardware, 
             draft_cost = profiled(draft, measured)
     else:
         making = deployment.roofline
-    cost = priced(making, hardware.host_us * 1e3, ahead=settled.async_scheduling == "on")
+    cost = priced(making, host_ns(hardware.host_us), ahead=settled.async_scheduling == "on")
+    if settled.kv_blocks is not None:
+        pool(deployment, settled, draft_of(deployment, settled))  # no more than there is room for
     return Scenario(
         deployment, settled, hardware.replicas, hardware.router, cost, fast, acceptance=acceptance, draft_cost=draft_cost,
         pipeline_batches=hardware.pipeline_batches,

@@ -24,7 +24,7 @@ from armillary.serve.simulation.acceptance import Acceptance
 from armillary.serve.simulation.drafts import draft_of
 from armillary.serve.simulation.kept import attending
 from armillary.serve.simulation.measured import as_measured
-from armillary.serve.simulation.memory import kv_blocks
+from armillary.serve.simulation.memory import pool
 from armillary.serve.simulation.scenario import Scenario
 from armillary.sim.costs import CostModel, Fitted
 from armillary.sim.costs.overlapped import priced
@@ -160,7 +160,7 @@ def candidates(
         precision = Precision.of(weights, engine.kv_dtype)
         try:
             deployment = attending(Deployment(model, place, layout, precision), engine)
-            blocks = kv_blocks(deployment, engine, draft_of(deployment, engine))
+            blocks = pool(deployment, engine, draft_of(deployment, engine))
             if blocks < stages:
                 raise CapacityError(
                     f"beside its weights {blocks} KV blocks fit, less than one for each of {stages} batches in flight", "use more devices"

@@ -100,7 +100,7 @@ def test_what_exceeds_the_context_is_refused_or_cut_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no column 'arrived_at'"),
+        ("", "is empty"),
         ("arrived_at,num_prefill_tokens\n1,2\n", "no column 'num_decode_tokens'"),
         ("TIMESTAMP,ContextTokens\n1,2\n", "no column 'GeneratedTokens'"),
         (VIDUR, "no requests"),

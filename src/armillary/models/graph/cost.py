@@ -48,7 +48,7 @@ class Deployment:
             raise CapacityError(
                 f"{self.model.name} in {self.precision.weights} over {self.layout.devices} devices takes {format_bytes(self.weight_bytes)} of "
                 f"each, {format_bytes(-self.kv_memory)} more than the {format_bytes(self.usable)} that a {self.device.name} has for it",
-                f"spread it over at least {self.least_devices} such devices, use a smaller format (--weights int8), or a larger device",
+                f"spread it over at least {self.least_devices} such devices, use a smaller format (int8, int4), or a larger device",
                 field="layout",
             )
 

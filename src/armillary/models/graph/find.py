@@ -59,7 +59,7 @@ def unknown(name: str) -> NotFoundError:
     """The error for what is no model: the closest names."""
     names = [*published(), *hub.aliases()]
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`armillary models published` lists those without weights"
+    hint = f"did you mean {' or '.join(close)}?" if close else "`armillary models published` lists those without weights."
     return NotFoundError(f"there is no model {name[:200]!r}", f"{hint} A path to a config.json works too", field="model")
 
 

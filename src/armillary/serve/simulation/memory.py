@@ -41,3 +41,32 @@ def kv_blocks(deployment: Deployment, config: EngineConfig, draft: Deployment | 
             field="layout",
         )
     return blocks
+
+
+def pool(deployment: Deployment, config: EngineConfig, draft: Deployment | None = None, reserved: int = 0) -> int:
+    """Blocks of a replica's KV pool: as many as are asked for, or as `kv_memory` of all its devices together holds; else all that fit.
+
+    Raises CapacityError for more than fit, and for memory that not even one fits in.
+    """
+    room, asked = kv_blocks(deployment, config, draft, reserved), config.kv_blocks
+    if asked is None and config.kv_memory is not None:
+        more = beside_bytes(deployment, config)
+        devices = [work.kv_bytes_per_token + more * len(work.layout.layers(work.model.num_layers, work.stage)) for work in deployment.works]
+        devices += [work.kv_bytes_per_token for work in draft.works] if draft is not None else []
+        block = sum(devices) * deployment.layout.tensor_parallel * config.block_size
+        asked = config.kv_memory // block
+        if not asked:
+            raise CapacityError(
+                f"kv_memory {format_bytes(config.kv_memory)} is less than one KV block of {config.block_size} tokens, {format_bytes(block)}",
+                "give more, or leave it out for all that the devices have",
+                field="kv_memory",
+            )
+    if asked is None:
+        return room
+    if asked > room:
+        raise CapacityError(
+            f"a KV pool of {asked:,} blocks of {config.block_size} tokens is asked for, and beside the weights {room:,} fit",
+            "give fewer, leave it out for all that fit, or use more devices",
+            field="kv_blocks" if config.kv_blocks is not None else "kv_memory",
+        )
+    return asked

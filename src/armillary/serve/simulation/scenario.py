@@ -24,7 +24,7 @@ from armillary.serve.simulation.cluster import Cluster
 from armillary.serve.simulation.drafts import Drafting, draft_of
 from armillary.serve.simulation.engine import VirtualEngine
 from armillary.serve.simulation.kept import attending, kept
-from armillary.serve.simulation.memory import kv_blocks
+from armillary.serve.simulation.memory import pool
 from armillary.serve.simulation.pipeline import Lane, Pipeline, busy
 from armillary.serve.simulation.recorder import Recorder, Result
 from armillary.serve.simulation.tail import Answers, Kind, SecondCopies, TailStats
@@ -185,7 +185,7 @@ class Scenario:
 
     def _kv_blocks(self) -> int:
         reserved = self.adapters.held(self.deployment) if self.adapters is not None else 0
-        return kv_blocks(self.deployment, self.config, self.draft, reserved)
+        return pool(self.deployment, self.config, self.draft, reserved)
 
     @property
     def priced(self) -> CostModel:

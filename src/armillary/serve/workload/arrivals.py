@@ -11,6 +11,7 @@ from armillary.core.errors import InputError
 from armillary.core.units import S
 
 _BATCH = 4096  # gaps drawn at once
+_END = 1 << 62  # ns, 146 years: times are 64 bits wide
 
 
 def steady(rate: float) -> Iterator[int]:
@@ -37,6 +38,8 @@ def bursty(rate: float, variation: float, seed: int = 0) -> Iterator[int]:
     while True:
         for gap in generator.gamma(shape, mean / shape, _BATCH).tolist():
             now += gap
+            if now >= _END:
+                raise InputError(f"at {rate:g} requests a second the next comes in over a century", "give a higher rate", field="rate")
             yield round(now)
 
 

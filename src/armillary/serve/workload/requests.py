@@ -104,7 +104,14 @@ def in_order(requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:
 
 
 def arrivals(times: Iterable[int], lengths: Lengths, count: int, seed: int = 0, limit: int | None = None) -> Iterator[Arrival]:
-    """`count` of them."""
+    """`count` of them. Raises InputError where even the shortest are over `limit`."""
+    prompt, answer = lengths.prompt[0], lengths.answer[0]
+    if limit is not None and prompt + answer > limit:
+        raise InputError(
+            f"prompts of {prompt:,.0f} and answers of {answer:,.0f} tokens are more than the context of {limit:,}",
+            "give shorter ones, or a model with a longer context",
+            field="lengths",
+        )
     pairs = lengths.draw(seed, limit)
     return (Arrival(at, prompt, answer) for at, (prompt, answer) in zip(islice(times, count), pairs, strict=False))
 

@@ -36,7 +36,7 @@ _FORMATS: Final[tuple[tuple[str, str, str, Callable[[str], int], bool], ...]] = 
 
 def read_csv(path: str | Path) -> Iterator[tuple[str, Arrival]]:
     """(where, request) of each line. Raises FormatError naming line and column."""
-    with open(path, newline="", encoding="utf-8", errors="strict") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="strict") as file:
         rows = csv.DictReader(file)
         names = set(rows.fieldnames or ())
         best = max(_FORMATS, key=lambda columns: len(names & set(columns[:3])))

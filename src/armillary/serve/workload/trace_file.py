@@ -74,12 +74,14 @@ class Recorded:
     def _rows(self) -> Iterator[tuple[str, Arrival]]:
         """(where in the file, request)"""
         try:
-            with open(self.path, encoding="utf-8", errors="strict") as file:
+            with open(self.path, encoding="utf-8-sig", errors="strict") as file:
                 first = file.readline(_FIRST_LINE)
         except OSError as error:
             raise NotFoundError(f"cannot read the trace {self.path} ({error.strerror})", "check the path") from error
         except UnicodeDecodeError:
             raise FormatError(f"{self.path} is no text", "give a CSV file, JSON lines, or a trace that Armillary saved") from None
+        if not first:
+            raise FormatError(f"{self.path} is empty", "a trace has a line for each request, or is of an engine that answered some")
         if not first.lstrip().startswith(("{", "[")):
             return read_csv(self.path)
         try:

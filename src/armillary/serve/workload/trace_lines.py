@@ -75,7 +75,7 @@ def _arrival(path: str | Path, where: str, line: dict[str, Any]) -> int:
 
 
 def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, encoding="utf-8", errors="strict") as file:
+    with open(path, encoding="utf-8-sig", errors="strict") as file:
         number = 0
         try:
             while text := file.readline(_LONGEST):

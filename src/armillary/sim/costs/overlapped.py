@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from armillary.core.errors import InputError
 from armillary.sim.batch import Batch
 from armillary.sim.costs.fitted import Host
 from armillary.sim.costs.model import CostModel, whole_one
@@ -43,3 +45,10 @@ class Overlapped:
 def priced(cost: Callable[..., CostModel], host: float, *, ahead: bool) -> CostModel:
     """The model that `cost(host=...)` makes, with `host` ns an iteration: after the device's time, or beside it where schedules are made `ahead`."""
     return Overlapped(cost(host=0.0), Host(host)) if ahead else cost(host=host)
+
+
+def host_ns(us: float) -> float:
+    """ns of so many microseconds an iteration. Raises InputError for what is no duration, or over a second."""
+    if not (math.isfinite(us) and 0 <= us <= 1e6):
+        raise InputError(f"a host that takes {us:g} microseconds an iteration", "give 0 to 1,000,000", field="host_us")
+    return us * 1e3
