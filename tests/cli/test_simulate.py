@@ -31,6 +31,21 @@ def test_conversations_and_what_the_prefix_cache_had_of_them(capsys):
     assert "of the prompts' tokens were in the prefix cache" in told
 
 
+def test_stages_find_what_their_own_lanes_have_cached(capsys):
+    """A turn goes to the lane that computed the turns before it, also where the router has nobody else to send it to."""
+    plain = ["simulate", "serve", "llama-2-7b", "--sessions", "10", "--turns", "5..5", "--rate", "1", "--json"]
+    rates = []
+    for more in (["--cluster", "a100"], ["--cluster", "a100x4", "--pp", "4"]):
+        assert run([*plain, *more]) == 0
+        rates.append(json.loads(capsys.readouterr().out)["prefix_hit_rate"])
+    assert rates[1] == pytest.approx(rates[0], abs=0.02)
+
+
+def test_a_packaged_profile_names_its_device(capsys):
+    assert run(["simulate", "serve", "llama-2-7b", "--profile", "a100", "--requests", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "a100-80g-sxm"
+
+
 def test_a_trace_of_ours_on_other_hardware(capsys, tmp_path):
     """What was served in virtual time here is served there: the same requests by name, and what they share."""
     path, other = str(tmp_path / "real.json"), str(tmp_path / "virtual.json")

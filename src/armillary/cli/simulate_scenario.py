@@ -34,7 +34,7 @@ class Hardware:
         Parameter(
             group=_HARDWARE,
             show_default=False,
-            help="Devices, such as h100 (the default), 8xh100 or dgx-a100:4 (armillary cluster lists them).",
+            help="Devices, such as h100 (the default; else those of --profile), 8xh100 or dgx-a100:4 (armillary cluster lists them).",
         ),
     ] = None
     tensor_parallel: Annotated[
@@ -122,6 +122,7 @@ def _scenario(model: str, hardware: Hardware, workload: Workload, engine: Engine
     from armillary.models.graph.layout import Layout
     from armillary.models.graph.precision import Precision
     from armillary.serve.simulation.acceptance import parse
+    from armillary.sim.costs.profile import PACKAGED
 
     if hardware.profile is not None and hardware.profile.endswith(".json"):
         return _measured_scenario(model, hardware, engine, config, workload.acceptance, fast=fast)
@@ -137,7 +138,7 @@ def _scenario(model: str, hardware: Hardware, workload: Workload, engine: Engine
     settled = given.value.engine
     layout = Layout(tensor_parallel=hardware.tensor_parallel, pipeline_parallel=hardware.pipeline_parallel)
     acceptance = parse(workload.acceptance) if workload.acceptance is not None else None
-    place = cluster("h100" if hardware.cluster is None else hardware.cluster)
+    place = cluster(hardware.cluster if hardware.cluster is not None else hardware.profile if hardware.profile in PACKAGED else "h100")
     deployment = Deployment(find(model), place, layout, Precision.of(*formats))
     return _engines(deployment, settled, hardware, fast, acceptance)
 

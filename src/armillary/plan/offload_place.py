@@ -130,6 +130,8 @@ def _machine(
             "give it, such as --accelerator-memory 2GB",
             field="accelerator_memory",
         )
+    if not disk and (read is not None or write is not None):
+        raise InputError("the speed of a disk is given, and none of it may be filled", "give --disk, or leave its speed out", field="disk")
     copies = [rate.bandwidth / 2 for rate in profile.memory if rate.operation == "copy" and rate.threads == 1]
     products = [rate.flops for rate in profile.products if (rate.library, rate.dtype) == ("torch", "fp32")]
     if not copies or not products:

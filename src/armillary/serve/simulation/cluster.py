@@ -107,7 +107,8 @@ class Cluster:
         self.routed = 0
         self._seed = seed
         self._events: EventQueue[Replica] = EventQueue()
-        self._named = any(engine.config.prefix_cache == "on" for engine in engines) and router.name in ("cache-aware", "consistent-hash")
+        asked = lanes > 1 or router.name in ("cache-aware", "consistent-hash")
+        self._named = asked and any(engine.config.prefix_cache == "on" for engine in engines)
 
     def run(self, requests: Iterable[Request] | Source) -> None:
         """`requests`, in the order of their `arrival`, to their end; they are taken one by one.
@@ -151,9 +152,8 @@ class Cluster:
     def choose(self, request: Request, at: int) -> Replica:
         """Whom the router says, at `at` ns."""
         chosen = self._routed[0]
-        names: Sequence[bytes] = ()
+        names: Sequence[bytes] = known_names(request, self.replicas[0].engine.limits.block_size) if self._named else ()
         if len(self._routed) > 1:
-            names = known_names(request, self.replicas[0].engine.limits.block_size) if self._named else ()
             session = request.session or (names[0].hex() if names else request.id)
             state = RouteState(request.id, session, len(request.prompt), Views(self._routed, names), self.routed, self._seed)
             chosen = self._routed[self.router.step(state).replica]

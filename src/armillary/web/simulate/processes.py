@@ -154,8 +154,9 @@ def _failure(status: int, told: str) -> APIError:
 
 def _hold(pid: int) -> None:
     """Let everything else go first, and bound its memory."""
-    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, pid, _NICE)
+    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
         import resource
 
         resource.prlimit(pid, resource.RLIMIT_AS, (MEMORY, MEMORY))
