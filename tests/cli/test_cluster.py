@@ -102,7 +102,7 @@ def test_calibrate_adds_an_engine_to_the_profile(capsys: pytest.CaptureFixture[s
     assert "left out" in ran.out
     written = profile.load(path)
     ((name, rows),) = written.engine.items()
-    assert name.endswith("none weights, fp32 cache, 1 threads")
+    assert name.endswith("fp32 weights, fp32 cache, 1 threads")
     assert {row["kind"] for row in rows} == {"about", "executor", "engine"}
     assert ("warning: " in ran.err) == bool(rows[0]["disturbed"])
     assert written.taken == "today"

@@ -59,6 +59,8 @@ def test_a_plan_with_its_numbers_its_file_and_its_page(capsys, tmp_path):
         (["--slo", "soon", "--rate", "2"], "no part of an objective"),
         (["--slo", "ttft=1s", "--rate", "2", "--cluster", "h1000"], "did you mean h100"),
         (["--slo", "ttft=1s", "--rate", "2", "--budgets", "many"], "whole numbers"),
+        (["--slo", "ttft=1s", "--rate", "2", "--budgets", "0"], "max_batch_tokens = 0"),
+        (["--slo", "ttft=1s", "--rate", "2", "--running", "99999999"], "max_running = 99999999"),
         (["--slo", "ttft=1s", "--rate", "2", "--policy", "orca", "--policies", "vllm"], "both given"),
         (["--slo", "ttft=1s", "--rate", "2", "--policies", "luck"], "luck"),
         (["--slo", "ttft=1s", "--rate", "2", "--router", "luck"], "no routing policy"),

@@ -80,7 +80,7 @@ def test_a_plan_for_a_gpu_is_refused_by_serve_and_bad_input_is_named(tiny_model,
     for model, arguments, says in (
         ("opt-30b", ["--cluster", "t5"], "did you mean"), ("opt-31b", [], "did you mean opt-30b"), ("opt-30b", ["--memory", "much"], "is not a size"),
         (str(tiny_model), ["--cluster", str(profile)], "--accelerator-memory"),
-        (str(tiny_model), ["--cluster", str(profile), "--accelerator-memory", "1GB", "--disk-read", "1GB"], "none of it may be filled"), ("mixtral-8x7b", [], "mixture of experts"), ("opt-30b", ["--block", "0"], "give 1 to"),
+        (str(tiny_model), ["--cluster", str(profile), "--accelerator-memory", "1GB", "--disk-read", "1GB"], "none of it may be filled"), ("mixtral-8x7b", [], "mixture of experts"), ("opt-30b", ["--block", "0"], "give 1 to"), ("opt-30b", ["--disk-read", "0"], "0 bytes a second"),
         (str(tiny_model), ["--cluster", str(profile), "--accelerator-memory", "10KB"], "of the accelerator"), ("opt-30b", ["--output", "/nowhere/x"], "does not exist"),
     ):  # fmt: skip
         assert run(["plan", "offload", model, *arguments]) == MISUSED

@@ -16,6 +16,7 @@ def test_a_workload_in_virtual_time(capsys):
     assert 20e6 < facts["first_token"]["p50"] < 1e9
     assert 5e6 < facts["per_token"]["p50"] < 50e6
     assert facts["dollars_per_million_tokens"] > 0
+    assert facts["ends"] > facts["makespan"], "which begins with the first request, not at 0"
 
 
 def test_conversations_and_what_the_prefix_cache_had_of_them(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,20 @@ def test_bounds_and_absence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="meta"):
         Trace(meta={"x": object()}).save(tmp_path / "u.json")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["t.json"]
+
+
+def test_links_and_what_is_no_file_are_written_through(tmp_path: Path) -> None:
+    """Else a trace for a device's name would take the device's place."""
+    trace, target, link, pipe = Trace("small"), tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(target)
+    trace.save(link)
+    assert link.is_symlink()
+    assert Trace.load(target).name == "small"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        trace.save(pipe)
+        assert os.read(reader, 1 << 16) == target.read_bytes()
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()

@@ -44,6 +44,7 @@ def offload(
     from armillary.cli.terminal import print_json, timed
     from armillary.cluster.cluster import cluster as spelled
     from armillary.cluster.profile import load
+    from armillary.core.errors import InputError
     from armillary.core.units import parse_bytes
     from armillary.models.graph.find import find
     from armillary.plan.offload import search, work_of
@@ -53,6 +54,9 @@ def offload(
     checked_folder(output, html)
     sizes = {"arena": accelerator_memory, "ram": memory, "disk": disk, "read": disk_read, "write": disk_write}
     given = {name: None if text is None else parse_bytes(text) for name, text in sizes.items()}
+    for name in ("read", "write"):
+        if given[name] == 0:
+            raise InputError(f"a disk of 0 bytes a second ({name})", "give more, or --disk 0 for none", field=f"disk_{name}")
     where = place(spelled(cluster), load(Path(cluster)) if cluster.endswith(".json") else None, **given)
     work = work_of(find(model), where, prompt, answer, compress == "int4")
     with timed("searching") as close:

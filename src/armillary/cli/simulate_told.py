@@ -42,7 +42,7 @@ def facts(simulated: Scenario | Phases, run: Run, coming: Coming, objective: Obj
         "replicas": simulated.replicas if not apart else 0,
         "scheduling": scenario.settled.scheduling, "kv_blocks": run.blocks, "requests": len(result.arrival),
         "workload": coming.facts(result),
-        "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan,
+        "prompt_tokens": int(result.prompt.sum()), "generated_tokens": int(result.answer.sum()), "makespan": result.makespan, "ends": int(result.finished.max(initial=0)),
         "wait": percentiles(result.waits), "first_token": percentiles(result.first_tokens), "per_token": percentiles(result.per_token),
         "gap": {f"p{percent}": result.gap(percent) for percent in (50, 90, 99)}, "throughput": result.throughput,
         "throughput_per_device": result.throughput / devices,

@@ -30,8 +30,12 @@ _WORDS: Final = frozenset(_NOT_JSON.values())
 
 
 def save(trace: Trace, path: str | Path) -> None:
-    """Write `trace` to `path`, whole or not at all."""
-    path = Path(path)
+    """Write `trace` to `path`, whole or not at all; what is no plain file (a pipe, a device) is written to as it is."""
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="ascii", newline="\n") as stream:
+            stream.writelines(to_json(trace))
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="ascii", newline="\n") as stream:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from armillary.cluster import profile as profiles
 from armillary.cluster.cluster import cluster
+from armillary.core.config import resolve
 from armillary.core.errors import CapacityError, InputError, NotFoundError
 from armillary.models.config import ModelConfig
 from armillary.models.graph.architecture import Architecture
@@ -220,7 +221,7 @@ def _measured(path: Path, parts: int, here: ModelConfig, engine: EngineConfig) -
 def _engine(engine: EngineConfig, policy: str, budget: int, running: int, weights: str) -> EngineConfig:
     """Checked again, for not every policy goes with every option."""
     chosen: dict[str, Any] = {"policy": policy, "max_batch_tokens": budget, "max_running": running, "quantize": weights}
-    return EngineConfig.model_validate({**{name: getattr(engine, name) for name in engine.model_fields_set}, **chosen})
+    return resolve(EngineConfig, environment={}, flags={name: getattr(engine, name) for name in engine.model_fields_set} | chosen).value
 
 
 def _degrees(layout: Layout) -> str:

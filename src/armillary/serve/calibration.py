@@ -38,7 +38,6 @@ MOST: Final = 16_384  # tokens of the KV pool that plans are laid in
 ROUNDS: Final = 2  # at least, of which each plan has the median
 SERVICE: Final = 0.6  # share of the time in which requests are served as they come
 SPELLS: Final = 24  # of that, each with a load of its own
-ALIKE: Final = 12  # iterations of requests as they come with one budget of tokens
 
 Row = dict[str, float | str]
 Progress = Callable[[str, float], None]
@@ -79,7 +78,8 @@ def _of_model(model: ModelConfig) -> dict[str, str]:
 
 def section(model: str, known: Mapping[str, str]) -> str:
     """The name of an engine's measurements in a profile."""
-    return f"{model}, {known['weights']} weights, {known['kv_dtype']} cache, {known['threads']} threads"
+    weights = "fp32" if known["weights"] == "none" else known["weights"]
+    return f"{model}, {weights} weights, {known['kv_dtype']} cache, {known['threads']} threads"
 
 
 def measure(engine: Engine, vocabulary: int, *, seconds: float = 30.0, seed: int = 0, progress: Progress | None = None) -> list[Sample]:
@@ -276,8 +276,8 @@ def _service(engine: Engine, vocabulary: int, seconds: float, generator: random.
     """Requests that come at random, as they do in service: whole iterations, with what the host does between them.
 
     Now one is there in a while and the threads sleep, now many wait: gaps between arrivals follow from how many shall be there and how long they
-    stay (Little's law). A few iterations at a time have one of several budgets of tokens, so that pieces of prompts and decodes meet in all
-    proportions, follow others like them as they do in service, and no shape has a time of its own in which the machine may have been slower.
+    stay (Little's law). Each iteration has one of several budgets of tokens, so that pieces of prompts and decodes meet in all proportions, and
+    no shape has a time of its own in which the machine may have been slower.
     """
     noting = _Noting(engine.executor)  # type: ignore[arg-type]
     limits, engine.executor = engine.limits, noting
@@ -307,8 +307,7 @@ def _service(engine: Engine, vocabulary: int, seconds: float, generator: random.
             if not there:
                 time.sleep(min(next_at - now, S) / S)
                 continue
-            if len(samples) % ALIKE == 0:
-                engine.limits = replace(limits, max_batch_tokens=generator.choice(budgets))
+            engine.limits = replace(limits, max_batch_tokens=generator.choice(budgets))
             start = time.perf_counter_ns()
             engine.step()
             took = time.perf_counter_ns() - start

@@ -91,7 +91,7 @@ const run = () => busy("serving in virtual time", async (signal) => {
   last = workload;
   showRun(facts);
   source?.close();
-  source = facts.replicas ? new Virtual(workload, facts.makespan, facts.replicas) : null;
+  source = facts.replicas ? new Virtual(workload, facts.ends, facts.replicas) : null;
   $("engine-none").textContent = "Prefill and decode workers are not watched yet: give replicas.";
   $("run-watch").disabled = source === null;
   if (visible) beside();

@@ -10,7 +10,7 @@ const PLAYING_MS = 120;
 
 let watched = null; // the simulation that the player's controls are about
 
-/** The run of `body`, which lasts `makespan` ns on `replicas` replicas. Does nothing before it is asked for its state. */
+/** The run of `body`, whose last request ends at `makespan` ns on `replicas` replicas. Does nothing before it is asked for its state. */
 export class Virtual {
   constructor(body, makespan, replicas) {
     Object.assign(this, { body, makespan, replicas, at: 0, speed: 1, replica: 0, playing: false, id: null, begun: null, dirty: true, since: null });
