@@ -72,3 +72,15 @@ def test_more_machines_than_this_one_are_told_of(
         assert two.engine.kv_blocks is not None
         assert told["engine.kv_blocks"] == 2 * two.engine.kv_blocks
         assert ("planned for 2 machines, and all 2 engines share this one" in capsys.readouterr().err) == warned
+
+
+def test_one_engine_that_has_the_machine_is_planned_without_parts(
+    tiny_model: Path, measured_profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is beside it to be a decode worker, which is no reason not to plan it."""
+    file = tmp_path / "plan.toml"
+    plan = ["plan", "serve", str(tiny_model), "--cluster", str(measured_profile), "--rate", "5", *ASKED, *SMALL]
+    assert run([*plan, "--output", str(file)]) == 0
+    assert load(file).disaggregation is None
+    assert run([*plan, "--disaggregate", "always"]) != 0
+    assert "one engine that has the whole machine" in capsys.readouterr().err

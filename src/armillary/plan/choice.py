@@ -74,6 +74,8 @@ def find(
     best = found.options[keep - 1].score(rate) if len(found.options) >= keep else None
     more, pruned = disaggregate(fitting, demand, objective, found.moments, rate=rate, rank=rank, best=best, tolerance=tolerance, told=told)
     options = sorted([*found.options, *more], key=lambda one: one.score(rate))
+    if not options and pruned and all(one.reason == "layout" for one in pruned):
+        raise InputError(pruned[0].detail, pruned[0].fix, field="disaggregate")
     if not options:
         raise unreachable(fitting, pruned, demand, objective)
     for beaten in options[keep:]:

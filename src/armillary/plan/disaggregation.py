@@ -266,8 +266,8 @@ def pairs(
             nodes = _nodes(text, prefill.candidate, decode.candidate)
             if nodes is None:
                 continue
-            place = _place(text, (prefill.candidate.devices + decode.candidate.devices) // nodes)
             try:
+                place = _place(text, (prefill.candidate.devices + decode.candidate.devices) // nodes)
                 link = transfer_link(place, prefill.candidate.deployment, decode.candidate.deployment, near=True)
             except InputError:
                 continue  # a single device: it has nobody to be paired with
@@ -319,7 +319,11 @@ def _best_of_layouts(found: list[Instance], rank: Rank) -> list[Instance]:
 def _place(text: str, devices: int) -> Cluster:
     """The hardware that `text` names, with at least so many devices where it is a bare one."""
     place = cluster(text)
-    return place if place.devices > 1 or devices == 1 else cluster(f"{text}x{devices}")
+    if place.devices > 1 or devices == 1:
+        return place
+    if text.endswith((".json", ".toml")):  # a file says what there is
+        raise InputError(f"{text} is one engine that has the whole machine", f"2x{text} is two that share it")
+    return cluster(f"{text}x{devices}")
 
 
 def _nodes(text: str, prefill: Candidate, decode: Candidate) -> int | None:
