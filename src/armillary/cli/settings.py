@@ -37,6 +37,9 @@ Acceptance = Annotated[
         "in a share of the passes: 0.6,0.8@0.5; behind a + after passes that were right: 0.6@0.4+0.95@0.9.",
     ),
 ]
+PublishedModel = Annotated[
+    str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
+]
 ConfigFile = Annotated[Path | None, Parameter(help="A TOML file: model = ..., [server], [engine]. Environment and flags win over it.")]
 Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False, help="One JSON document on stdout, for machines.")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags, Json
+from armillary.cli.settings import ConfigFile, EngineFlags, Json, PublishedModel
 from armillary.cli.simulate_scenario import Hardware, simulated_of
 from armillary.cli.workload import Coming, Workload
 
@@ -21,9 +21,7 @@ simulate.command("armillary.cli.simulate_watch:watch", name="watch", help="For t
 
 @simulate.command(name="serve")
 def serve(
-    model: Annotated[
-        str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
-    ],
+    model: PublishedModel,
     /,
     *,
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)

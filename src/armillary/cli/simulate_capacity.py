@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Lengths, Variation
+from armillary.cli.settings import WORKLOAD, Acceptance, ConfigFile, EngineFlags, Lengths, PublishedModel, Variation
 from armillary.cli.simulate_scenario import Hardware, simulated_of
 from armillary.cli.workload import Workload
 
@@ -32,9 +32,7 @@ class Demanded:
 
 
 def capacity(
-    model: Annotated[
-        str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
-    ],
+    model: PublishedModel,
     /,
     *,
     slo: Annotated[str, Parameter(help="Bounds that a share of the requests must keep: ttft=300ms,tpot=50ms,wait=5s,attainment=0.9.")],

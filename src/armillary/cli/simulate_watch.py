@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from armillary.cli.settings import ConfigFile, EngineFlags
+from armillary.cli.settings import ConfigFile, EngineFlags, PublishedModel
 from armillary.cli.simulate_scenario import Hardware, simulated_of
 from armillary.cli.workload import Coming, Workload
 
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def watch(
-    model: Annotated[
-        str, Parameter(help="A published architecture (llama-2-7b, ...), a name of `armillary models`, a folder or a .gguf file.")
-    ],
+    model: PublishedModel,
     /,
     *,
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)

@@ -124,21 +124,10 @@ class Provenance(Config):
     rank: str
 
 
-class Plan(Config):
-    """A plan file."""
+class PlanFile(Config):
+    """What all plans' files begin with."""
 
     schema_version: int = SCHEMA
-    model: str
-    replicas: int = Field(ge=1, le=MOST_REPLICAS)
-    """Engines that do everything; 1 where there is a [disaggregation]."""
-    router: str
-    hardware: Hardware
-    disaggregation: Disaggregation | None = None
-    workload: Workload
-    predicted: Predicted
-    provenance: Provenance
-    engine: EngineConfig
-    """The options of `serve`."""
 
     @field_validator("schema_version")
     @classmethod
@@ -152,6 +141,22 @@ class Plan(Config):
     def save(self, path: str | Path) -> None:
         """As TOML."""
         Path(path).write_text(to_toml(self), encoding="utf-8")
+
+
+class Plan(PlanFile):
+    """A plan file."""
+
+    model: str
+    replicas: int = Field(ge=1, le=MOST_REPLICAS)
+    """Engines that do everything; 1 where there is a [disaggregation]."""
+    router: str
+    hardware: Hardware
+    disaggregation: Disaggregation | None = None
+    workload: Workload
+    predicted: Predicted
+    provenance: Provenance
+    engine: EngineConfig
+    """The options of `serve`."""
 
 
 def load(path: str | Path) -> Plan:

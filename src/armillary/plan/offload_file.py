@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from armillary import __version__
-from armillary.core.config import Config, load_toml, resolve, to_toml
+from armillary.core.config import Config, load_toml, resolve
 from armillary.core.errors import InputError
-from armillary.plan.file import SCHEMA
+from armillary.plan.file import PlanFile
 from armillary.plan.offload import BLOCK_SIZE, Found
 from armillary.serve.config import EngineConfig
 
@@ -44,10 +44,9 @@ class Costs(Config):
     tokens_per_second: float
 
 
-class OffloadPlan(Config):
+class OffloadPlan(PlanFile):
     """An offloading plan's file."""
 
-    schema_version: int = SCHEMA
     plan: Literal["offload"] = "offload"
     model: str
     hardware: Accelerator
@@ -57,19 +56,6 @@ class OffloadPlan(Config):
     cost_model: str
     engine: EngineConfig
     """The options of `serve`."""
-
-    @field_validator("schema_version")
-    @classmethod
-    def _known(cls, version: int) -> int:
-        if version != SCHEMA:
-            raise InputError(
-                f"the plan has schema_version {version}, and this Armillary reads {SCHEMA}", "plan again", field="schema_version"
-            )
-        return version
-
-    def save(self, path: str | Path) -> None:
-        """As TOML."""
-        Path(path).write_text(to_toml(self), encoding="utf-8")
 
 
 def is_one(path: str | Path) -> bool:
