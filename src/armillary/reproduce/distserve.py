@@ -33,6 +33,7 @@ from armillary.serve.simulation.disaggregated import Disaggregated, Side
 from armillary.serve.simulation.engine import VirtualEngine, replay
 from armillary.serve.simulation.recorder import Recorder
 from armillary.serve.simulation.recorder import Result as Times
+from armillary.serve.simulation.scenario import answers_alone, prompts_alone
 from armillary.serve.workload import Lengths, fixed, poisson, requests
 from armillary.serve.workload.requests import Arrival, arrivals
 from armillary.sim.batch import Batch
@@ -120,24 +121,11 @@ def together(those: Iterator[Request], cost: Linear, kv_blocks: int, policy: Sch
     return recorder.result()
 
 
-def prompts_only(those: Iterator[Request]) -> Iterator[Request]:
-    """Requests that want their first token and no more."""
-    for request in those:
-        yield replace(request, sampling=replace(request.sampling, max_tokens=1))
-
-
-def answers_only(those: Iterator[Request]) -> Iterator[Request]:
-    """Requests whose prompts are there when they come, with their first token: no iteration is of prompts."""
-    for request in those:
-        if request.sampling.max_tokens > 1:
-            yield replace(request, delivered=len(request.prompt), output=[0], first_token=request.arrival, last_token=request.arrival)
-
-
 def decode_only(those: Iterator[Request], cost: Linear, kv_blocks: int) -> Times:
     """Answers alone."""
     recorder = Recorder()
     settled = config(kv_blocks, **_DECODE)
-    replay(VirtualEngine(VirtualExecutor(VirtualClock(), cost), settled, recorder=recorder, told=False), answers_only(those))
+    replay(VirtualEngine(VirtualExecutor(VirtualClock(), cost), settled, recorder=recorder, told=False), answers_alone(those))
     return recorder.result()
 
 
@@ -235,7 +223,7 @@ def run() -> Result:
     one, width = blocks("opt-13b", 1), token_bytes("opt-13b")
     first, per = FIGURE.first_token, FIGURE.per_token
     both = goodput(lambda rate: together(FIGURE.coming(rate), VLLM_13B, one).attainment(first, per))
-    prompts = goodput(lambda rate: together(prompts_only(FIGURE.coming(rate)), VLLM_13B, one).attainment(first))
+    prompts = goodput(lambda rate: together(prompts_alone(FIGURE.coming(rate)), VLLM_13B, one).attainment(first))
     answers = goodput(lambda rate: decode_only(FIGURE.coming(rate), VLLM_13B, one).attainment(per_token=per))
     split = Apart(VLLM_13B, 2, one, VLLM_13B, 1, one, 3, width)
     parted = split.goodput(FIGURE)
